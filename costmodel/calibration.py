@@ -1,0 +1,148 @@
+"""Fitted coefficients: how far a real kernel stays from the ideal machine.
+
+A calibration is a folder `data/calibrations/<name>/`, one TOML file a family of kernels
+(`matmul.toml`, `moe.toml`, `attention.toml`, `mla.toml`, `pointwise.toml`, `collectives.toml`).
+Each file holds tables; each table is one kernel's section:
+
+    [matmul.bf16]
+    kind = "fitted"                 # measured | fitted | derived | assumed
+    source = "..."                  # which measurements, which revision
+    rows_fitted = 734               # 0 where nothing was fitted
+    rows_held_out = 183
+    median_error = 0.031            # on the held-out rows, relative
+    p90_error = 0.11
+    [matmul.bf16.coefficients]
+    floor_s = 5.1e-6
+    ...
+
+Coefficients are plain numbers; times in seconds, rates in units a second, the rest without unit.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from types import MappingProxyType
+from typing import Any, Literal
+
+from shardplan.costmodel.errors import CalibrationError, DataFileError
+from shardplan.models.errors import UnknownNameError
+
+__all__ = ["Calibration", "Section", "calibration_names", "load_calibration"]
+
+Kind = Literal["measured", "fitted", "derived", "assumed"]
+_KINDS = ("measured", "fitted", "derived", "assumed")
+_KEYS = {
+    "kind",
+    "source",
+    "rows_fitted",
+    "rows_held_out",
+    "median_error",
+    "p90_error",
+    "coefficients",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One kernel's coefficients with their provenance and their error."""
+
+    name: str
+    kind: Kind
+    source: str
+    rows_fitted: int
+    rows_held_out: int
+    median_error: float
+    """Median relative error on rows kept out of the fit; nan where there were none."""
+    p90_error: float
+    coefficients: Mapping[str, float]
+
+    def __getitem__(self, key: str) -> float:
+        try:
+            return self.coefficients[key]
+        except KeyError:
+            raise CalibrationError(
+                "a calibration section lacks a coefficient", got=f"{self.name}.{key}"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """All sections of one calibration, by dotted name (`matmul.bf16`)."""
+
+    name: str
+    sections: Mapping[str, Section]
+
+    def section(self, name: str) -> Section:
+        """The section of one kernel; `CalibrationError` if there is none."""
+        try:
+            return self.sections[name]
+        except KeyError:
+            raise CalibrationError(
+                "a calibration has no section for this kernel",
+                got=f"calibration={self.name}, kernel={name}",
+                hint="it has " + ", ".join(sorted(self.sections)),
+            ) from None
+
+
+def _root() -> Traversable:
+    return resources.files("shardplan.costmodel") / "data" / "calibrations"
+
+
+def calibration_names() -> tuple[str, ...]:
+    """Names of the calibrations that ship."""
+    return tuple(sorted(entry.name for entry in _root().iterdir() if entry.is_dir()))
+
+
+def _section(name: str, table: Mapping[str, Any], where: str) -> Section:
+    unknown = set(table) - _KEYS
+    missing = {"kind", "source", "coefficients"} - set(table)
+    if unknown or missing:
+        raise DataFileError(
+            "a calibration section has unknown or missing keys",
+            got=f"{where}: [{name}] unknown={sorted(unknown)} missing={sorted(missing)}",
+        )
+    if table["kind"] not in _KINDS:
+        raise DataFileError(
+            "`kind` must be one of " + ", ".join(_KINDS), got=f"{where}: [{name}] {table['kind']!r}"
+        )
+    nan = float("nan")
+    return Section(
+        name=name,
+        kind=table["kind"],
+        source=str(table["source"]),
+        rows_fitted=int(table.get("rows_fitted", 0)),
+        rows_held_out=int(table.get("rows_held_out", 0)),
+        median_error=float(table.get("median_error", nan)),
+        p90_error=float(table.get("p90_error", nan)),
+        coefficients=MappingProxyType({k: float(v) for k, v in table["coefficients"].items()}),
+    )
+
+
+def _collect(prefix: str, table: Mapping[str, Any], where: str, out: dict[str, Section]) -> None:
+    for key, value in table.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if not isinstance(value, Mapping):
+            raise DataFileError("a calibration file holds sections only", got=f"{where}: {name}")
+        if "coefficients" in value:
+            out[name] = _section(name, value, where)
+        else:
+            _collect(name, value, where, out)
+
+
+@functools.cache
+def load_calibration(name: str) -> Calibration:
+    """Read a shipped calibration. `UnknownNameError` if there is none of that name."""
+    folder = _root() / name
+    if name not in calibration_names():
+        raise UnknownNameError("calibration", name, calibration_names())
+    sections: dict[str, Section] = {}
+    for entry in sorted(folder.iterdir(), key=lambda item: item.name):
+        if entry.name.endswith(".toml"):
+            table = tomllib.loads(entry.read_text(encoding="utf-8"))
+            _collect("", table, f"{name}/{entry.name}", sections)
+    return Calibration(name=name, sections=MappingProxyType(sections))

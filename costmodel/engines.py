@@ -1,0 +1,163 @@
+"""Engine profiles: what a serving engine fuses, keeps back and schedules (`data/engines`).
+
+A profile turns kernel times into the time of a step, and a card's memory into a KV budget:
+
+    step_s  = sum of kernels + launch_gap_s * kernels + step_host_s     (decode)
+              and `prefill_step_host_s` in place of `step_host_s`       (prefill)
+    floor   = device.launch_s where the phase replays a captured graph, else device.host_launch_s
+    budget  = memory_fraction * hbm_bytes - weights - activations - reserve_bytes
+              - communicator_bytes * communicators
+
+Fusions (kernels that the engine merges into one):
+
+    qkv                query, key and value projections in one matmul
+    gate_up            the two input projections of a gated feed-forward network in one matmul
+    swiglu             activation and product in one kernel
+    add_rmsnorm        residual add and RMS norm in one kernel
+    qk_norm_rope       query and key norms and rotary embedding in one kernel
+    norm_quant         activation quantization inside the norm that feeds it
+    mla_kv_norm_rope   latent norm, rotary part and cache write of MLA in one kernel
+
+Left out: tokenizer and HTTP front end, sampling parameters, fragmentation of the KV blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from shardplan.costmodel.datafile import (
+    Field,
+    check_keys,
+    flag,
+    is_file_name,
+    label,
+    number,
+    read_facts,
+    read_shipped,
+    read_toml,
+    shipped_names,
+)
+from shardplan.costmodel.hardware import Fact
+
+__all__ = [
+    "FUSIONS",
+    "EngineProfile",
+    "engine_from_table",
+    "engine_names",
+    "load_engine",
+]
+
+FUSIONS = (
+    "qkv",
+    "gate_up",
+    "swiglu",
+    "add_rmsnorm",
+    "qk_norm_rope",
+    "norm_quant",
+    "mla_kv_norm_rope",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineProfile:
+    """One engine in one mode."""
+
+    name: str
+    title: str
+    fused: tuple[str, ...]
+    """Fusions that it applies, of `FUSIONS`."""
+    prefill_graph: bool
+    """Prefill steps replay a captured graph."""
+    decode_graph: bool
+    """Decode steps replay a captured graph."""
+    step_host_s: float
+    """Host time of a decode step that the device waits for, seconds."""
+    prefill_step_host_s: float
+    """Host time of a prefill step that the device waits for, seconds."""
+    launch_gap_s: float
+    """Idle time of the device between two kernels, seconds."""
+    kv_block_tokens: int
+    memory_fraction: float
+    """Part of the card's memory that the engine takes."""
+    reserve_bytes: float
+    """Runtime, captured graphs and workspaces inside that part, bytes."""
+    communicator_bytes: float
+    """Buffers of one communicator, bytes."""
+    chunked_prefill: bool
+    """A long prompt is split over steps and shares them with decoding requests."""
+    prefill_first: bool
+    """A waiting prompt stops decoding until it is done."""
+    max_num_batched_tokens: int
+    """Tokens of one step, default."""
+    max_num_seqs: int
+    """Requests that decode together, default."""
+    prefix_cache: bool
+    """Shared prompt prefixes are kept and found again, default."""
+    sampling: bool
+    """A step ends with the engine's sampling kernels (sort, softmax, argmax over the vocabulary)."""
+    facts: Mapping[str, Fact]
+
+    @property
+    def graph_mode(self) -> bool:
+        """Whether any phase replays a captured graph."""
+        return self.prefill_graph or self.decode_graph
+
+
+_ENGINE: Mapping[str, Field] = {
+    "fused": Field(target="fused", shape="words", choices=FUSIONS),
+    "prefill_graph": flag("prefill_graph"),
+    "decode_graph": flag("decode_graph"),
+    "step_host_us": number("step_host_s", low=0, high=1e7, scale=1e-6),
+    "prefill_step_host_us": number("prefill_step_host_s", low=0, high=1e7, scale=1e-6),
+    "launch_gap_us": number("launch_gap_s", low=0, high=1e6, scale=1e-6),
+    "kv_block_tokens": number("kv_block_tokens", low=1, high=65536, whole=True),
+    "memory_fraction": number("memory_fraction", low=0.05, high=1),
+    "reserve_gib": number("reserve_bytes", low=0, high=1024, scale=2.0**30),
+    "communicator_mib": number("communicator_bytes", low=0, high=65536, scale=2.0**20),
+    "chunked_prefill": flag("chunked_prefill"),
+    "prefill_first": flag("prefill_first"),
+    "max_num_batched_tokens": number("max_num_batched_tokens", low=1, high=2**26, whole=True),
+    "max_num_seqs": number("max_num_seqs", low=1, high=2**20, whole=True),
+    "prefix_cache": flag("prefix_cache"),
+    "sampling": flag("sampling"),
+}
+
+
+def engine_names() -> tuple[str, ...]:
+    """Names of the engine profiles that ship, sorted."""
+    return shipped_names("engines")
+
+
+def load_engine(name_or_path: str | Path) -> EngineProfile:
+    """A shipped profile by name (case ignored), or one from a TOML file.
+
+    `UnknownNameError` for a name that does not ship, `DataFileError` for a file that breaks a rule.
+    """
+    if is_file_name(name_or_path):
+        path = Path(name_or_path)
+        return engine_from_table(read_toml(path, "engine"), str(path))
+    return _shipped_engine(str(name_or_path).lower())
+
+
+@functools.cache
+def _shipped_engine(name: str) -> EngineProfile:
+    table = read_shipped("engines", "engine profile", name)
+    return engine_from_table(table, f"engines/{name}.toml")
+
+
+def engine_from_table(table: Mapping[str, object], where: str) -> EngineProfile:
+    """The profile that a parsed file describes; `where` names the file in errors."""
+    check_keys(table, ["name", "title", *_ENGINE], [], where)
+    read = read_facts(table, _ENGINE, where)
+    values: dict[str, Any] = dict(read.values)
+    return EngineProfile(
+        name=label(table, "name", where),
+        title=label(table, "title", where),
+        facts=MappingProxyType(dict(read.facts)),
+        **values,
+    )

@@ -1,0 +1,249 @@
+"""Fit of `matmul.toml` for one calibration, from measured tables of matrix products.
+
+    python -m shardplan.costmodel.fitting.matmul DATA_DIR --calibration 910b2 \
+        --out costmodel/data/calibrations --report results/calibration/matmul-910b2.md
+
+DATA_DIR holds the tables as published (`ascend_ops/`, `nvidia_ops/`; their paths are below).
+Minimises, over the physical coefficients and the surface's knots,
+
+    sum rho(ln(model / measured)) + smoothness + ridge
+        + sum over a grid of sizes: max(0, ln t(x) - ln t(one size doubled))
+
+so that a larger product is not faster where single measurements say it is (a kernel that
+changes at 16 rows). A fifth of the shapes is kept out. A second fit without the largest sizes
+says how the formula extrapolates. Left out: rows at which the tables repeat a shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.catalog import load_device
+from shardplan.costmodel.fitting.common import (
+    ErrorStats,
+    FittedSection,
+    error_stats,
+    held_out,
+    markdown_errors,
+    read_rows,
+    robust_fit,
+    write_sections,
+)
+from shardplan.costmodel.fitting.matmul_derived import derived_sections
+from shardplan.costmodel.hardware import Device
+from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.kernels.matmul import matmul_with
+from shardplan.costmodel.kernels.precision import Precision, precision_of
+from shardplan.costmodel.kernels.surface import knot_name
+
+__all__ = ["TABLES", "Samples", "Table", "fit", "main", "read"]
+
+Knots = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Sizes = tuple[Array, Array, Array]
+
+_START: Mapping[str, tuple[float, float, float]] = {
+    "floor_s": (5e-6, 1e-6, 2e-5),
+    "compute": (0.85, 0.5, 1.0),
+    "hbm": (0.75, 0.5, 0.98),
+    "l2": (0.7, 0.3, 1.2),
+    "copies": (6.0, 3.0, 12.0),
+    "quantize": (0.7, 0.3, 1.5),
+    "quantize_row_s": (3e-6, 0.0, 2e-5),
+    "quantize_power": (0.4, 0.2, 1.0),
+}
+"""Start, lower and upper bound of each physical coefficient."""
+_RIDGE, _SMOOTH, _HINGE, _SCALE = 0.03, 0.1, 5.0, 0.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """One measured table and the section it fits."""
+
+    path: str
+    calibration: str
+    dtype: str
+    style: str
+    """`ascend` (profiler columns) or `nvidia` (m, n, k, latency in ms)."""
+    knots: Knots
+    fixed: Mapping[str, float]
+    share: float
+    """Share of the rows used, by hash; the rest would only cost time."""
+    source: str
+
+    @property
+    def coefficients(self) -> tuple[str, ...]:
+        """Physical coefficients to fit."""
+        quantized = self.dtype == "w8a8"
+        names = [name for name in _START if quantized or not name.startswith("quantize")]
+        return tuple(name for name in names if name not in self.fixed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Measured products: sizes and seconds `[rows]`."""
+
+    sizes: Sizes
+    seconds: Array
+
+    def take(self, rows: NDArray[np.bool_]) -> Samples:
+        """Some of the rows."""
+        m, n, k = (size[rows] for size in self.sizes)
+        return Samples(sizes=(m, n, k), seconds=self.seconds[rows])
+
+
+_ASCEND_KNOTS: Knots = (
+    (1, 8, 16, 64, 128, 256, 1024, 4096, 16384),
+    (256, 1024, 2048, 4096, 16384),
+    (256, 2048, 8192, 16384),
+)
+_NVIDIA_KNOTS: Knots = (
+    (1, 16, 64, 128, 256, 1024, 4096, 16384),
+    (128, 512, 2048, 8192, 65536),
+    (128, 1024, 2560, 4096, 16384, 65536),
+)
+_ASCEND = "ascend_ops/aiconfigurator_npu_910b_vllm_ascend_0.18.0/"
+_ASCEND_SOURCE = (
+    "fitted to {table} of github.com/hudingyi688/aiconfigurator-npu @ 90d7765a (910B, "
+    "vllm-ascend 0.18.0, graph replay, six weight copies in turn)"
+)
+_NVIDIA_SOURCE = (
+    "fitted to {dtype} rows of gemm_perf (TensorRT-LLM 1.3.0rc20, {gpu}) in PyPI "
+    "aiconfigurator-core 0.12.0, Apache-2.0, (c) NVIDIA CORPORATION & AFFILIATES"
+)
+
+
+def _ascend(name: str, dtype: str) -> Table:
+    return Table(
+        path=_ASCEND + name,
+        calibration="910b2",
+        dtype=dtype,
+        style="ascend",
+        knots=_ASCEND_KNOTS,
+        fixed={"tile_elements": 32768.0, "copies": 6.0},
+        share=1.0,
+        source=_ASCEND_SOURCE.format(table=name),
+    )
+
+
+def _nvidia(gpu: str, dtype: str) -> Table:
+    return Table(
+        path=f"nvidia_ops/{gpu}_sxm__trtllm_1.3.0rc20__gemm_perf.csv.gz",
+        calibration=gpu,
+        dtype=dtype,
+        style="nvidia",
+        knots=_NVIDIA_KNOTS,
+        fixed={"tile_elements": 32768.0},
+        share=0.2,
+        source=_NVIDIA_SOURCE.format(dtype=dtype, gpu=gpu.upper()),
+    )
+
+
+TABLES: tuple[Table, ...] = (
+    _ascend("MatMulV2.csv", "bf16"),
+    _ascend("QuantBatchMatmulV3.csv", "w8a8"),
+    *(_nvidia(gpu, dtype) for gpu in ("h100", "h200") for dtype in ("bf16", "fp8")),
+)
+
+
+def _ascend_row(row: Mapping[str, str]) -> tuple[float, float, float, float]:
+    left, right = row["Input Shapes"].split(";")
+    m, k = left.split(",")
+    n = right.split(",")[0]
+    return float(m), float(n), float(k), float(row["Average Duration(us)"]) * 1e-6
+
+
+def _nvidia_row(row: Mapping[str, str]) -> tuple[float, float, float, float]:
+    return float(row["m"]), float(row["n"]), float(row["k"]), float(row["latency"]) * 1e-3
+
+
+def read(table: Table, folder: Path) -> Samples:
+    """The rows of a table, thinned to its share; `InputError` if the file is not there."""
+    rows = read_rows(folder / table.path)
+    if table.style == "ascend":
+        found = [_ascend_row(row) for row in rows]
+    else:
+        wanted = {"bf16": "bfloat16"}.get(table.dtype, table.dtype)
+        least = min(table.knots[1])
+        found = [_nvidia_row(row) for row in rows if row["gemm_dtype"] == wanted]
+        found = [row for row in found if min(row[1], row[2]) >= least]
+    values = np.asarray(found, dtype=np.float64)
+    if table.share < 1.0:
+        values = values[held_out((("thin", *row[:3]) for row in found), table.share)]
+    return Samples(sizes=(values[:, 0], values[:, 1], values[:, 2]), seconds=values[:, 3])
+
+
+def _doubled() -> tuple[Sizes, tuple[Sizes, ...]]:
+    """A grid of sizes, and the same with m, n or k doubled."""
+    rows = 2.0 ** np.arange(0, 15)
+    features = np.asarray([192, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384.0])
+    m, n, k = (axis.ravel() for axis in np.meshgrid(rows, features, features))
+    return (m, n, k), ((2 * m, n, k), (m, 2 * n, k), (m, n, 2 * k))
+
+
+def _smoothness(knots: Knots) -> Array:
+    """Rows `[interior knots, values]` that give how far a knot lies from its neighbours' line."""
+    index = np.arange(np.prod([len(axis) for axis in knots])).reshape([len(a) for a in knots])
+    rows = []
+    for axis, sizes in enumerate(knots):
+        place, logs = np.moveaxis(index, axis, 0), np.log2(np.asarray(sizes, dtype=np.float64))
+        for i in range(1, len(sizes) - 1):
+            share = (logs[i] - logs[i - 1]) / (logs[i + 1] - logs[i - 1])
+            block = np.zeros((place[i].size, index.size))
+            at = np.arange(place[i].size)
+            block[at, place[i - 1].ravel()] = 1.0 - share
+            block[at, place[i + 1].ravel()] = share
+            block[at, place[i].ravel()] = -1.0
+            rows.append(block)
+    return np.concatenate(rows)
+
+
+def _names(table: Table) -> list[str]:
+    m, n, k = table.knots
+    return [*table.coefficients, *(knot_name(a, b, c) for a in m for b in n for c in k)]
+
+
+def _model(table: Table, device: Device, rule: Precision) -> Callable[[Array, Sizes], Array]:
+    names = _names(table)
+
+    def seconds(point: Array, sizes: Sizes) -> Array:
+        coef = {**table.fixed, **dict(zip(names, point.tolist(), strict=True))}
+        return matmul_with(coef, device, sizes, rule).total_s
+
+    return seconds
+
+
+def fit(table: Table, device: Device, samples: Samples) -> dict[str, float]:
+    """Coefficients of the table's section that fit the samples best."""
+    rule = precision_of(table.dtype)
+    seconds = _model(table, device, rule)
+    bounds = np.asarray([_START[name] for name in table.coefficients])
+    values = len(_names(table)) - len(bounds)
+    start, lower, upper = (
+        np.concatenate([bounds[:, column], np.full(values, edge)])
+        for column, edge in ((0, 0.0), (1, -1.5), (2, 1.5))
+    )
+    smooth = _smoothness(table.knots)
+    grid, larger = _doubled()
+
+    def penalty(point: Array) -> Array:
+        here = np.log(seconds(point, grid))
+        drops = [np.maximum(0.0, here - np.log(seconds(point, there))) for there in larger]
+        return np.concatenate([_SMOOTH * (smooth @ point[len(bounds) :]), *(_HINGE * d for d in drops)])
+
+    found = robust_fit(
+        lambda point: seconds(point, samples.sizes),
+        samples.seconds,
+        start,
+        lower,
+        upper,
+        scale=_SCALE,
+        ridge=np.concatenate([np.zeros(len(bounds)), np.full(values, _RIDGE)]),
+        penalty=penalty,
+    )
+    return {**table.fixed, **dict(zip(_names(table), found.tolist(), strict=True))}

@@ -1,0 +1,2 @@
+"""placeholder"""
+def derived_sections(*a): return []

@@ -1,0 +1,52 @@
+"""What every kernel formula takes and gives.
+
+A formula takes numpy arrays that broadcast against one another (one strategy or a million: the
+same code) and gives a `KernelTime` of that shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.calibration import Calibration, load_calibration
+from shardplan.costmodel.hardware import Device
+
+__all__ = ["Array", "ArrayLike", "KernelTime", "Machine", "as_array"]
+
+Array = NDArray[np.float64]
+ArrayLike = float | int | Array | NDArray[np.int64]
+
+
+class KernelTime(NamedTuple):
+    """Seconds of one call. `compute_s + memory_s + overhead_s == total_s`, element by element.
+
+    The body of a kernel is counted as compute where the matrix or vector units bind and as
+    memory where HBM or L2 bind; floors and launches are overhead.
+    """
+
+    total_s: Array
+    compute_s: Array
+    memory_s: Array
+    overhead_s: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A device and the coefficients that its kernels are priced with."""
+
+    device: Device
+    calibration: Calibration
+
+    @classmethod
+    def of(cls, device: Device) -> Machine:
+        """The device with the calibration it names."""
+        return cls(device, load_calibration(device.calibration))
+
+
+def as_array(value: ArrayLike) -> Array:
+    """The value as a float64 array."""
+    return np.asarray(value, dtype=np.float64)

@@ -1,0 +1,153 @@
+"""What an applied graph holds and moves, read from the graph itself.
+
+Counts are linear in few symbols, so they are kept symbolic: a `Product` is a coefficient and the
+free dims (B, T, S) that multiply it, already divided by the ways each dim is cut. The memory
+ledger and the price of collectives evaluate these; the proof compares them with what the executor
+really held and moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shardplan.models.apply import Layout, ShardedBlock, ShardedGraph, ShardedOp, Stage
+from shardplan.models.graph import FREE_DIMS, WeightClass
+from shardplan.models.lockstep import Communication
+
+__all__ = [
+    "HeldWeight",
+    "Product",
+    "Transfer",
+    "local_product",
+    "predict_communication",
+    "stage_weights",
+    "state_elements_per_token",
+    "transfers",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`factor` times the product of ceil(size / ways) over the free dims."""
+
+    factor: float
+    free: tuple[tuple[str, int], ...]
+    """(dim, ways it is cut)."""
+
+    def at(self, sizes: dict[str, int]) -> float:
+        """The value for given free sizes (global B, T, S)."""
+        value = self.factor
+        for dim, ways in self.free:
+            value *= -(-sizes[dim] // ways)
+        return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One collective of a template: elements of the full tensor of its group."""
+
+    kind: str
+    axes: tuple[str, ...]
+    ranks: int
+    stride: int
+    elements: Product
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldWeight:
+    """One parameter as one rank holds it, `count` times over the layers of its stage."""
+
+    name: str
+    weight_class: WeightClass
+    count: int
+    elements: int
+    channels: int
+    """Output channels: one scale each where the weight is quantized per channel."""
+
+
+def local_product(graph: ShardedGraph, dims: tuple[str, ...], layout: Layout) -> Product:
+    """Elements that one rank holds of a tensor with these dims under a layout."""
+    factor, free = 1.0, []
+    for dim in dims:
+        ways = graph.split(dim, layout)
+        if dim in FREE_DIMS:
+            free.append((dim, ways))
+        else:
+            factor *= graph.model.sizes[dim] / ways
+    return Product(factor, tuple(free))
+
+
+def _transfer(graph: ShardedGraph, node: ShardedOp) -> Transfer:
+    if node.kind == "send":
+        ranks, stride, axes = 2, graph.mesh.ranks, ("pp",)
+        held = local_product(graph, node.dims, node.layout)
+        factor = held.factor
+    else:
+        axes, ranks = node.axes, graph.mesh.size(node.axes)
+        stride = graph.mesh.stride(node.axes)
+        lies = node.layout if node.kind == "all_gather" else node.before
+        held = local_product(graph, node.dims, lies)
+        factor = held.factor * node.density * (ranks if node.kind == "all_to_all" else 1)
+    return Transfer(
+        kind=node.kind,
+        axes=axes,
+        ranks=ranks,
+        stride=stride,
+        elements=Product(factor, held.free),
+    )
+
+
+def transfers(graph: ShardedGraph, block: ShardedBlock) -> Iterator[Transfer]:
+    """Collectives and sends of one template, in computing order."""
+    for node in block.ops():
+        if node.kind == "send" or (node.axes and node.kind != "slice"):
+            yield _transfer(graph, node)
+
+
+def predict_communication(
+    graph: ShardedGraph, batch: int, tokens: int, context: int
+) -> list[Communication]:
+    """Every collective of one step, in the order that a lock-step run makes them."""
+    sizes = {"B": batch, "T": tokens, "S": context}
+    found = []
+    for stage in graph.stages:
+        for name, _ in graph.sequence(stage):
+            for one in transfers(graph, graph.blocks[name]):
+                elements = round(one.elements.at(sizes))
+                found.append(
+                    Communication(stage.index, name, one.kind, one.axes, one.ranks, elements)
+                )
+    return found
+
+
+def stage_weights(graph: ShardedGraph, stage: Stage) -> Iterator[HeldWeight]:
+    """Parameters that one rank of a stage holds.
+
+    A tied LM head on the stage of the embedding reuses its table.
+    """
+    tied = graph.model.spec.tied_embeddings and "embed" in stage.counts
+    for name, count in stage.counts.items():
+        for node in graph.blocks[name].ops():
+            op = node.op
+            if op is None or not op.weight or (tied and op.kind == "matmul" and name == "head"):
+                continue
+            kept = tuple(d for d in op.weight if d not in op.contract)
+            yield HeldWeight(
+                name=op.param,
+                weight_class=op.weight_class,
+                count=count,
+                elements=round(local_product(graph, op.weight, node.weight_layout).factor),
+                channels=round(local_product(graph, kept, node.weight_layout).factor),
+            )
+
+
+def state_elements_per_token(graph: ShardedGraph, stage: Stage) -> float:
+    """KV elements that one cached token of one sequence adds on one rank of a stage."""
+    total = 0.0
+    for name, count in stage.counts.items():
+        for node in graph.blocks[name].ops():
+            if node.op is not None and node.op.state:
+                dims = tuple(d for d in node.dims if d not in FREE_DIMS)
+                total += count * local_product(graph, dims, node.layout).factor
+    return total

@@ -1,0 +1,370 @@
+"""Applying a strategy: one layout rule turns a model graph into the graph that one rank runs.
+
+An operator's strategy is {axis: dim}. Its output is split(dim) on an axis whose dim it keeps and
+partial on an axis whose dim it contracts; it needs each input with the same assignment,
+restricted to the input's dims. Where a tensor lies otherwise, collectives are inserted:
+
+    partial -> replicated  all_reduce        split  -> split'  all_to_all
+    partial -> split       reduce_scatter    replicated -> split  slice
+    split   -> replicated  all_gather
+
+Axes with the same transition share one collective over their joint group. A redistribution is
+made once per (tensor, layout) and reused. A partial sum passes an operator unreduced where the
+operator is linear in the inputs that are partial. Pipeline cuts add send and recv.
+
+When several axes split one dim they nest major to minor, so axes leave a dim from the minor end
+and join it there; anything else is refused rather than guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import networkx as nx
+
+from shardplan.models.errors import LayoutError
+from shardplan.models.graph import Block, ModelGraph, Op
+from shardplan.models.parallel import (
+    Mesh,
+    Parallelism,
+    assignment,
+    balanced_stages,
+    carry,
+    check_pipeline,
+    make_mesh,
+)
+
+__all__ = [
+    "COLLECTIVES",
+    "PARTIAL",
+    "Layout",
+    "ShardedBlock",
+    "ShardedGraph",
+    "ShardedOp",
+    "Stage",
+    "apply",
+]
+
+PARTIAL = "+"
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
+Layout = tuple[tuple[str, str], ...]
+"""(axis, dim or PARTIAL) in mesh order; an axis left out holds replicas."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedOp:
+    """An operator as one rank runs it, or a collective between two.
+
+    `layout` is the output's. For a collective, `axes` are the sub-axes of its group, `before` the
+    layout of its input, and `dims` the tensor's dims.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    dims: tuple[str, ...]
+    layout: Layout
+    op: Op | None = None
+    weight_layout: Layout = ()
+    axes: tuple[str, ...] = ()
+    before: Layout = ()
+    density: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedBlock:
+    """A template with collectives inserted."""
+
+    name: str
+    graph: nx.DiGraph
+    entry: str
+    exit: str
+    order: tuple[str, ...]
+
+    def op(self, name: str) -> ShardedOp:
+        """The operator of that name."""
+        op: ShardedOp = self.graph.nodes[name]["op"]
+        return op
+
+    def ops(self) -> Iterator[ShardedOp]:
+        """Operators in computing order."""
+        for name in self.order:
+            yield self.op(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One pipeline stage: layers [first, last) and what stands at its ends."""
+
+    index: int
+    first: int
+    last: int
+    counts: Mapping[str, int]
+    """Times each template runs in this stage, `embed`, `head`, `send` and `recv` included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedGraph:
+    """The graph that is priced and proven."""
+
+    model: ModelGraph
+    parallel: Parallelism
+    mesh: Mesh
+    blocks: Mapping[str, ShardedBlock]
+    stages: tuple[Stage, ...]
+
+    def sequence(self, stage: Stage) -> Iterator[tuple[str, int]]:
+        """(template, layer) in computing order within one stage; layer is -1 outside layers."""
+        yield ("embed", -1) if stage.index == 0 else ("recv", -1)
+        for layer in range(stage.first, stage.last):
+            yield self.model.layers[layer], layer
+        yield ("head", -1) if stage.index == len(self.stages) - 1 else ("send", -1)
+
+    def split(self, dim: str, layout: Layout) -> int:
+        """How many ways a dim is cut under a layout."""
+        return self.mesh.size(tuple(a for a, d in layout if d == dim))
+
+
+class _Sharder:
+    """Walks one template, keeping the layout of every tensor."""
+
+    def __init__(self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph) -> None:
+        self.block, self.mesh, self.par, self.model = block, mesh, par, graph
+        self.out = nx.DiGraph()
+        self.ready: dict[tuple[str, Layout], str] = {}
+
+    def key(self, layout: Mapping[str, str]) -> Layout:
+        """A layout in mesh order."""
+        return tuple((a, layout[a]) for a in self.mesh.axes if a in layout)
+
+    def put(self, op: ShardedOp) -> str:
+        """Add a node with its edges, in computing order."""
+        self.out.add_node(op.name, op=op)
+        for slot, source in enumerate(op.inputs):
+            self.out.add_edge(source, op.name, slot=slot)
+        return op.name
+
+    def op(self, name: str) -> ShardedOp:
+        """A node already placed."""
+        found: ShardedOp = self.out.nodes[name]["op"]
+        return found
+
+    def run(self) -> ShardedBlock:
+        """The sharded template; its exit lies as its successor's entry expects."""
+        for op in self.block.ops():
+            self.place(op)
+        last = self.block.exit
+        if self.block.name == "head":
+            ends = dict.fromkeys(self.mesh.groups["dp"], "B")
+        else:
+            ends = carry(self.mesh, self.par, self.model.phase)
+        exit_name = self.redistribute(last, self.key(ends))
+        return ShardedBlock(self.block.name, self.out, "x", exit_name, tuple(self.out))
+
+    def place(self, op: Op) -> None:
+        """One operator: its inputs redistributed as it needs them, its output's layout derived."""
+        if op.kind == "input":
+            lies = carry(self.mesh, self.par, self.model.phase)
+            if self.block.name == "embed":
+                lies = dict.fromkeys(self.mesh.groups["dp"], "B")
+            self.put(
+                ShardedOp(
+                    name="x", kind="input", inputs=(), dims=op.dims, layout=self.key(lies), op=op
+                )
+            )
+            return
+        chosen = assignment(op, self.mesh, self.par, self.model.phase)
+        passing = self.passing(op, chosen)
+        inputs = []
+        for slot, source in enumerate(op.inputs):
+            dims = set(self.op(source).dims)
+            want = {a: d for a, d in chosen.items() if d in dims}
+            if slot in op.linear:
+                want |= dict.fromkeys(passing, PARTIAL)
+            inputs.append(self.redistribute(source, self.key(want)))
+        layout = {a: d if d in op.dims else PARTIAL for a, d in chosen.items()}
+        layout |= dict.fromkeys(passing, PARTIAL)
+        weight = {a: d for a, d in chosen.items() if d in op.weight}
+        self.put(
+            ShardedOp(
+                name=op.name,
+                kind=op.kind,
+                inputs=tuple(inputs),
+                dims=op.dims,
+                layout=self.key(layout),
+                op=op,
+                weight_layout=self.key(weight),
+                density=op.density,
+            )
+        )
+
+    def passing(self, op: Op, chosen: Mapping[str, str]) -> tuple[str, ...]:
+        """Axes on which every linear input is partial and the operator splits nothing."""
+        if not op.linear:
+            return ()
+        lies = [dict(self.op(op.inputs[slot]).layout) for slot in op.linear]
+        return tuple(
+            a
+            for a in self.mesh.axes
+            if a not in chosen and all(one.get(a) == PARTIAL for one in lies)
+        )
+
+    def redistribute(self, source: str, want: Layout) -> str:
+        """The name of a tensor equal to `source` that lies as `want`."""
+        have = self.op(source).layout
+        if have == want:
+            return source
+        if (source, want) in self.ready:
+            return self.ready[source, want]
+        name = source
+        for kind, axes, layout in _steps(dict(have), dict(want), self.mesh):
+            before = self.op(name)
+            after = self.key(layout)
+            if (source, after) in self.ready:
+                name = self.ready[source, after]
+                continue
+            name = self.put(
+                ShardedOp(
+                    name=f"{source}>{kind}.{len(self.out)}",
+                    kind=kind,
+                    inputs=(name,),
+                    dims=before.dims,
+                    layout=after,
+                    axes=axes,
+                    before=before.layout,
+                    density=before.density,
+                )
+            )
+            self.ready[source, after] = name
+        return name
+
+
+def _transition(have: str | None, want: str | None) -> str:
+    if have == PARTIAL:
+        return "all_reduce" if want is None else "reduce_scatter"
+    if have is None:
+        return "slice" if want != PARTIAL else "refused"
+    if want is None:
+        return "all_gather"
+    return "all_to_all" if want != PARTIAL else "refused"
+
+
+def _steps(
+    have: dict[str, str], want: dict[str, str], mesh: Mesh
+) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]:
+    """(kind, axes, layout after) of each redistribution, cheapest first.
+
+    Slices come first (less to move), then what reduces, exchanges and gathers. Axes that move
+    between the same pair of states, and reduce-scatters onto one dim, share a step.
+    """
+    through = _detour(have, want, mesh)
+    if through is not None:
+        yield from _steps(have, through, mesh)
+        yield from _steps(through, want, mesh)
+        return
+    moves: dict[tuple[str, str | None, str | None], list[str]] = {}
+    for axis in mesh.axes:
+        before, after = have.get(axis), want.get(axis)
+        if before != after:
+            kind = _transition(before, after)
+            if kind == "refused":
+                raise LayoutError(
+                    "a whole tensor cannot become a partial sum", got=f"axis={axis}, layout={have}"
+                )
+            pair = (None, None) if kind == "all_to_all" else (before, after)
+            moves.setdefault((kind, *pair), []).append(axis)
+    rank = ("slice", "reduce_scatter", "all_to_all", "all_reduce", "all_gather")
+    now = dict(have)
+    for (kind, _, _), axes in sorted(moves.items(), key=lambda item: rank.index(item[0][0])):
+        _check_nesting(now, want, axes, mesh)
+        for axis in axes:
+            if axis in want:
+                now[axis] = want[axis]
+            else:
+                now.pop(axis, None)
+        yield kind, tuple(axes), dict(now)
+
+
+def _detour(have: dict[str, str], want: dict[str, str], mesh: Mesh) -> dict[str, str] | None:
+    """A layout to pass through where a slice and an exchange would join one dim.
+
+    The slice would have to nest inside the exchange that has not happened yet, so the exchanged
+    axes are gathered first and all of them sliced together.
+    """
+    moved = [a for a in mesh.axes if have.get(a) != want.get(a)]
+    kinds = {a: _transition(have.get(a), want.get(a)) for a in moved}
+    sliced = {want[a] for a in moved if kinds[a] == "slice"}
+    mixed = [a for a in moved if kinds[a] == "all_to_all" and want[a] in sliced]
+    return {a: d for a, d in have.items() if a not in mixed} if mixed else None
+
+
+def _check_nesting(
+    now: Mapping[str, str], want: Mapping[str, str], axes: list[str], mesh: Mesh
+) -> None:
+    """Axes leave and join a dim at its minor end; `LayoutError` otherwise."""
+    place = mesh.axes.index
+    for state in (now, want):
+        for dim in {state[a] for a in axes if state.get(a, PARTIAL) != PARTIAL}:
+            moved = [place(a) for a in axes if state.get(a) == dim]
+            stays = [place(a) for a, d in now.items() if d == dim and a not in axes]
+            if stays and max(stays) > min(moved):
+                raise LayoutError(
+                    "axes that share a dim nest major to minor",
+                    got=f"dim={dim}, moving={axes}, layout={dict(now)}",
+                )
+
+
+def _wire(name: str, layout: Layout) -> ShardedBlock:
+    """A pipeline boundary: the hidden state leaves for, or comes from, the neighbouring stage."""
+    graph = nx.DiGraph()
+    entry = ShardedOp(name="x", kind="input", inputs=(), dims=tuple("BTH"), layout=layout)
+    wire = ShardedOp(
+        name=name, kind=name, inputs=("x",), dims=tuple("BTH"), layout=layout, before=layout
+    )
+    graph.add_node("x", op=entry)
+    graph.add_node(name, op=wire)
+    graph.add_edge("x", name, slot=0)
+    return ShardedBlock(name, graph, "x", name, ("x", name))
+
+
+def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:
+    stages, first = [], 0
+    layers = balanced_stages(graph.spec, par)
+    for index, count in enumerate(layers):
+        names = graph.layers[first : first + count]
+        counts = {name: names.count(name) for name in dict.fromkeys(names)}
+        counts |= {"embed": 1} if index == 0 else {"recv": 1}
+        counts |= {"head": 1} if index == par.pp - 1 else {"send": 1}
+        stages.append(Stage(index=index, first=first, last=first + count, counts=counts))
+        first += count
+    return tuple(stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def _blocks(
+    graph: ModelGraph, par: Parallelism
+) -> tuple[Mesh, Mapping[str, ShardedBlock]]:
+    """Every template sharded once; stages differ only in how often each runs."""
+    mesh = make_mesh(graph.spec, par)
+    blocks = {
+        name: _Sharder(block, mesh, par, graph).run() for name, block in graph.blocks.items()
+    }
+    lies = blocks["head"].op("x").layout
+    blocks |= {name: _wire(name, lies) for name in ("send", "recv")}
+    return mesh, MappingProxyType(blocks)
+
+
+def apply(graph: ModelGraph, par: Parallelism) -> ShardedGraph:
+    """The graph that each rank runs under `par`.
+
+    Raises `LayoutError` where a size does not divide or an axis has no home.
+    """
+    key = replace(par, pp=1, stage_layers=())
+    check_pipeline(graph.spec, par)
+    mesh, blocks = _blocks(graph, key)
+    return ShardedGraph(
+        model=graph, parallel=par, mesh=mesh, blocks=blocks, stages=_stages(graph, par)
+    )

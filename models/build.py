@@ -1,0 +1,303 @@
+"""From a `ModelSpec` to a `ModelGraph`: the decoder's templates in named dims.
+
+Formulas, one line an operator (weights in brackets):
+    q = x[H,K,G,D]   k = x[H,K,D]   v = x[H,K,D]          grouped-query attention
+    o = softmax(q k^T / sqrt(D)) v   y = o[K,G,D,H]
+    c = x[H,C]  r = x[H,R]  q_n = x'[Q,K,N]  q_r = x'[Q,K,R]     multi-head latent attention
+    prefill: k = c[C,K,N], v = c[C,K,D]; decode: q_c = q_n[C,K,N], o = o_c[C,K,D] (absorbed)
+    y = (silu(x[H,F]) * x[H,F]) [F,H]                     feed-forward network
+    g = topk(score(x[H,E]));  y = sum_E g_E ffn_E(x)      experts, dispatched and combined
+The KV cache is state: an operator of kind `cache` appends T new tokens and yields all S.
+Left out: multi-token-prediction layers (counted in the specification only), vision towers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import networkx as nx
+
+from shardplan.models.graph import Block, ModelGraph, Op, Phase, topological
+from shardplan.models.spec import ModelSpec
+
+__all__ = ["build_graph"]
+
+
+class _Template:
+    """Collects the operators of one block in computing order."""
+
+    def __init__(self, name: str, entry_dims: tuple[str, ...]) -> None:
+        self.name = name
+        self.graph = nx.DiGraph()
+        self.last = self.add("x", "input", "input", (), entry_dims)
+
+    def add(
+        self,
+        name: str,
+        kind: str,
+        role: str,
+        inputs: tuple[str, ...],
+        dims: tuple[str, ...] | str,
+        **more: Any,
+    ) -> str:
+        """Add one operator and its edges; returns its name. Dims may be given as one word."""
+        for key in ("contract", "whole", "weight"):
+            if isinstance(more.get(key), str):
+                more[key] = tuple(more[key])
+        if more.get("weight") and "param" not in more:
+            more["param"] = name
+        op = Op(name=name, kind=kind, role=role, inputs=inputs, dims=tuple(dims), **more)  # type: ignore[arg-type]  # roles are literals at every call
+        self.graph.add_node(name, op=op)
+        for slot, source in enumerate(inputs):
+            self.graph.add_edge(source, name, slot=slot)
+        return name
+
+    def linear(self, name: str, role: str, source: str, dims: str, weight: str, **more: Any) -> str:
+        """A matrix product of `source` with a weight; contracts what the output drops."""
+        before = self.graph.nodes[source]["op"].dims
+        contract = "".join(d for d in weight if d in before and d not in dims)
+        more.setdefault("weight_class", "linear")
+        return self.add(
+            name, "matmul", role, (source,), dims, weight=weight, contract=contract, **more
+        )
+
+    def norm(self, name: str, role: str, source: str, over: str, **more: Any) -> str:
+        """A root-mean-square norm over the dims `over`."""
+        dims = self.graph.nodes[source]["op"].dims
+        return self.add(
+            name,
+            "rmsnorm",
+            role,
+            (source,),
+            dims,
+            whole=over,
+            weight=over,
+            weight_class="small",
+            **more,
+        )
+
+    def bias(self, role: str, source: str) -> str:
+        """A bias added to the output of `source`, one element per output feature."""
+        dims = self.graph.nodes[source]["op"].dims
+        features = "".join(d for d in dims if d not in "BTS")
+        return self.add(
+            f"{source}_bias", "bias", role, (source,), dims, weight=features, weight_class="small"
+        )
+
+    def block(self, exit_name: str) -> Block:
+        """The finished template."""
+        return Block(self.name, self.graph, "x", exit_name, topological(self.graph))
+
+
+def _normed_heads(block: _Template, spec: ModelSpec, name: str, source: str, role: str) -> str:
+    """Query or key norm: per head, over all heads, or none."""
+    if spec.qk_norm == "none":
+        return source
+    if spec.qk_norm == "head":
+        return block.norm(name, role, source, "D")
+    dims = "".join(block.graph.nodes[source]["op"].dims)
+    heads = "".join(d for d in dims if d not in "BT")
+    stat = block.add(f"{name}_stat", "sumsq", "stat", (source,), "BT", contract=heads)
+    return block.add(
+        name, "scale", role, (source, stat), dims, weight=heads, weight_class="small"
+    )
+
+
+def _gqa(block: _Template, spec: ModelSpec, source: str, window: bool) -> str:
+    q = block.linear("q", "heads", source, "BTKGD", "HKGD", fuse="qkv")
+    k = block.linear("k", "kv_heads", source, "BTKD", "HKD", fuse="qkv")
+    v = block.linear("v", "kv_heads", source, "BTKD", "HKD", fuse="qkv")
+    if spec.qkv_bias:
+        q, k, v = block.bias("heads", q), block.bias("kv_heads", k), block.bias("kv_heads", v)
+    q = _normed_heads(block, spec, "q_norm", q, "heads")
+    k = _normed_heads(block, spec, "k_norm", k, "kv_heads")
+    q = block.add("q_rope", "rope", "heads", (q,), "BTKGD", whole="D")
+    k = block.add("k_rope", "rope", "kv_heads", (k,), "BTKD", whole="D")
+    keys = block.add("k_cache", "cache", "kv_heads", (k,), "BSKD", whole="T", state="k")
+    values = block.add("v_cache", "cache", "kv_heads", (v,), "BSKD", whole="T", state="v")
+    attrs = MappingProxyType({"window": float(spec.sliding_window or 0) if window else 0.0})
+    out = block.add(
+        "attention", "attention", "heads", (q, keys, values), "BTKGD", whole="TSD", attrs=attrs
+    )
+    return block.linear("o", "heads", out, "BTH", "KGDH")
+
+
+def _mla(block: _Template, spec: ModelSpec, source: str, phase: Phase) -> str:
+    mla = spec.mla
+    query, reads = source, "H"
+    if mla is not None and mla.q_lora_rank is not None:
+        down = block.linear("q_a", "latent", source, "BTQ", "HQ", fuse="qkv_a")
+        query, reads = block.norm("q_a_norm", "latent", down, "Q"), "Q"
+    qn = block.linear("q_nope", "heads", query, "BTKN", reads + "KN", fuse="q_b")
+    qr = block.linear("q_pe", "heads", query, "BTKR", reads + "KR", fuse="q_b")
+    c = block.linear("kv_a", "latent", source, "BTC", "HC", fuse="qkv_a")
+    c = block.norm("kv_a_norm", "latent", c, "C")
+    r = block.linear("k_pe", "latent", source, "BTR", "HR", fuse="qkv_a")
+    qr = block.add("q_pe_rope", "rope", "heads", (qr,), "BTKR", whole="R")
+    r = block.add("k_pe_rope", "rope", "latent", (r,), "BTR", whole="R")
+    latent = block.add("latent_cache", "cache", "latent", (c,), "BSC", whole="T", state="latent")
+    rotary = block.add("rotary_cache", "cache", "latent", (r,), "BSR", whole="T", state="rotary")
+    absorbed = {"weight_class": "absorbed"}
+    if phase == "prefill":
+        keys = block.linear("k_up", "heads", latent, "BSKN", "CKN", fuse="kv_b", **absorbed)
+        values = block.linear("v_up", "heads", latent, "BSKD", "CKD", fuse="kv_b", **absorbed)
+        inputs = (qn, qr, keys, rotary, values)
+        out = block.add("attention", "mla_attention", "heads", inputs, "BTKD", whole="TSNRD")
+    else:
+        ql = block.linear("q_absorb", "heads", qn, "BTKC", "CKN", param="k_up", **absorbed)
+        inputs = (ql, qr, latent, rotary)
+        ol = block.add("attention", "mla_absorbed", "heads", inputs, "BTKC", whole="TSCR")
+        out = block.linear("o_absorb", "heads", ol, "BTKD", "CKD", param="v_up", **absorbed)
+    return block.linear("o", "heads", out, "BTH", "KDH")
+
+
+def _ffn(block: _Template, source: str, *, role: str, prefix: str, width: str, bias: bool) -> str:
+    """A gated feed-forward network of width dim `width`."""
+    fuse = f"{prefix}gate_up"
+    gate = block.linear(f"{prefix}gate", role, source, f"BT{width}", f"H{width}", fuse=fuse)
+    up = block.linear(f"{prefix}up", role, source, f"BT{width}", f"H{width}", fuse=fuse)
+    if bias:
+        gate, up = block.bias(role, gate), block.bias(role, up)
+    act = block.add(f"{prefix}act", "swiglu", role, (gate, up), f"BT{width}")
+    return block.linear(f"{prefix}down", role, act, "BTH", f"{width}H")
+
+
+def _experts(block: _Template, spec: ModelSpec, source: str) -> str:
+    moe = spec.moe
+    if moe is None:
+        return source
+    density = moe.experts_per_token / moe.experts
+    attrs = MappingProxyType(
+        {
+            "topk": float(moe.experts_per_token),
+            "softmax": float(moe.scoring == "softmax"),
+            "normalise": float(moe.normalise_topk),
+            "groups": float(moe.expert_groups),
+        }
+    )
+    scores = block.linear("router", "router", source, "BTE", "HE", weight_class="small")
+    bias = {"weight": "E", "weight_class": "small"} if moe.router_bias else {}
+    gates = block.add(
+        "topk", "topk", "router", (scores,), "BTE", whole="E", attrs=attrs, **bias
+    )
+    sent = block.add("dispatch", "dispatch", "dispatch", (source, gates), "EBTH", density=density)
+    more = {"weight_class": "expert", "density": density, "attrs": attrs}
+    gate = block.linear("e_gate", "expert", sent, "EBTI", "EHI", fuse="e_gate_up", **more)
+    up = block.linear("e_up", "expert", sent, "EBTI", "EHI", fuse="e_gate_up", **more)
+    act = block.add("e_act", "swiglu", "expert", (gate, up), "EBTI", density=density)
+    down = block.linear("e_down", "expert", act, "EBTH", "EIH", **more)
+    routed = block.add(
+        "combine", "combine", "combine", (down, gates), "BTH", contract="E", linear=(0,)
+    )
+    if not moe.shared_ffn:
+        return routed
+    shared = _ffn(block, source, role="shared", prefix="s_", width="X", bias=False)
+    if moe.shared_gate:
+        gate = block.linear("s_switch", "router", source, "BTL", "HL", weight_class="small")
+        shared = block.add("s_gated", "gate", "token", (shared, gate), "BTH", linear=(0,))
+    return block.add("moe_sum", "add", "moe_sum", (routed, shared), "BTH", linear=(0, 1))
+
+
+def _layer(spec: ModelSpec, name: str, phase: Phase) -> Block:
+    block = _Template(name, tuple("BTH"))
+    normed = block.norm("norm1", "token", "x", "H")
+    window = name.startswith("sliding_")
+    mixed = _mla(block, spec, normed, phase) if spec.mla else _gqa(block, spec, normed, window)
+    if spec.o_bias:
+        mixed = block.bias("token", mixed)
+    if spec.sandwich_norms:
+        mixed = block.norm("norm1_post", "token", mixed, "H")
+    first = block.add("add1", "add", "token", ("x", mixed), "BTH", linear=(0, 1))
+    normed = block.norm("norm2", "token", first, "H")
+    if name.endswith("moe"):
+        fed = _experts(block, spec, normed)
+    else:
+        fed = _ffn(block, normed, role="ffn", prefix="", width="F", bias=spec.mlp_bias)
+    if spec.mlp_bias and not name.endswith("moe"):
+        fed = block.bias("token", fed)
+    if spec.sandwich_norms:
+        fed = block.norm("norm2_post", "token", fed, "H")
+    return block.block(block.add("add2", "add", "token", (first, fed), "BTH", linear=(0, 1)))
+
+
+def _embed() -> Block:
+    block = _Template("embed", tuple("BT"))
+    return block.block(
+        block.add(
+            "embedding",
+            "embedding",
+            "embedding",
+            ("x",),
+            "BTH",
+            contract="V",
+            weight="VH",
+            weight_class="embedding",
+        )
+    )
+
+
+def _head(phase: Phase, tied: bool) -> Block:
+    block = _Template("head", tuple("BTH"))
+    source = block.norm("final_norm", "token", "x", "H")
+    if phase == "prefill":
+        source = block.add("select", "select", "select", (source,), "BLH", whole="T")
+    dims = "BLV" if phase == "prefill" else "BTV"
+    more = {"param": "embedding"} if tied else {}
+    head = block.linear(
+        "lm_head", "head", source, dims, "VH" if tied else "HV", weight_class="embedding", **more
+    )
+    return block.block(head)
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    """Elements of the fixed dims."""
+    sizes = {"H": spec.hidden, "V": spec.vocab, "K": spec.kv_heads, "D": spec.head_dim}
+    sizes |= {"G": spec.queries_per_kv, "F": spec.ffn, "L": 1}
+    if spec.mla is not None:
+        mla = spec.mla
+        sizes |= {"K": spec.heads, "C": mla.kv_lora_rank, "N": mla.qk_nope_head_dim}
+        sizes |= {"R": mla.qk_rope_head_dim, "D": mla.v_head_dim}
+        if mla.q_lora_rank is not None:
+            sizes["Q"] = mla.q_lora_rank
+        del sizes["G"]
+    if spec.moe is not None:
+        sizes |= {"E": spec.moe.experts, "I": spec.moe.ffn}
+        if spec.moe.shared_ffn:
+            sizes["X"] = spec.moe.shared_ffn
+    return sizes
+
+
+def _layer_names(spec: ModelSpec) -> tuple[str, ...]:
+    """Template of each layer: dense prefix first; sliding layers spread evenly among full ones."""
+    names = []
+    for layer in range(spec.layers):
+        kind = "dense" if layer < spec.dense_layers else "moe"
+        before = layer * spec.sliding_layers // spec.layers
+        after = (layer + 1) * spec.sliding_layers // spec.layers
+        names.append(f"sliding_{kind}" if after > before else kind)
+    return tuple(names)
+
+
+@functools.lru_cache(maxsize=64)
+def build_graph(spec: ModelSpec, phase: Phase) -> ModelGraph:
+    """The folded graph of `spec` in `phase`.
+
+    Prefill takes T new tokens a sequence and yields the logits of the last one; decode takes T
+    tokens (one, or more with speculation) against a cache of S and yields the logits of each.
+    """
+    layers = _layer_names(spec)
+    blocks: Mapping[str, Block] = {
+        "embed": _embed(),
+        **{name: _layer(spec, name, phase) for name in dict.fromkeys(layers)},
+        "head": _head(phase, spec.tied_embeddings),
+    }
+    return ModelGraph(
+        spec=spec,
+        phase=phase,
+        sizes=MappingProxyType(_sizes(spec)),
+        blocks=MappingProxyType(dict(blocks)),
+        layers=layers,
+    )

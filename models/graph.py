@@ -1,0 +1,173 @@
+"""The model graph: operators with named dims, repeated layers folded to one template each.
+
+A `Block` is a template layer: a networkx DiGraph whose nodes carry an `Op` (attribute `op`) and
+whose edges carry the consumer's input position (attribute `slot`). A `ModelGraph` is the sequence
+embed, layer, layer, ..., head, where each layer names its template, so that an 80-layer model
+holds four small graphs. Sizes of named dims live once, in `ModelGraph.sizes`; B (batch), T (new
+tokens a sequence) and S (context) stay free, so a change of batch or length rebuilds nothing.
+
+Every named dim is one letter, so that an operator's arithmetic is an einsum over its dims:
+B T S H K G D F V E I X Q C N R as in `shardplan.models.spec`, and L, of size 1 (the one token whose
+logits are wanted).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import networkx as nx
+
+from shardplan.models.errors import InputError
+from shardplan.models.spec import ModelSpec
+
+__all__ = ["FREE_DIMS", "Block", "ModelGraph", "Op", "Phase", "Role", "WeightClass", "topological"]
+
+Phase = Literal["prefill", "decode"]
+Role = Literal[
+    "input",
+    "embedding",
+    "token",
+    "heads",
+    "kv_heads",
+    "latent",
+    "ffn",
+    "router",
+    "dispatch",
+    "expert",
+    "combine",
+    "moe_sum",
+    "shared",
+    "head",
+    "select",
+    "stat",
+]
+WeightClass = Literal["none", "linear", "expert", "absorbed", "embedding", "small"]
+"""What a parameter is to quantization: linear and expert weights may be quantized; the latent
+up-projections of MLA (absorbed into decode), embeddings, routers, norms and biases stay whole."""
+FREE_DIMS = ("B", "T", "S")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """One operator with one output.
+
+    `dims` are the output's named dims in order; `contract` the dims it sums over; `whole` the
+    dims that no axis may split. `weight` are the dims of its parameter, named `param`.
+    """
+
+    name: str
+    kind: str
+    role: Role
+    inputs: tuple[str, ...]
+    dims: tuple[str, ...]
+    contract: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    weight: tuple[str, ...] = ()
+    param: str = ""
+    weight_class: WeightClass = "none"
+    fuse: str = ""
+    """Operators of one block that share this label and their first input run as one kernel."""
+    linear: tuple[int, ...] = ()
+    """Inputs through which a partial sum may pass unreduced (all of them together)."""
+    state: str = ""
+    """Name of the cache it appends to and reads."""
+    density: float = 1.0
+    """Share of the output's elements that carry data (routed tokens: topk / experts)."""
+    attrs: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A template layer: its operators and the names of its input and output."""
+
+    name: str
+    graph: nx.DiGraph
+    entry: str
+    exit: str
+    order: tuple[str, ...]
+    """Operator names in the order the model computes them."""
+
+    def op(self, name: str) -> Op:
+        """The operator of that name."""
+        op: Op = self.graph.nodes[name]["op"]
+        return op
+
+    def ops(self) -> Iterator[Op]:
+        """Operators in computing order."""
+        for name in self.order:
+            yield self.op(name)
+
+
+def topological(graph: nx.DiGraph) -> tuple[str, ...]:
+    """Node names, inputs first; the order of insertion decides between equals."""
+    position = {name: index for index, name in enumerate(graph)}
+    return tuple(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ModelGraph:
+    """A whole model in one phase, folded."""
+
+    spec: ModelSpec
+    phase: Phase
+    sizes: Mapping[str, int]
+    """Elements of every fixed dim."""
+    blocks: Mapping[str, Block]
+    """Templates by name; `embed` and `head` are used once."""
+    layers: tuple[str, ...]
+    """Template of each layer, first to last."""
+
+    def size(self, dims: tuple[str, ...], free: Mapping[str, int] | None = None) -> int:
+        """Elements of a tensor with these dims; free dims are looked up in `free`."""
+        given = free or {}
+        try:
+            return math.prod(self.sizes[d] if d in self.sizes else given[d] for d in dims)
+        except KeyError as error:
+            raise InputError(
+                "a named dim has no size", got=f"dim={error.args[0]}, dims={dims}"
+            ) from None
+
+    def sequence(self) -> Iterator[tuple[str, int]]:
+        """(template, layer) in computing order; layer is -1 for embed and head."""
+        yield "embed", -1
+        for layer, name in enumerate(self.layers):
+            yield name, layer
+        yield "head", -1
+
+    def parameters(self) -> int:
+        """Parameter elements of the whole model, tied embeddings counted once."""
+        total = 0
+        for name, _ in self.sequence():
+            total += sum(self.size(op.weight) for op in self.blocks[name].ops() if op.weight)
+        if self.spec.tied_embeddings:
+            total -= self.size(("V", "H"))
+        return total
+
+    def kv_elements_per_token(self) -> int:
+        """Cache elements that one token adds over all layers."""
+        return sum(
+            self.size(tuple(d for d in op.dims if d not in FREE_DIMS))
+            for name, _ in self.sequence()
+            for op in self.blocks[name].ops()
+            if op.state
+        )
+
+    def unfolded(self) -> nx.DiGraph:
+        """Every operator of every layer in one DiGraph; node names are `template.layer/op`."""
+        whole = nx.DiGraph()
+        previous = ""
+        for name, layer in self.sequence():
+            block = self.blocks[name]
+            prefix = f"{name}.{layer}/" if layer >= 0 else f"{name}/"
+            for op in block.ops():
+                whole.add_node(prefix + op.name, op=op, layer=layer, block=name)
+            for source, target, data in block.graph.edges(data=True):
+                whole.add_edge(prefix + source, prefix + target, **data)
+            if previous:
+                whole.add_edge(previous, prefix + block.entry, slot=0)
+            previous = prefix + block.exit
+        return whole

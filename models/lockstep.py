@@ -1,0 +1,272 @@
+"""The numeric executor: every rank of an applied graph, in lock step, in numpy float64.
+
+A tensor is one array [*mesh, *local dims], so one operator runs on all ranks at once and a
+collective is an operation over the leading axes. Pipeline stages run one after another and hand
+the hidden state over through a mailbox that only `send` fills and only `recv` empties. KV caches
+are per-rank state: appended by `cache` operators, cleared by `reset`.
+
+The executor also writes down what it did (`log`): each collective with the elements that it
+really moved, so that the cost model's prediction can be held against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shardplan.models.apply import ShardedGraph, ShardedOp, Stage
+from shardplan.models.errors import ProofError
+from shardplan.models.kernels import KERNELS, Call
+from shardplan.models.parallel import Mesh
+from shardplan.models.weights import Array, Weight, local_weight, param_key, place
+
+__all__ = ["Communication", "LockStep"]
+
+
+@dataclass(frozen=True, slots=True)
+class Communication:
+    """One collective as it happened: elements of the full tensor of its group, on one rank."""
+
+    stage: int
+    block: str
+    kind: str
+    axes: tuple[str, ...]
+    ranks: int
+    elements: int
+
+
+@dataclass(slots=True)
+class LockStep:
+    """Runs the prefill and decode graphs of one plan on one set of weights.
+
+    `weights` are whole; each stage cuts what it owns on first use. Batch and token counts must
+    divide by the axes that split them.
+    """
+
+    prefill_graph: ShardedGraph
+    decode_graph: ShardedGraph
+    weights: Mapping[str, Weight]
+    log: list[Communication] = field(default_factory=list)
+    weight_bytes: dict[int, int] = field(default_factory=dict)
+    """Bytes of weights that one rank of each stage holds."""
+    _cache: dict[tuple[int, str], Array] = field(default_factory=dict)
+    _mail: dict[int, Array] = field(default_factory=dict)
+    _local: dict[tuple[int, str, int, str], Array] = field(default_factory=dict)
+    _counted: set[tuple[int, str]] = field(default_factory=set)
+
+    def prefill(self, ids: np.ndarray) -> Array:
+        """Logits of the last token, [B, 1, V]; `ids` [B, T] are new tokens of each sequence."""
+        return self._run(self.prefill_graph, ids)
+
+    def decode(self, ids: np.ndarray) -> Array:
+        """Logits of each given token, [B, T, V], against the cache."""
+        return self._run(self.decode_graph, ids)
+
+    def reset(self) -> None:
+        """Forget every cached token."""
+        self._cache.clear()
+
+    def cached_elements(self, stage: Stage) -> int:
+        """KV elements that one rank of a stage holds now."""
+        graph = self.decode_graph
+        return sum(
+            array.size // graph.mesh.ranks
+            for (layer, _), array in self._cache.items()
+            if stage.first <= layer < stage.last
+        )
+
+    def _run(self, graph: ShardedGraph, ids: np.ndarray) -> Array:
+        past = self._past()
+        out: Array | None = None
+        for stage in graph.stages:
+            out = self._run_stage(graph, stage, ids, past)
+        if out is None:
+            raise ProofError("a plan has at least one stage")
+        head = graph.blocks["head"]
+        return unplace(out, head.op(head.exit), graph.mesh)
+
+    def _past(self) -> int:
+        for array in self._cache.values():
+            return int(array.shape[len(self.decode_graph.mesh.shape) + 1])
+        return 0
+
+    def _run_stage(self, graph: ShardedGraph, stage: Stage, ids: np.ndarray, past: int) -> Array:
+        mesh = graph.mesh
+        value = place(ids, ("B", "T"), graph.blocks["embed"].op("x").layout, mesh)
+        for name, layer in graph.sequence(stage):
+            value = self._run_block(graph, stage, name, layer, value, past)
+        return value
+
+    def _run_block(
+        self, graph: ShardedGraph, stage: Stage, name: str, layer: int, value: Array, past: int
+    ) -> Array:
+        block = graph.blocks[name]
+        values: dict[str, Array] = {}
+        for node in block.ops():
+            inputs = tuple(values[source] for source in node.inputs)
+            if node.kind == "input":
+                values[node.name] = value
+            elif node.kind in ("send", "recv"):
+                values[node.name] = self._hand_over(node, stage, graph, inputs[0])
+            elif node.op is None or node.axes:
+                values[node.name] = self._communicate(node, graph, stage, name, inputs[0])
+            else:
+                dims = tuple(block.op(source).dims for source in node.inputs)
+                values[node.name] = self._compute(
+                    node, graph, stage, layer, (inputs, dims), past
+                )
+        return values[block.exit]
+
+    def _hand_over(self, node: ShardedOp, stage: Stage, graph: ShardedGraph, x: Array) -> Array:
+        if node.kind == "recv":
+            if stage.index not in self._mail:
+                raise ProofError("a stage received nothing", got=f"stage={stage.index}")
+            return self._mail.pop(stage.index)
+        self._mail[stage.index + 1] = x
+        elements = x.size // graph.mesh.ranks
+        self.log.append(Communication(stage.index, "send", "send", ("pp",), 2, elements))
+        return x
+
+    def _communicate(
+        self, node: ShardedOp, graph: ShardedGraph, stage: Stage, block: str, x: Array
+    ) -> Array:
+        out = MOVES[node.kind](node, x, graph.mesh)
+        if node.kind != "slice":
+            ranks = graph.mesh.size(node.axes)
+            local = {"all_gather": out.size, "all_to_all": x.size * ranks}.get(node.kind, x.size)
+            elements = round(local // graph.mesh.ranks * node.density)
+            self.log.append(
+                Communication(stage.index, block, node.kind, node.axes, ranks, elements)
+            )
+        return out
+
+    def _compute(
+        self,
+        node: ShardedOp,
+        graph: ShardedGraph,
+        stage: Stage,
+        layer: int,
+        given: tuple[tuple[Array, ...], tuple[tuple[str, ...], ...]],
+        past: int,
+    ) -> Array:
+        op = node.op
+        if op is None:
+            raise ProofError("an operator lost its definition", got=node.name)
+        call = Call(
+            node=node,
+            op=op,
+            graph=graph.model,
+            mesh=graph.mesh,
+            inputs=given[0],
+            input_dims=given[1],
+            weight=self._weight(node, graph, stage, layer),
+            past=past,
+            held=self._cache.get((layer, op.state)),
+        )
+        try:
+            out = KERNELS[op.kind](call)
+        except ValueError as error:
+            raise ProofError(
+                "an operator cannot run on the shards it is given", got=f"{node.name}: {error}"
+            ) from error
+        if op.state:
+            self._cache[layer, op.state] = out
+        return out
+
+    def _weight(
+        self, node: ShardedOp, graph: ShardedGraph, stage: Stage, layer: int
+    ) -> Array | None:
+        op = node.op
+        if op is None or not op.weight:
+            return None
+        key = (stage.index, op.param, layer, graph.model.phase)
+        if key not in self._local:
+            name = param_key(op, layer)
+            array, stored = local_weight(self.weights[name], node.weight_layout, graph.mesh)
+            self._local[key] = array
+            if (stage.index, name) not in self._counted:
+                self._counted.add((stage.index, name))
+                self.weight_bytes[stage.index] = self.weight_bytes.get(stage.index, 0) + stored
+        return self._local[key]
+
+
+def _sub(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(mesh.axes.index(a) for a in axes)
+
+
+def _all_reduce(node: ShardedOp, x: Array, mesh: Mesh) -> Array:
+    total = x.sum(axis=_sub(mesh, node.axes), keepdims=True)
+    return np.broadcast_to(total, x.shape)
+
+
+def _slice(node: ShardedOp, x: Array, mesh: Mesh) -> Array:
+    """Each rank keeps its part of the dims that `node.axes` come to split, major first."""
+    after = dict(node.layout)
+    for axis in node.axes:
+        x = _keep_own(x, mesh.axes.index(axis), _position(node, after[axis], mesh))
+    return x
+
+
+def _position(node: ShardedOp, dim: str, mesh: Mesh) -> int:
+    return len(mesh.shape) + node.dims.index(dim)
+
+
+def _keep_own(x: Array, lead: int, where: int) -> Array:
+    """Part i of axis `where` for the ranks at coordinate i of leading axis `lead`."""
+    ways = x.shape[lead]
+    if x.shape[where] % ways:
+        raise ProofError("a sliced dim must divide", got=f"size={x.shape[where]}, ways={ways}")
+    parts = x.reshape([*x.shape[:where], ways, x.shape[where] // ways, *x.shape[where + 1 :]])
+    own = np.diagonal(parts, axis1=lead, axis2=where)
+    return np.moveaxis(own, -1, lead)
+
+
+def _spread(x: Array, lead: int, where: int) -> Array:
+    """Leading axis `lead` gathered into axis `where` (as its minor-most part's parent)."""
+    ways = x.shape[lead]
+    moved = np.moveaxis(x, lead, where - 1)
+    shape = [*moved.shape[: where - 1], ways * moved.shape[where], *moved.shape[where + 1 :]]
+    whole = np.expand_dims(moved.reshape(shape), lead)
+    target = list(whole.shape)
+    target[lead] = ways
+    return np.broadcast_to(whole, target)
+
+
+def _all_gather(node: ShardedOp, x: Array, mesh: Mesh) -> Array:
+    before = dict(node.before)
+    for axis in reversed(node.axes):
+        x = _spread(x, mesh.axes.index(axis), _position(node, before[axis], mesh))
+    return x
+
+
+def _reduce_scatter(node: ShardedOp, x: Array, mesh: Mesh) -> Array:
+    return _slice(node, _all_reduce(node, x, mesh), mesh)
+
+
+def _all_to_all(node: ShardedOp, x: Array, mesh: Mesh) -> Array:
+    return _slice(node, _all_gather(node, x, mesh), mesh)
+
+
+MOVES: Mapping[str, Callable[[ShardedOp, Array, Mesh], Array]] = {
+    "all_reduce": _all_reduce,
+    "reduce_scatter": _reduce_scatter,
+    "all_gather": _all_gather,
+    "all_to_all": _all_to_all,
+    "slice": _slice,
+}
+
+
+def unplace(x: Array, node: ShardedOp, mesh: Mesh) -> Array:
+    """The whole tensor from its shards; replicas must agree."""
+    layout = dict(node.layout)
+    for axis in reversed(mesh.axes):
+        lead = mesh.axes.index(axis)
+        if axis in layout:
+            x = _spread(x, lead, _position(node, layout[axis], mesh))
+    first = x[(0,) * len(mesh.shape)]
+    spread = float(np.abs(x - first).max()) if x.size else 0.0
+    if not spread <= 1e-9 * max(1.0, float(np.abs(first).max())):
+        raise ProofError("replicas of the output disagree", got=f"largest difference {spread:.3g}")
+    return np.asarray(first)

@@ -1,0 +1,284 @@
+"""How a model is split: axis sizes, the mesh they form, and the one table from role to dims.
+
+A `Parallelism` names axis sizes; a `Mesh` factors them into sub-axes, major to minor:
+
+    dp = dp0 * dp1            dp1: the data-parallel ranks that share experts
+    tp = tp0 * tp1 * tp2      cut where kv heads run out and where experts run out
+
+so that "K on the first part of tp, G on the rest" (tensor parallelism beyond the kv heads) and
+"E on dp1 and part of tp, I on the rest of tp" (expert parallelism) are plain assignments
+{sub-axis: dim}. `assignment` is the whole strategy of an operator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from shardplan.models.errors import LayoutError
+from shardplan.models.graph import Op, Phase
+from shardplan.models.spec import ModelSpec
+
+__all__ = [
+    "Exchange",
+    "Mesh",
+    "Parallelism",
+    "assignment",
+    "balanced_stages",
+    "carry",
+    "check_pipeline",
+    "make_mesh",
+]
+
+Exchange = Literal["allgather", "alltoall"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallelism:
+    """Axis sizes of one deployment; tp * pp * dp * cp ranks.
+
+    dp: attention data-parallel groups. ep: ranks that share the experts, 1 = experts split by tp
+    within each dp group. sp: tokens split over tp between the matrix products.
+    stage_layers: layers of each pipeline stage; empty means balanced.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+    sp: bool = False
+    exchange: Exchange = "allgather"
+    """How tokens reach experts of other dp groups: gathered everywhere, or sent where needed."""
+    stage_layers: tuple[int, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the deployment."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    def describe(self) -> str:
+        """A short name: `tp4 pp2 dp1 ep1`."""
+        words = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]
+        if self.ep > 1:
+            words.append(f"ep{self.ep}")
+        if self.cp > 1:
+            words.append(f"cp{self.cp}")
+        if self.sp:
+            words.append("sp")
+        if self.ep > 1 and self.exchange == "alltoall":
+            words.append("a2a")
+        return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Sub-axes of one pipeline stage, major to minor, and which logical group each serves."""
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    groups: dict[str, tuple[str, ...]]
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of one stage."""
+        return math.prod(self.shape)
+
+    def size(self, axes: tuple[str, ...]) -> int:
+        """Ranks that one group over these sub-axes joins."""
+        return math.prod(self.shape[self.axes.index(a)] for a in axes)
+
+    def stride(self, axes: tuple[str, ...]) -> int:
+        """Distance in ranks between neighbours of a group over these sub-axes."""
+        last = max(self.axes.index(a) for a in axes)
+        return math.prod(self.shape[last + 1 :])
+
+
+def _divides(rule: str, small: int, large: int, small_name: str, large_name: str) -> None:
+    if small < 1 or large % small:
+        tries = [str(d) for d in range(1, large + 1) if large % d == 0][:12]
+        raise LayoutError(
+            rule, got=f"{small_name}={small}, {large_name}={large}", hint="try " + ", ".join(tries)
+        )
+
+
+def _check_sizes(spec: ModelSpec, par: Parallelism) -> None:
+    for name in ("tp", "pp", "dp", "ep", "cp"):
+        if getattr(par, name) < 1:
+            raise LayoutError("an axis size is 1 or more", got=f"{name}={getattr(par, name)}")
+    if par.cp > 1:
+        raise LayoutError(
+            "context parallelism cannot be applied to this graph", got=f"cp={par.cp}", hint="use 1"
+        )
+    _divides("tp must divide num_attention_heads", par.tp, spec.heads, "tp", "heads")
+    _divides("tp must divide vocab_size", par.tp, spec.vocab, "tp", "vocab_size")
+    if spec.dense_layers:
+        _divides("tp must divide intermediate_size", par.tp, spec.ffn, "tp", "intermediate_size")
+    _check_experts(spec, par)
+
+
+def check_pipeline(spec: ModelSpec, par: Parallelism) -> None:
+    """`LayoutError` unless every stage gets at least one layer and all layers a stage."""
+    if par.pp > spec.layers:
+        raise LayoutError(
+            "a pipeline stage holds at least one layer",
+            got=f"pp={par.pp}, layers={spec.layers}",
+            hint=f"try pp of at most {spec.layers}",
+        )
+    if par.stage_layers and (
+        len(par.stage_layers) != par.pp
+        or sum(par.stage_layers) != spec.layers
+        or min(par.stage_layers) < 1
+    ):
+        raise LayoutError(
+            "stage_layers holds one positive count a stage and sums to the layers",
+            got=f"stage_layers={par.stage_layers}, pp={par.pp}, layers={spec.layers}",
+        )
+
+
+def _check_experts(spec: ModelSpec, par: Parallelism) -> None:
+    if spec.moe is None:
+        if par.ep > 1:
+            raise LayoutError(
+                "expert parallelism needs a model with experts",
+                got=f"ep={par.ep}, model={spec.name}",
+                hint="use ep=1",
+            )
+        return
+    _divides("ep must divide the number of experts", par.ep, spec.moe.experts, "ep", "experts")
+    if par.ep > par.tp:
+        if par.ep % par.tp or par.dp % (par.ep // par.tp):
+            raise LayoutError(
+                "ep above tp takes whole tp groups of a stage: tp divides ep and ep divides tp*dp",
+                got=f"ep={par.ep}, tp={par.tp}, dp={par.dp}",
+                hint=f"try ep={par.tp} or ep={par.tp * par.dp}",
+            )
+    else:
+        _divides("ep up to tp must divide tp", par.ep, par.tp, "ep", "tp")
+    split = par.tp // min(par.ep, par.tp)
+    _divides("tp/ep must divide the expert width", split, spec.moe.ffn, "tp/ep", "expert width")
+    if spec.moe.shared_ffn:
+        _divides(
+            "tp must divide the shared experts' width",
+            par.tp,
+            spec.moe.shared_ffn,
+            "tp",
+            "shared width",
+        )
+
+
+def _kv_split(spec: ModelSpec, tp: int) -> int:
+    """How many ways tp splits the kv heads; the rest of tp splits the queries of each."""
+    if spec.mla is not None:
+        return tp
+    ways = math.gcd(tp, spec.kv_heads)
+    if spec.queries_per_kv % (tp // ways):
+        raise LayoutError(
+            "tp beyond the kv heads must split the queries of each kv head evenly",
+            got=f"tp={tp}, kv_heads={spec.kv_heads}, queries per kv head={spec.queries_per_kv}",
+        )
+    return ways
+
+
+def make_mesh(spec: ModelSpec, par: Parallelism) -> Mesh:
+    """The mesh of one stage. `LayoutError` names the rule that a size breaks."""
+    _check_sizes(spec, par)
+    kv, ep = _kv_split(spec, par.tp), min(par.ep, par.tp) if spec.moe else par.tp
+    low, high = sorted((kv, ep))
+    if high % low or par.tp % high:
+        raise LayoutError(
+            "tp must factor through both the kv heads and the expert groups",
+            got=f"tp={par.tp}, kv split={kv}, expert split={ep}",
+        )
+    dp1 = max(par.ep // par.tp, 1) if spec.moe else 1
+    shape = {
+        "dp0": par.dp // dp1,
+        "dp1": dp1,
+        "tp0": low,
+        "tp1": high // low,
+        "tp2": par.tp // high,
+    }
+    axes = tuple(name for name, size in shape.items() if size > 1)
+
+    def live(*names: str) -> tuple[str, ...]:
+        return tuple(n for n in names if n in axes)
+
+    cut = {low: ("tp0",), high: ("tp0", "tp1"), par.tp: ("tp0", "tp1", "tp2")}
+    groups = {
+        "dp": live("dp0", "dp1"),
+        "dp0": live("dp0"),
+        "dp1": live("dp1"),
+        "tp": live("tp0", "tp1", "tp2"),
+        "kv": live(*cut[kv]),
+        "tpe": live(*cut[ep]) if par.ep > 1 else (),
+    }
+    groups["q"] = tuple(a for a in groups["tp"] if a not in groups["kv"])
+    groups["tpf"] = tuple(a for a in groups["tp"] if a not in groups["tpe"])
+    groups["ep"] = groups["dp1"] + groups["tpe"]
+    return Mesh(axes, tuple(shape[a] for a in axes), groups)
+
+
+_TOKEN_DIM: dict[Phase, str] = {"prefill": "T", "decode": "B"}
+
+
+def _roles(mesh: Mesh, par: Parallelism, token: str) -> dict[str, list[tuple[str, str]]]:
+    """Role -> [(group, dim)] beyond the batch split: the strategy in one table."""
+    tokens = [("tp", token)] if par.sp else []
+    sent = par.exchange == "alltoall" and par.ep > 1
+    exchange = [("dp1", "B"), ("tpe", token)] if sent else [("ep", "E")]
+    return {
+        "input": [],
+        "embedding": [("dp1", "B"), ("tp", "V")],
+        "token": [("dp1", "B"), *tokens],
+        "stat": [("dp1", "B"), ("kv", "K"), ("q", "G")],
+        "heads": [("dp1", "B"), ("kv", "K"), ("q", "G")],
+        "kv_heads": [("dp1", "B"), ("kv", "K")],
+        "latent": [("dp1", "B")],
+        "ffn": [("dp1", "B"), ("tp", "F")],
+        "shared": [("dp1", "B"), ("tp", "X")],
+        "router": [("dp1", "B"), *tokens],
+        "dispatch": exchange,
+        "expert": [("ep", "E"), ("tpf", "I")],
+        "combine": exchange,
+        "moe_sum": [("dp1", "B"), *(tokens or ([("tpe", token)] if sent else []))],
+        "select": [("dp1", "B")],
+        "head": [("dp1", "B"), ("tp", "V")],
+    }
+
+
+def assignment(op: Op, mesh: Mesh, par: Parallelism, phase: Phase) -> dict[str, str]:
+    """{sub-axis: named dim} of one operator: its whole strategy.
+
+    Only dims that the operator has (kept or contracted) are assigned; the rest of the mesh
+    computes the operator replicated.
+    """
+    has = set(op.dims) | set(op.contract)
+    wanted = [("dp0", "B"), *_roles(mesh, par, _TOKEN_DIM[phase])[op.role]]
+    chosen: dict[str, str] = {}
+    for group, dim in wanted:
+        if dim in has and dim not in op.whole:
+            chosen |= dict.fromkeys(mesh.groups[group], dim)
+    return chosen
+
+
+def carry(mesh: Mesh, par: Parallelism, phase: Phase) -> dict[str, str]:
+    """Layout of the hidden state between layers."""
+    chosen = dict.fromkeys(mesh.groups["dp"], "B")
+    if par.sp:
+        chosen |= dict.fromkeys(mesh.groups["tp"], _TOKEN_DIM[phase])
+    return chosen
+
+
+def balanced_stages(spec: ModelSpec, par: Parallelism) -> tuple[int, ...]:
+    """Layers of each stage: as given, else equal with the remainder on the middle stages.
+
+    The first stage also holds the embedding and the last the LM head, so they take the
+    remainder last.
+    """
+    if par.stage_layers:
+        return par.stage_layers
+    each, extra = divmod(spec.layers, par.pp)
+    order = [*range(1, par.pp - 1), 0, par.pp - 1]
+    longer = set(order[:extra]) if par.pp > 1 else set()
+    return tuple(each + (stage in longer) for stage in range(par.pp))

@@ -1,0 +1,1 @@
+"""Tests of shardplan: folders mirror the packages; `python -m tests` runs every check."""
