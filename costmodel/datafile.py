@@ -167,7 +167,10 @@ def check_keys(
         if key not in known:
             close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}" if close else "known: " + ", ".join(sorted(known))
-            raise DataFileError("a data file has an unknown key", got=f"{where}: {key}", hint=hint)
+            shown = key if key.isidentifier() else _shown(key)
+            raise DataFileError(
+                "a data file has an unknown key", got=f"{where}: {shown}", hint=hint
+            )
     missing = sorted(needed - set(table))
     if missing:
         raise DataFileError("a data file lacks a key", got=f"{where}: {', '.join(missing)}")
@@ -205,7 +208,10 @@ def _fact(entry: object, field: Field, where: str) -> tuple[object, Fact]:
         )
     check_keys(entry, ("value", "kind", "source"), (), where)
     kind = _word(entry["kind"], f"{where}.kind", _KINDS)
-    source = _word(entry["source"], f"{where}.source", ())
+    source = entry["source"]
+    if isinstance(source, str):
+        source = " ".join(source.split())
+    source = _word(source, f"{where}.source", ())
     value = _READERS[field.shape](entry["value"], field, where)
     return value, Fact(kind=cast("FactKind", kind), source=source)
 
@@ -216,8 +222,9 @@ def _shown(value: object) -> str:
 
 
 def _word(value: object, where: str, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise DataFileError("a text that is not blank is needed", got=f"{where} = {_shown(value)}")
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        rule = "a text of one line that is not blank is needed"
+        raise DataFileError(rule, got=f"{where} = {_shown(value)}")
     if choices and value not in choices:
         rule = "a value must be one of " + ", ".join(choices)
         raise DataFileError(rule, got=f"{where} = {_shown(value)}")

@@ -122,9 +122,7 @@ def device_from_table(table: Mapping[str, object], where: str) -> Device:
     read = read_facts(table, _DEVICE, where)
     values: dict[str, Any] = dict(read.values)
     rates = {
-        dtype: values.pop(target)
-        for dtype in _RATES
-        if (target := f"flop_per_s.{dtype}") in values
+        dtype: values.pop(target) for dtype in _RATES if (target := f"flop_per_s.{dtype}") in values
     }
     _check_dtypes(values["weight_dtypes"], rates, where)
     facts = dict(read.facts)

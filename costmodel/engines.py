@@ -99,7 +99,7 @@ class EngineProfile:
     prefix_cache: bool
     """Shared prompt prefixes are kept and found again, default."""
     sampling: bool
-    """A step ends with the engine's sampling kernels (sort, softmax, argmax over the vocabulary)."""
+    """A step ends with sampling kernels (sort, softmax, argmax over the vocabulary)."""
     facts: Mapping[str, Fact]
 
     @property

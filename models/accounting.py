@@ -80,7 +80,8 @@ def local_product(graph: ShardedGraph, dims: tuple[str, ...], layout: Layout) ->
 
 def _transfer(graph: ShardedGraph, node: ShardedOp) -> Transfer:
     if node.kind == "send":
-        ranks, stride, axes = 2, graph.mesh.ranks, ("pp",)
+        axes: tuple[str, ...] = ("pp",)
+        ranks, stride = 2, graph.mesh.ranks
         held = local_product(graph, node.dims, node.layout)
         factor = held.factor
     else:

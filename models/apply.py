@@ -79,7 +79,7 @@ class ShardedBlock:
     """A template with collectives inserted."""
 
     name: str
-    graph: nx.DiGraph
+    graph: nx.DiGraph[str]
     entry: str
     exit: str
     order: tuple[str, ...]
@@ -133,7 +133,7 @@ class _Sharder:
 
     def __init__(self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph) -> None:
         self.block, self.mesh, self.par, self.model = block, mesh, par, graph
-        self.out = nx.DiGraph()
+        self.out: nx.DiGraph[str] = nx.DiGraph()
         self.ready: dict[tuple[str, Layout], str] = {}
 
     def key(self, layout: Mapping[str, str]) -> Layout:
@@ -319,7 +319,7 @@ def _check_nesting(
 
 def _wire(name: str, layout: Layout) -> ShardedBlock:
     """A pipeline boundary: the hidden state leaves for, or comes from, the neighbouring stage."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph[str] = nx.DiGraph()
     entry = ShardedOp(name="x", kind="input", inputs=(), dims=tuple("BTH"), layout=layout)
     wire = ShardedOp(
         name=name, kind=name, inputs=("x",), dims=tuple("BTH"), layout=layout, before=layout
@@ -344,14 +344,10 @@ def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _blocks(
-    graph: ModelGraph, par: Parallelism
-) -> tuple[Mesh, Mapping[str, ShardedBlock]]:
+def _blocks(graph: ModelGraph, par: Parallelism) -> tuple[Mesh, Mapping[str, ShardedBlock]]:
     """Every template sharded once; stages differ only in how often each runs."""
     mesh = make_mesh(graph.spec, par)
-    blocks = {
-        name: _Sharder(block, mesh, par, graph).run() for name, block in graph.blocks.items()
-    }
+    blocks = {name: _Sharder(block, mesh, par, graph).run() for name, block in graph.blocks.items()}
     lies = blocks["head"].op("x").layout
     blocks |= {name: _wire(name, lies) for name in ("send", "recv")}
     return mesh, MappingProxyType(blocks)

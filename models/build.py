@@ -31,7 +31,7 @@ class _Template:
 
     def __init__(self, name: str, entry_dims: tuple[str, ...]) -> None:
         self.name = name
-        self.graph = nx.DiGraph()
+        self.graph: nx.DiGraph[str] = nx.DiGraph()
         self.last = self.add("x", "input", "input", (), entry_dims)
 
     def add(
@@ -101,9 +101,7 @@ def _normed_heads(block: _Template, spec: ModelSpec, name: str, source: str, rol
     dims = "".join(block.graph.nodes[source]["op"].dims)
     heads = "".join(d for d in dims if d not in "BT")
     stat = block.add(f"{name}_stat", "sumsq", "stat", (source,), "BT", contract=heads)
-    return block.add(
-        name, "scale", role, (source, stat), dims, weight=heads, weight_class="small"
-    )
+    return block.add(name, "scale", role, (source, stat), dims, weight=heads, weight_class="small")
 
 
 def _gqa(block: _Template, spec: ModelSpec, source: str, window: bool) -> str:
@@ -144,12 +142,12 @@ def _mla(block: _Template, spec: ModelSpec, source: str, phase: Phase) -> str:
     if phase == "prefill":
         keys = block.linear("k_up", "heads", latent, "BSKN", "CKN", fuse="kv_b", **absorbed)
         values = block.linear("v_up", "heads", latent, "BSKD", "CKD", fuse="kv_b", **absorbed)
-        inputs = (qn, qr, keys, rotary, values)
-        out = block.add("attention", "mla_attention", "heads", inputs, "BTKD", whole="TSNRD")
+        read = (qn, qr, keys, rotary, values)
+        out = block.add("attention", "mla_attention", "heads", read, "BTKD", whole="TSNRD")
     else:
         ql = block.linear("q_absorb", "heads", qn, "BTKC", "CKN", param="k_up", **absorbed)
-        inputs = (ql, qr, latent, rotary)
-        ol = block.add("attention", "mla_absorbed", "heads", inputs, "BTKC", whole="TSCR")
+        seen = (ql, qr, latent, rotary)
+        ol = block.add("attention", "mla_absorbed", "heads", seen, "BTKC", whole="TSCR")
         out = block.linear("o_absorb", "heads", ol, "BTKD", "CKD", param="v_up", **absorbed)
     return block.linear("o", "heads", out, "BTH", "KDH")
 
@@ -180,9 +178,7 @@ def _experts(block: _Template, spec: ModelSpec, source: str) -> str:
     )
     scores = block.linear("router", "router", source, "BTE", "HE", weight_class="small")
     bias = {"weight": "E", "weight_class": "small"} if moe.router_bias else {}
-    gates = block.add(
-        "topk", "topk", "router", (scores,), "BTE", whole="E", attrs=attrs, **bias
-    )
+    gates = block.add("topk", "topk", "router", (scores,), "BTE", whole="E", attrs=attrs, **bias)
     sent = block.add("dispatch", "dispatch", "dispatch", (source, gates), "EBTH", density=density)
     more = {"weight_class": "expert", "density": density, "attrs": attrs}
     gate = block.linear("e_gate", "expert", sent, "EBTI", "EHI", fuse="e_gate_up", **more)

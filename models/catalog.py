@@ -85,9 +85,10 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
     if isinstance(name_or_path, str) and not _looks_like_path(name_or_path):
         raise UnknownNameError("model", name_or_path[:100], model_names())
     file = _config_file(path)
-    folder = file.resolve().parent.name
-    name = folder if file.name == "config.json" and folder else file.stem
-    return spec_from_config(read_config(file), name=name, source=_printable(file))
+    config = read_config(file)
+    folder = Path(os.path.abspath(file)).parent  # links kept: caches link into hashed names
+    name = Path(folder.name if file.name == "config.json" and folder.name else file.stem)
+    return spec_from_config(config, name=_printable(name), source=_printable(file))
 
 
 def model_summary(name: str) -> ModelSummary:

@@ -13,6 +13,7 @@ Under latent attention (MLA) `head_dim` is the width of a query or key head,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 from shardplan.models.config_fields import MAX_LAYERS, MAX_SIZE, MAX_TOKENS, Fields, plain, shown
@@ -48,6 +49,13 @@ def spec_from_config(config: Mapping[str, Any], *, name: str, source: str) -> Mo
     entry = config_table().architectures[architecture]
     notes += [*entry.notes, *_check_guards(entry.guards, fields)]
     dtype, dtype_notes = checkpoint_dtype(fields)
+    spec = _described(architecture, fields, name)
+    return replace(spec, dtype=dtype, source=source, extra=(*notes, *dtype_notes))
+
+
+def _described(architecture: str, fields: Fields, name: str) -> ModelSpec:
+    """Sizes and switches, without the element type and where they come from."""
+    entry = config_table().architectures[architecture]
     layers = fields.required("num_hidden_layers", limit=MAX_LAYERS)
     moe = None if entry.moe is None else _moe(entry.moe, fields, layers)
     mla = _mla(fields) if entry.mla else None
@@ -74,12 +82,9 @@ def spec_from_config(config: Mapping[str, Any], *, name: str, source: str) -> Mo
         mla=mla,
         moe=moe,
         mtp_layers=fields.optional("num_nextn_predict_layers", limit=MAX_LAYERS, minimum=0) or 0,
-        dtype=dtype,
         max_context=fields.optional("max_position_embeddings", limit=MAX_TOKENS) or 0,
         rope_theta=_rope_theta(fields),
         norm_eps=fields.number("rms_norm_eps"),
-        source=source,
-        extra=(*notes, *dtype_notes),
     )
 
 

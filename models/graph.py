@@ -85,7 +85,7 @@ class Block:
     """A template layer: its operators and the names of its input and output."""
 
     name: str
-    graph: nx.DiGraph
+    graph: nx.DiGraph[str]
     entry: str
     exit: str
     order: tuple[str, ...]
@@ -102,7 +102,7 @@ class Block:
             yield self.op(name)
 
 
-def topological(graph: nx.DiGraph) -> tuple[str, ...]:
+def topological(graph: nx.DiGraph[str]) -> tuple[str, ...]:
     """Node names, inputs first; the order of insertion decides between equals."""
     position = {name: index for index, name in enumerate(graph)}
     return tuple(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
@@ -156,9 +156,9 @@ class ModelGraph:
             if op.state
         )
 
-    def unfolded(self) -> nx.DiGraph:
+    def unfolded(self) -> nx.DiGraph[str]:
         """Every operator of every layer in one DiGraph; node names are `template.layer/op`."""
-        whole = nx.DiGraph()
+        whole: nx.DiGraph[str] = nx.DiGraph()
         previous = ""
         for name, layer in self.sequence():
             block = self.blocks[name]

@@ -76,7 +76,8 @@ def _embedding(call: Call) -> Array:
 def _matmul(call: Call) -> Array:
     weight = "".join(call.op.weight)
     out = "".join(call.op.dims)
-    return call.ein(f"{''.join(call.input_dims[0])},{weight}->{out}", call.inputs[0], call.own_weight())
+    given = "".join(call.input_dims[0])
+    return call.ein(f"{given},{weight}->{out}", call.inputs[0], call.own_weight())
 
 
 def _over(call: Call, dims: tuple[str, ...]) -> tuple[int, ...]:

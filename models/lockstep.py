@@ -114,9 +114,7 @@ class LockStep:
                 values[node.name] = self._communicate(node, graph, stage, name, inputs[0])
             else:
                 dims = tuple(block.op(source).dims for source in node.inputs)
-                values[node.name] = self._compute(
-                    node, graph, stage, layer, (inputs, dims), past
-                )
+                values[node.name] = self._compute(node, graph, stage, layer, (inputs, dims), past)
         return values[block.exit]
 
     def _hand_over(self, node: ShardedOp, stage: Stage, graph: ShardedGraph, x: Array) -> Array:
@@ -161,7 +159,7 @@ class LockStep:
             mesh=graph.mesh,
             inputs=given[0],
             input_dims=given[1],
-            weight=self._weight(node, graph, stage, layer),
+            weight=self.weight(node, graph, stage, layer),
             past=past,
             held=self._cache.get((layer, op.state)),
         )
@@ -175,9 +173,10 @@ class LockStep:
             self._cache[layer, op.state] = out
         return out
 
-    def _weight(
+    def weight(
         self, node: ShardedOp, graph: ShardedGraph, stage: Stage, layer: int
     ) -> Array | None:
+        """An operator's parameter on every rank of a stage, [*mesh, *local dims]; None without."""
         op = node.op
         if op is None or not op.weight:
             return None

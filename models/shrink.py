@@ -17,6 +17,7 @@ from shardplan.models.spec import MlaSpec, ModelSpec, MoeSpec
 __all__ = ["Case", "shrink"]
 
 STAGE_RANKS = 64
+LEAST_SEQUENCES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +113,10 @@ def shrink(spec: ModelSpec, par: Parallelism) -> Case:
     batch = small.dp * (small.tp if cuts_tokens else 1)
     tokens = small.tp * max(1, -(-4 // small.tp)) if cuts_tokens else 4
     return Case(
-        spec=model, parallel=small, batch=batch if batch >= 4 else 2 * batch, tokens=tokens
+        spec=model,
+        parallel=small,
+        batch=batch if batch >= LEAST_SEQUENCES else 2 * batch,
+        tokens=tokens,
     )
 
 

@@ -1,7 +1,7 @@
 """The proof that an applied graph computes what the model computes.
 
-L0  on the real sizes: every cut dim divides, and every weight element is held by exactly as many
-    ranks as the mesh replicates it.
+L0  on the real sizes: every cut dim divides, every weight element is held by exactly as many
+    ranks as the mesh replicates it, and every block hands its output over as the next reads it.
 L1  on a model shrunk with its ratios kept (`shardplan.models.shrink`): numpy float64, all ranks
     in lock step, prefill, decode steps against the sharded cache, reset, a second request. The
     logits must equal the unsharded run to 1e-10 relative; the collectives that ran, with their
@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,14 +24,14 @@ from shardplan.models.accounting import (
     stage_weights,
     state_elements_per_token,
 )
-from shardplan.models.apply import ShardedGraph, apply
+from shardplan.models.apply import ShardedGraph, ShardedOp, apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError, ProofError
-from shardplan.models.lockstep import LockStep
+from shardplan.models.lockstep import Communication, LockStep
 from shardplan.models.parallel import Parallelism
 from shardplan.models.shrink import Case, shrink
 from shardplan.models.spec import ModelSpec
-from shardplan.models.weights import Array, Weight, place, random_weights
+from shardplan.models.weights import Array, Weight, param_key, random_weights
 
 __all__ = ["TOLERANCE", "Check", "Proof", "check_static", "prove", "prove_case"]
 
@@ -113,13 +114,34 @@ def _owned(graph: ShardedGraph) -> str:
     return f"{total} parameters"
 
 
+def _joined(graph: ShardedGraph) -> str:
+    """A block's output lies as the next one reads it; logits lie whole on each rank of a group."""
+    logits = tuple((axis, "B") for axis in graph.mesh.axes if axis in graph.mesh.groups["dp"])
+    for stage in graph.stages:
+        names = [name for name, _ in graph.sequence(stage)]
+        for name, reader in zip(names, [*names[1:], ""], strict=True):
+            block = graph.blocks[name]
+            lies = block.op(block.exit).layout
+            if reader:
+                want = graph.blocks[reader].op(graph.blocks[reader].entry).layout
+            else:
+                want = logits if name == "head" else graph.blocks["recv"].op("recv").layout
+            if lies != want:
+                raise ProofError(
+                    "a block's output lies as its reader expects",
+                    got=f"{name} to {reader or 'the end'}: {lies} for {want}",
+                )
+    return f"{len(graph.stages)} stages"
+
+
 def check_static(graphs: tuple[ShardedGraph, ...]) -> list[Check]:
     """L0: the checks that need no arithmetic, on the real sizes."""
     found = []
     for graph in graphs:
         phase = graph.model.phase
-        found.append(_attempt(0, f"{phase}: dims divide", lambda g=graph: _divides(g)))
-        found.append(_attempt(0, f"{phase}: weights owned", lambda g=graph: _owned(g)))
+        found.append(_attempt(0, f"{phase}: dims divide", partial(_divides, graph)))
+        found.append(_attempt(0, f"{phase}: weights owned", partial(_owned, graph)))
+        found.append(_attempt(0, f"{phase}: blocks joined", partial(_joined, graph)))
     return found
 
 
@@ -171,7 +193,7 @@ class _Pair:
         self.context = 0
 
 
-def _first_difference(made: list, predicted: list) -> str:  # type: ignore[type-arg]  # Communication
+def _first_difference(made: list[Communication], predicted: list[Communication]) -> str:
     for one, two in zip(made, predicted, strict=False):
         if one != two:
             return f"{one} for {two}"
@@ -203,22 +225,42 @@ def _check_held(pair: _Pair, quantized: bool) -> str:
     return f"{len(graph.stages)} stages, {sum(pair.cut.weight_bytes.values())} bytes"
 
 
-def _check_elements(graph: ShardedGraph, weights: Mapping[str, Weight]) -> str:
-    """Every element of every weight lies on exactly ranks / ways ranks of its stage."""
-    checked = 0
-    for block in graph.blocks.values():
-        for node in block.ops():
-            if node.op is None or not node.op.weight:
-                continue
-            shape = [graph.model.sizes[d] for d in node.op.weight]
-            ids = np.arange(int(np.prod(shape))).reshape(shape)
-            cut = place(ids, node.op.weight, node.weight_layout, graph.mesh)
-            ways = graph.mesh.size(tuple(axis for axis, _ in node.weight_layout))
-            held = np.bincount(cut.ravel().astype(np.int64), minlength=ids.size)
-            if not (held == graph.mesh.ranks // ways).all():
-                raise ProofError("an element lies on the wrong number of ranks", got=node.name)
-            checked += ids.size
-    return f"{checked} elements of {len(weights)} parameters"
+def _check_elements(
+    cut: list[ShardedGraph], weights: Mapping[str, Weight], executor: type[LockStep]
+) -> str:
+    """What the ranks load of weights whose elements are numbered.
+
+    Every element lies on exactly ranks / ways ranks of its stage, and one copy serves both
+    phases and tied uses.
+    """
+    numbered = {
+        key: Weight(np.arange(one.values.size).reshape(one.values.shape), one.dims)
+        for key, one in weights.items()
+    }
+    run = executor(cut[0], cut[1], numbered)
+    copies: dict[tuple[int, str], Array] = {}
+    for graph in cut:
+        for stage in graph.stages:
+            for name, layer in graph.sequence(stage):
+                for node in graph.blocks[name].ops():
+                    held = run.weight(node, graph, stage, layer)
+                    if held is None or node.op is None:
+                        continue
+                    _check_copies(node, graph, held)
+                    key = (stage.index, param_key(node.op, layer))
+                    if not np.array_equal(copies.setdefault(key, held), held):
+                        raise ProofError(
+                            "one copy of a weight serves both phases", got=f"{name}.{node.name}"
+                        )
+    return f"{sum(copy.size for copy in copies.values())} elements, {len(copies)} parameters"
+
+
+def _check_copies(node: ShardedOp, graph: ShardedGraph, held: Array) -> None:
+    whole = graph.model.size(node.op.weight) if node.op is not None else 0
+    ways = graph.mesh.size(tuple(axis for axis, _ in node.weight_layout))
+    copies = np.bincount(held.ravel().astype(np.int64), minlength=whole)
+    if copies.size != whole or not (copies == graph.mesh.ranks // ways).all():
+        raise ProofError("an element lies on the wrong number of ranks", got=node.name)
 
 
 def _run(pair: _Pair, quantized: bool) -> str:
@@ -243,20 +285,23 @@ def prove_case(
     """L1 on one small case. `mutate` and `executor` exist so that faults can be planted."""
     graphs = [build_graph(case.spec, phase) for phase in ("prefill", "decode")]
     weights = random_weights(graphs[0], seed, quantized=quantized)
-    whole = LockStep(*(apply(g, Parallelism()) for g in graphs), weights)
-    cut_graphs = [apply(g, case.parallel) for g in graphs]
+    alone = [apply(g, Parallelism()) for g in graphs]
+    cut = [apply(g, case.parallel) for g in graphs]
     if mutate is not None:
-        cut_graphs = [mutate(g) for g in cut_graphs]
-    pair = _Pair(case, whole, executor(*cut_graphs, weights), np.random.default_rng(seed + 1))
+        cut = [mutate(g) for g in cut]
+    pair = _Pair(
+        case,
+        LockStep(alone[0], alone[1], weights),
+        executor(cut[0], cut[1], weights),
+        np.random.default_rng(seed + 1),
+    )
     kind = "int8 weights" if quantized else "float64"
     checks = [_attempt(1, f"{kind}: prefill, decode, reset", lambda: _run(pair, quantized))]
-    if not quantized:
-        checks.append(
-            _attempt(
-                1, "elements on the right ranks", lambda: _check_elements(cut_graphs[1], weights)
-            )
-        )
-    return checks
+    if quantized:
+        return checks
+    elements = partial(_check_elements, cut, weights, executor)
+    joins = [_attempt(1, f"{g.model.phase}: blocks joined", partial(_joined, g)) for g in cut]
+    return [*checks, _attempt(1, "elements on the right ranks", elements), *joins]
 
 
 def prove(spec: ModelSpec, par: Parallelism, *, level: int = 1, seed: int = 0) -> Proof:

@@ -46,7 +46,7 @@ def quantize(weight: Weight, channels: tuple[str, ...]) -> Weight:
     peak = np.abs(values).max(axis=over, keepdims=True)
     scale = np.where(peak > 0, peak, 1.0) / 127.0
     ints = np.rint(values / scale).astype(np.int8)
-    return Weight(ints, weight.dims, scale.reshape([len_ for len_ in _kept(weight, over)]), channels)
+    return Weight(ints, weight.dims, scale.reshape(_kept(weight, over)), channels)
 
 
 def _kept(weight: Weight, over: tuple[int, ...]) -> list[int]:

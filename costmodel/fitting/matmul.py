@@ -17,7 +17,7 @@ says how the formula extrapolates. Left out: rows at which the tables repeat a s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,20 +32,17 @@ from shardplan.costmodel.fitting.common import (
     held_out,
     markdown_errors,
     read_rows,
-    robust_fit,
     write_sections,
 )
 from shardplan.costmodel.fitting.matmul_derived import derived_sections
+from shardplan.costmodel.fitting.surface_fit import Formula, Knots, Sizes, SurfaceProblem
 from shardplan.costmodel.hardware import Device
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.kernels.matmul import matmul_with
-from shardplan.costmodel.kernels.precision import Precision, precision_of
+from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.costmodel.kernels.surface import knot_name
 
 __all__ = ["TABLES", "Samples", "Table", "fit", "main", "read"]
-
-Knots = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-Sizes = tuple[Array, Array, Array]
 
 _START: Mapping[str, tuple[float, float, float]] = {
     "floor_s": (5e-6, 1e-6, 2e-5),
@@ -53,12 +50,13 @@ _START: Mapping[str, tuple[float, float, float]] = {
     "hbm": (0.75, 0.5, 0.98),
     "l2": (0.7, 0.3, 1.2),
     "copies": (6.0, 3.0, 12.0),
+    "stride_conflict": (0.05, 0.001, 2.0),
+    "stride_conflict_2": (0.05, 0.001, 2.0),
     "quantize": (0.7, 0.3, 1.5),
-    "quantize_row_s": (3e-6, 0.0, 2e-5),
+    "quantize_row_s": (8e-6, 1e-6, 2e-5),
     "quantize_power": (0.4, 0.2, 1.0),
 }
 """Start, lower and upper bound of each physical coefficient."""
-_RIDGE, _SMOOTH, _HINGE, _SCALE = 0.03, 0.1, 5.0, 0.03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +123,7 @@ def _ascend(name: str, dtype: str) -> Table:
         dtype=dtype,
         style="ascend",
         knots=_ASCEND_KNOTS,
-        fixed={"tile_elements": 32768.0, "copies": 6.0},
+        fixed={"tile_elements": 32768.0, "copies": 6.0, "stride_bytes": 16384.0},
         share=1.0,
         source=_ASCEND_SOURCE.format(table=name),
     )
@@ -138,7 +136,7 @@ def _nvidia(gpu: str, dtype: str) -> Table:
         dtype=dtype,
         style="nvidia",
         knots=_NVIDIA_KNOTS,
-        fixed={"tile_elements": 32768.0},
+        fixed={"tile_elements": 32768.0, "stride_bytes": 16384.0},
         share=0.2,
         source=_NVIDIA_SOURCE.format(dtype=dtype, gpu=gpu.upper()),
     )
@@ -181,69 +179,41 @@ def read(table: Table, folder: Path) -> Samples:
 def _doubled() -> tuple[Sizes, tuple[Sizes, ...]]:
     """A grid of sizes, and the same with m, n or k doubled."""
     rows = 2.0 ** np.arange(0, 15)
-    features = np.asarray([192, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 16384.0])
+    features = np.asarray([32, 192, 256, 512, 1024, 1536, 2048, 4096, 8192, 16384, 65536, 1048576.0])
     m, n, k = (axis.ravel() for axis in np.meshgrid(rows, features, features))
     return (m, n, k), ((2 * m, n, k), (m, 2 * n, k), (m, n, 2 * k))
 
 
-def _smoothness(knots: Knots) -> Array:
-    """Rows `[interior knots, values]` that give how far a knot lies from its neighbours' line."""
-    index = np.arange(np.prod([len(axis) for axis in knots])).reshape([len(a) for a in knots])
-    rows = []
-    for axis, sizes in enumerate(knots):
-        place, logs = np.moveaxis(index, axis, 0), np.log2(np.asarray(sizes, dtype=np.float64))
-        for i in range(1, len(sizes) - 1):
-            share = (logs[i] - logs[i - 1]) / (logs[i + 1] - logs[i - 1])
-            block = np.zeros((place[i].size, index.size))
-            at = np.arange(place[i].size)
-            block[at, place[i - 1].ravel()] = 1.0 - share
-            block[at, place[i + 1].ravel()] = share
-            block[at, place[i].ravel()] = -1.0
-            rows.append(block)
-    return np.concatenate(rows)
+def _formula(table: Table, device: Device) -> Formula:
+    rule = precision_of(table.dtype)
 
+    def parts(point: Array, sizes: Sizes) -> tuple[Array, Array]:
+        coef = {**table.fixed, **dict(zip(table.coefficients, point.tolist(), strict=True))}
+        time = matmul_with(coef, device, sizes, rule)
+        return time.overhead_s, time.compute_s + time.memory_s
 
-def _names(table: Table) -> list[str]:
-    m, n, k = table.knots
-    return [*table.coefficients, *(knot_name(a, b, c) for a in m for b in n for c in k)]
-
-
-def _model(table: Table, device: Device, rule: Precision) -> Callable[[Array, Sizes], Array]:
-    names = _names(table)
-
-    def seconds(point: Array, sizes: Sizes) -> Array:
-        coef = {**table.fixed, **dict(zip(names, point.tolist(), strict=True))}
-        return matmul_with(coef, device, sizes, rule).total_s
-
-    return seconds
+    return parts
 
 
 def fit(table: Table, device: Device, samples: Samples) -> dict[str, float]:
     """Coefficients of the table's section that fit the samples best."""
-    rule = precision_of(table.dtype)
-    seconds = _model(table, device, rule)
     bounds = np.asarray([_START[name] for name in table.coefficients])
-    values = len(_names(table)) - len(bounds)
-    start, lower, upper = (
-        np.concatenate([bounds[:, column], np.full(values, edge)])
-        for column, edge in ((0, 0.0), (1, -1.5), (2, 1.5))
+    grid, doubled = _doubled()
+    problem = SurfaceProblem(
+        formula=_formula(table, device),
+        knots=table.knots,
+        start=bounds[:, 0],
+        lower=bounds[:, 1],
+        upper=bounds[:, 2],
+        sizes=samples.sizes,
+        measured_s=samples.seconds,
+        grid=grid,
+        doubled=doubled,
     )
-    smooth = _smoothness(table.knots)
-    grid, larger = _doubled()
-
-    def penalty(point: Array) -> Array:
-        here = np.log(seconds(point, grid))
-        drops = [np.maximum(0.0, here - np.log(seconds(point, there))) for there in larger]
-        return np.concatenate([_SMOOTH * (smooth @ point[len(bounds) :]), *(_HINGE * d for d in drops)])
-
-    found = robust_fit(
-        lambda point: seconds(point, samples.sizes),
-        samples.seconds,
-        start,
-        lower,
-        upper,
-        scale=_SCALE,
-        ridge=np.concatenate([np.zeros(len(bounds)), np.full(values, _RIDGE)]),
-        penalty=penalty,
-    )
-    return {**table.fixed, **dict(zip(_names(table), found.tolist(), strict=True))}
+    physical, surface = problem.solve()
+    knots = [knot_name(a, b, c) for a in table.knots[0] for b in table.knots[1] for c in table.knots[2]]
+    return {
+        **table.fixed,
+        **dict(zip(table.coefficients, physical.tolist(), strict=True)),
+        **dict(zip(knots, surface.tolist(), strict=True)),
+    }

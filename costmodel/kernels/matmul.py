@@ -126,6 +126,16 @@ def _body(
     return np.sqrt(np.sqrt(least)), np.asarray(compute, dtype=np.bool_)
 
 
+def _conflict(k: Array, coef: Mapping[str, float], rule: Precision) -> Array | float:
+    """Factor on the body where rows of k elements start on the same memory banks."""
+    if "stride_bytes" not in coef:
+        return 1.0
+    rows = k * rule.input_bytes / coef["stride_bytes"]
+    once = np.where(rows == np.floor(rows), coef["stride_conflict"], 0.0)
+    twice = np.where(rows == 2.0 * np.floor(rows / 2.0), coef["stride_conflict_2"], 0.0)
+    return np.asarray((1.0 + once) * (1.0 + twice), dtype=np.float64)
+
+
 def _quantize_s(
     m: Array, k: Array, coef: Mapping[str, float], device: Device, rule: Precision
 ) -> Array | float:
@@ -155,7 +165,7 @@ def matmul_with(
         part = slice(start, start + _CHUNK)
         m, n, k = flat[0][part], flat[1][part], flat[2][part]
         body, bound = _body((m, n, k), coef, device, rule, state)
-        body *= np.exp(surface.at([item[part] for item in flat[3:]]))
+        body *= np.exp(surface.at([item[part] for item in flat[3:]])) * _conflict(k, coef, rule)
         over = coef["floor_s"] + _quantize_s(m, k, coef, device, rule)
         compute[part] = np.where(bound, body, 0.0)
         memory[part] = body - compute[part]

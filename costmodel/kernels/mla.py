@@ -28,25 +28,22 @@ from __future__ import annotations
 import numpy as np
 
 from shardplan.costmodel.kernels.attention import (
-    ELEMENT_BYTES,
-    FRACTAL,
     AttentionKernel,
-    DecodeWork,
-    PrefillWork,
-    flash_decode,
-    flash_prefill,
+    check_kernel,
     kv_element_bytes,
     naive_attention,
 )
 from shardplan.costmodel.kernels.base import ArrayLike, KernelTime, Machine, as_array
-from shardplan.models.errors import InputError
+from shardplan.costmodel.kernels.flash import (
+    ELEMENT_BYTES,
+    FRACTAL,
+    DecodeWork,
+    PrefillWork,
+    flash_decode,
+    flash_prefill,
+)
 
 __all__ = ["mla_decode", "mla_prefill"]
-
-
-def _check(kernel: str) -> None:
-    if kernel not in ("flash", "naive"):
-        raise InputError("`kernel` must be flash or naive", got=f"kernel={kernel!r}")
 
 
 def mla_prefill(
@@ -66,7 +63,7 @@ def mla_prefill(
     Sizes broadcast; `heads` are those of one rank. `InputError` for an unknown kernel;
     `CalibrationError` without coefficients.
     """
-    _check(kernel)
+    check_kernel(kernel)
     work = PrefillWork(
         batch=as_array(batch),
         new_tokens=as_array(new_tokens),
@@ -99,7 +96,7 @@ def mla_decode(
     latent space (queries absorbed, scores through HBM). `InputError` for an unknown kernel or
     `kv_dtype`; `CalibrationError` without coefficients.
     """
-    _check(kernel)
+    check_kernel(kernel)
     kv_bytes = kv_element_bytes(kv_dtype)
     sequences, tokens, queries = as_array(batch), as_array(kv_tokens), as_array(heads)
     rank, rope = as_array(kv_lora_rank), as_array(rope_dim)

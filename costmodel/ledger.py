@@ -1,0 +1,219 @@
+"""The memory ledger: what one rank of each pipeline stage holds, in bytes.
+
+    weights        elements at the strategy's dtype, with one fp32 scale per output channel where
+                   quantized per channel (4-bit: one 16-bit scale per group of 128 inputs)
+    kv cache       elements a token * bytes * tokens in whole blocks * sequences
+    activations    the largest sum of tensors alive at once over the graph (liveness), at the
+                   tokens of one step, 16-bit (logits fp32), plus the attention kernel's workspace
+    communicators  buffers of every communicator that the layout needs
+    reserve        runtime, captured graphs, workspaces (engine profile)
+
+    capacity       memory_fraction * card
+Left out: allocator fragmentation; static scales of an int8 cache (one per channel, kilobytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.hardware import Device
+from shardplan.costmodel.kernels.attention import (
+    AttentionKernel,
+    attention_workspace_bytes,
+    kv_element_bytes,
+)
+from shardplan.costmodel.kernels.base import Array, ArrayLike, Machine, as_array
+from shardplan.models.accounting import local_product, stage_weights, state_elements_per_token
+from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
+
+__all__ = ["Ledger", "StageMemory", "weight_element_bytes"]
+
+_WEIGHT_BYTES: Mapping[str, float] = {
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "w8a16": 1.0,
+    "w8a8": 1.0,
+    "fp8": 1.0,
+    "w4a16": 0.5,
+    "w4a8": 0.5,
+}
+_SCALE_BYTES = 4.0
+_GROUP = 128.0
+_GROUP_SCALE_BYTES = 2.0
+_ACTIVATION_BYTES = 2.0
+_LOGIT_BYTES = 4.0
+
+
+def weight_element_bytes(dtype: str) -> float:
+    """Bytes of one linear or expert weight, scales left out."""
+    return _WEIGHT_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Bytes on one rank of one stage; arrays broadcast over what was asked."""
+
+    stage: int
+    layers: int
+    weights_bytes: float
+    kv_cache_bytes: Array
+    activations_bytes: Array
+    communicators_bytes: float
+    reserve_bytes: float
+
+    @property
+    def total_bytes(self) -> Array:
+        """All of it."""
+        fixed = self.weights_bytes + self.communicators_bytes + self.reserve_bytes
+        return self.kv_cache_bytes + self.activations_bytes + fixed
+
+
+def _weights(graph: ShardedGraph, stage: Stage, dtype: str) -> float:
+    total = 0.0
+    for held in stage_weights(graph, stage):
+        if held.weight_class not in ("linear", "expert") or dtype in ("bf16", "fp16"):
+            total += held.count * held.elements * 2.0
+            continue
+        each = held.elements * _WEIGHT_BYTES[dtype]
+        if dtype.startswith("w4"):
+            each += held.elements / _GROUP * _GROUP_SCALE_BYTES
+        else:
+            each += held.channels * _SCALE_BYTES
+        total += held.count * each
+    return total
+
+
+def _liveness(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, float]]:
+    """(elements a token, ways tokens are cut) of the tensors alive at the peak of one template.
+
+    Peaks are compared at one token a way; templates have no point where a different one wins.
+    """
+    last: dict[str, int] = {block.exit: len(block.order)}
+    for index, name in enumerate(block.order):
+        for source in block.op(name).inputs:
+            last[source] = max(last.get(source, 0), index)
+    alive: dict[str, tuple[float, float]] = {}
+    best: list[tuple[float, float]] = []
+    peak = -1.0
+    for index, name in enumerate(block.order):
+        node = block.op(name)
+        if "S" not in node.dims:
+            held = local_product(graph, node.dims, node.layout)
+            ways = float(np.prod([w for _, w in held.free])) if held.free else 1.0
+            alive[name] = (held.factor * node.density, ways)
+        now = sum(elements / ways for elements, ways in alive.values())
+        if now > peak:
+            peak, best = now, list(alive.values())
+        alive = {n: v for n, v in alive.items() if last.get(n, index) > index}
+    return best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """Memory of one layout on one device under one engine."""
+
+    graph: ShardedGraph
+    device: Device
+    engine: EngineProfile
+    peaks: Mapping[str, list[tuple[float, float]]]
+
+    @classmethod
+    def of(cls, graph: ShardedGraph, device: Device, engine: EngineProfile) -> Ledger:
+        """The ledger of an applied graph (prefill: it holds the larger activations)."""
+        peaks = {
+            name: _liveness(graph, block)
+            for name, block in graph.blocks.items()
+            if name not in ("send", "recv", "head")
+        }
+        return cls(graph=graph, device=device, engine=engine, peaks=peaks)
+
+    @property
+    def capacity_bytes(self) -> float:
+        """What the engine may use of the card."""
+        return self.engine.memory_fraction * self.device.hbm_bytes
+
+    @property
+    def communicators(self) -> int:
+        """Communicators that one rank takes part in: tp, dp, ep, pp where they have ranks."""
+        par, groups = self.graph.parallel, self.graph.mesh.groups
+        dense = self.graph.model.spec.moe is None
+        used = [par.tp > 1, par.pp > 1, par.dp > 1 and not dense]
+        used.append(bool(groups["ep"]) and groups["ep"] != groups["tp"])
+        return sum(used)
+
+    def kv_bytes_per_token(self, stage: Stage, kv_dtype: str) -> float:
+        """Cache bytes that one token of one sequence takes on one rank of a stage."""
+        return state_elements_per_token(self.graph, stage) * kv_element_bytes(kv_dtype)
+
+    def weights_bytes(self, stage: Stage, dtype: str) -> float:
+        """Weight bytes on one rank of a stage."""
+        return _weights(self.graph, stage, dtype)
+
+    def activations_bytes(
+        self, machine: Machine, tokens: ArrayLike, context: ArrayLike, attention: AttentionKernel
+    ) -> Array:
+        """Peak of one step of `tokens` of one dp group; naive attention keeps its scores."""
+        step = as_array(tokens) * self.graph.parallel.dp
+        peak = np.zeros(())
+        for alive in self.peaks.values():
+            elements = sum((np.ceil(step / ways) * each for each, ways in alive), np.zeros(()))
+            peak = np.maximum(peak, elements)
+        return peak * _ACTIVATION_BYTES + self._workspace(
+            machine, as_array(tokens), as_array(context), attention
+        )
+
+    def _workspace(
+        self, machine: Machine, tokens: Array, context: Array, attention: AttentionKernel
+    ) -> Array:
+        """Scratch of the attention kernel over the prompts that fill one step."""
+        spec, par = self.graph.model.spec, self.graph.parallel
+        new = np.minimum(tokens, context)
+        return attention_workspace_bytes(
+            machine,
+            np.maximum(tokens / np.maximum(context, 1.0), 1.0),
+            new,
+            context,
+            spec.heads / par.tp,
+            spec.head_dim,
+            kernel=attention,
+        )
+
+    def logits_bytes(self, sequences: ArrayLike) -> Array:
+        """Logits of one step, gathered, fp32."""
+        return as_array(sequences) * float(self.graph.model.spec.vocab) * _LOGIT_BYTES
+
+    def stages(
+        self,
+        machine: Machine,
+        *,
+        weight_dtype: str,
+        kv_dtype: str,
+        attention: AttentionKernel,
+        batch: ArrayLike,
+        tokens: ArrayLike,
+        context: ArrayLike,
+    ) -> list[StageMemory]:
+        """What each stage holds for `batch` sequences of `context` tokens, steps of `tokens`."""
+        block = float(self.engine.kv_block_tokens)
+        cached = as_array(batch) * np.ceil(as_array(context) / block) * block
+        activations = self.activations_bytes(machine, tokens, context, attention)
+        logits = self.logits_bytes(batch)
+        found = []
+        for stage in self.graph.stages:
+            last = stage.index == len(self.graph.stages) - 1
+            found.append(
+                StageMemory(
+                    stage=stage.index,
+                    layers=stage.last - stage.first,
+                    weights_bytes=self.weights_bytes(stage, weight_dtype),
+                    kv_cache_bytes=cached * self.kv_bytes_per_token(stage, kv_dtype),
+                    activations_bytes=np.maximum(activations, logits) if last else activations,
+                    communicators_bytes=self.communicators * self.engine.communicator_bytes,
+                    reserve_bytes=self.engine.reserve_bytes,
+                )
+            )
+        return found

@@ -1,0 +1,290 @@
+"""Steady-state continuous batching: from step times to TTFT, TPOT and throughput.
+
+One dp group has `b` slots and steps of at most `c` tokens; a request has I prompt tokens (less
+those found in the prefix cache) and O output tokens. Chunked prefill, prefill mixed with decode:
+
+    s  = ceil(I / c)                      steps that prefill one prompt
+    r  = min(b / (O - 1 + s), c / (I + O - 1))         requests that finish a step
+    d  = r (O - 1)                        sequences decoding in an average step
+    u  = min(I, c - d)                    prompt tokens of a step that has any
+    f  = min(1, r I / u)                  share of steps that carry prompt tokens
+    t  = f mixed(d, u) + (1 - f) decode(d)             mean step
+    TPOT = t        TTFT = wait + ceil(I / u) mixed        throughput = r O / t
+
+Prefill first (an engine that stops decoding for a prompt): mixed steps are pure prefill, so
+    t = decode(b) + r' prefill(I),  r' = b / O requests a decode step.
+
+wait, in closed loop, is that of a queue with deterministic service: rho / (2 (1 - rho)) services,
+rho = f, never more than the other slots' prompts. A pipeline of p stages runs p microbatches of
+slots at once: a step takes max(sum of stages, p * slowest stage at b / p); a prompt of several
+chunks flows through it with (chunks - 1) bubbles of the slowest stage.
+With `offered` requests a second, slots fill by Little's law: b = rate * latency.
+
+Left out: length distributions, bursts, preemption, the start and end of a run (`run_out` adds
+them for a closed-loop benchmark of a given number of prompts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardplan.costmodel.kernels.attention import AttentionKernel
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
+from shardplan.costmodel.step import Load, Parts, StepModel
+from shardplan.models.graph import Phase
+
+__all__ = ["Serving", "ServingInput", "serve", "step_seconds"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingInput:
+    """One layout's grid: `batch` and `chunk` broadcast; the rest is common to all."""
+
+    batch: Array
+    """Slots of one dp group."""
+    chunk: Array
+    """Tokens of one step of one dp group."""
+    input_len: ArrayLike
+    output_len: ArrayLike
+    prefix_hit: ArrayLike = 0.0
+    weight_dtype: str = "bf16"
+    kv_dtype: str = "bf16"
+    attention: AttentionKernel = "flash"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """Means in steady state; arrays of the grid's shape. Rates are of the whole deployment."""
+
+    ttft_s: Array
+    tpot_s: Array
+    end_to_end_s: Array
+    requests_per_s: Array
+    output_tokens_per_s: Array
+    concurrency: Array
+    prefill_s: Array
+    """One prompt alone, all its chunks."""
+    decode_step_s: Array
+    mixed_step_s: Array
+    mixed_share: Array
+    wait_s: Array
+    compute_s: Array
+    memory_s: Array
+    collective_s: Array
+    overhead_s: Array
+    """The four: of one average step."""
+
+
+def _flow(model: StepModel, stages: list[Parts], phase: Phase, chunks: ArrayLike) -> Array:
+    """Seconds for `chunks` equal pieces through the pipeline, host time included."""
+    times = model.step_s(stages, phase)
+    total = sum(times, np.zeros(()))
+    slowest = times[0]
+    for one in times[1:]:
+        slowest = np.maximum(slowest, one)
+    return total + (as_array(chunks) - 1.0) * slowest + model.host_s(phase) * as_array(chunks)
+
+
+def _rotate(model: StepModel, stages: list[Parts], phase: Phase) -> Array:
+    """Seconds of one token of every slot when p microbatches share p stages."""
+    times = model.step_s(stages, phase)
+    total = sum(times, np.zeros(()))
+    slowest = times[0]
+    for one in times[1:]:
+        slowest = np.maximum(slowest, one)
+    return np.maximum(total, slowest * len(times)) + model.host_s(phase)
+
+
+def _sum(*groups: list[Parts]) -> list[Parts]:
+    out = groups[0]
+    for group in groups[1:]:
+        out = [one.plus(two) for one, two in zip(out, group, strict=True)]
+    return out
+
+
+def step_seconds(
+    model: StepModel,
+    phase: Phase,
+    *,
+    batch: ArrayLike,
+    new: ArrayLike,
+    prefix: ArrayLike,
+    weight_dtype: str,
+    kv_dtype: str,
+    attention: AttentionKernel,
+) -> tuple[Array, list[Parts]]:
+    """(seconds, parts per stage) of one forward pass of `batch` sequences of one dp group."""
+    engine = model.engine
+    count, tokens = as_array(batch), as_array(batch) * as_array(new)
+    stages = _sum(
+        model.parts("token", Load.of(phase, engine, tokens=tokens, weight_dtype=weight_dtype)),
+        model.parts(
+            "attention",
+            Load.of(
+                phase,
+                engine,
+                batch=count,
+                new=new,
+                prefix=prefix,
+                kv_dtype=kv_dtype,
+                attention=attention,
+            ),
+        ),
+        model.parts("logits", Load.of(phase, engine, tokens=count, weight_dtype=weight_dtype)),
+    )
+    return _flow(model, stages, phase, 1.0), stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shares:
+    """How an average step is made up; arrays of the grid."""
+
+    per_step: Array
+    decoding: Array
+    piece: Array
+    mixed: Array
+    prompt: Array
+
+
+def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
+    prompt = np.maximum(
+        np.ceil(as_array(given.input_len) * (1.0 - as_array(given.prefix_hit))), 1.0
+    )
+    later = as_array(given.output_len) - 1.0
+    slots, chunk = given.batch, np.maximum(given.chunk, 1.0)
+    if prefill_first:
+        piece = np.minimum(chunk, prompt)
+        per_step = slots / np.maximum(later, 1.0)
+        zero = np.zeros(np.broadcast_shapes(slots.shape, chunk.shape))
+        return _Shares(
+            per_step=per_step + zero,
+            decoding=slots + zero,
+            piece=piece + zero,
+            mixed=per_step * np.ceil(prompt / piece),
+            prompt=prompt,
+        )
+    per_step = np.minimum(slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later))
+    decoding = per_step * later
+    piece = np.clip(chunk - decoding, 1.0, prompt)
+    mixed = np.minimum(per_step * prompt / piece, 1.0)
+    return _Shares(per_step=per_step, decoding=decoding, piece=piece, mixed=mixed, prompt=prompt)
+
+
+def _decode_stages(model: StepModel, given: ServingInput, sequences: Array) -> list[Parts]:
+    """A decode step of `sequences` of one microbatch at the mean context."""
+    engine = model.engine
+    context = as_array(given.input_len) + as_array(given.output_len) / 2.0
+    token = Load.of("decode", engine, tokens=sequences, weight_dtype=given.weight_dtype)
+    seen = Load.of(
+        "decode",
+        engine,
+        batch=sequences,
+        new=1.0,
+        prefix=context,
+        kv_dtype=given.kv_dtype,
+        attention=given.attention,
+    )
+    return _sum(
+        model.parts("token", token), model.parts("attention", seen), model.parts("logits", token)
+    )
+
+
+def _mixed_stages(
+    model: StepModel, given: ServingInput, shares: _Shares, sequences: Array
+) -> list[Parts]:
+    """A step of `sequences` decoding beside one piece of a prompt."""
+    engine = model.engine
+    piece, prompt = shares.piece, shares.prompt
+    context = as_array(given.input_len) + as_array(given.output_len) / 2.0
+    kept = as_array(given.input_len) - prompt
+    kinds = {"kv_dtype": given.kv_dtype, "attention": given.attention}
+    tokens = Load.of(
+        "prefill", engine, tokens=sequences + piece, weight_dtype=given.weight_dtype
+    )
+    chunk = Load.of(
+        "prefill", engine, batch=1.0, new=piece, prefix=kept + (prompt - piece) / 2.0, **kinds
+    )
+    rows = Load.of("prefill", engine, tokens=sequences + 1.0, weight_dtype=given.weight_dtype)
+    parts = _sum(
+        model.parts("token", tokens), model.parts("attention", chunk), model.parts("logits", rows)
+    )
+    if engine.prefill_first:
+        return parts
+    seen = Load.of("decode", engine, batch=sequences, new=1.0, prefix=context, **kinds)
+    return _sum(parts, model.parts("attention", seen))
+
+
+def serve(model: StepModel, given: ServingInput) -> Serving:
+    """Steady state of one layout over a grid of slots and step sizes."""
+    engine, stages = model.engine, len(model.graphs["decode"].stages)
+    shares = _shares(given, engine.prefill_first)
+    micro = np.maximum(np.ceil(shares.decoding / stages), 1.0)
+    decode = _decode_stages(model, given, micro)
+    alone = np.zeros(()) if engine.prefill_first else micro
+    mixed = _mixed_stages(model, given, shares, alone)
+    decode_s = _rotate(model, decode, "decode")
+    mixed_s = _rotate(model, mixed, "prefill")
+    pieces = np.ceil(shares.prompt / shares.piece)
+    if engine.prefill_first:
+        prefill_s = _flow(model, mixed, "prefill", pieces)
+        step_s = decode_s + shares.per_step * prefill_s
+        busy = shares.per_step * prefill_s / step_s
+    else:
+        prefill_s = pieces * mixed_s
+        step_s = shares.mixed * mixed_s + (1.0 - shares.mixed) * decode_s
+        busy = np.minimum(shares.mixed, 0.999)
+    wait_s = _wait(busy, prefill_s, given.batch)
+    ttft_s = wait_s + prefill_s
+    later = as_array(given.output_len) - 1.0
+    latency = ttft_s + later * step_s
+    rate = model.groups * np.minimum(shares.per_step / step_s, given.batch / latency)
+    means = _mean_parts(decode, mixed, shares, engine.prefill_first)
+    return Serving(
+        ttft_s=ttft_s,
+        tpot_s=np.where(later > 0, step_s, 0.0),
+        end_to_end_s=latency,
+        requests_per_s=rate,
+        output_tokens_per_s=rate * as_array(given.output_len),
+        concurrency=np.minimum(rate * latency, given.batch * model.groups),
+        prefill_s=prefill_s,
+        decode_step_s=decode_s,
+        mixed_step_s=mixed_s,
+        mixed_share=shares.mixed,
+        wait_s=wait_s,
+        compute_s=means.compute_s,
+        memory_s=means.memory_s,
+        collective_s=means.collective_s,
+        overhead_s=step_s - means.compute_s - means.memory_s - means.collective_s,
+    )
+
+
+def _wait(busy: Array, service_s: Array, slots: Array) -> Array:
+    """Mean wait of a prompt behind the others'."""
+    busy = np.clip(busy, 0.0, 0.999)
+    queue = busy / (2.0 * (1.0 - busy)) * service_s
+    return np.minimum(queue, (slots - 1.0) / 2.0 * service_s)
+
+
+def _mean_parts(
+    decode: list[Parts], mixed: list[Parts], shares: _Shares, prefill_first: bool
+) -> Parts:
+    """Parts of an average step: the stages a token passes, weighted by how often they run."""
+    one, two = decode[0], mixed[0]
+    for parts in decode[1:]:
+        one = one.plus(parts)
+    for parts in mixed[1:]:
+        two = two.plus(parts)
+    rest = 1.0 if prefill_first else 1.0 - shares.mixed
+
+    def blend(a: Array, b: Array) -> Array:
+        return np.asarray(rest * a + shares.mixed * b)
+
+    return Parts(
+        blend(one.compute_s, two.compute_s),
+        blend(one.memory_s, two.memory_s),
+        blend(one.collective_s, two.collective_s),
+        blend(one.overhead_s, two.overhead_s),
+        0.0,
+    )

@@ -1,0 +1,342 @@
+"""The plan: the chosen strategy with all that is needed to deploy it, as `plan.json`.
+
+The models below are the contract of the file; `plan_schema()` gives its JSON Schema, which is
+committed as `search/data/plan.schema.json`. Units are in the names: seconds, bytes, tokens and
+their rates. The same inputs, seed and version give the same bytes: measured wall times stand in
+`timing.json` beside it, and `certificate.wall_s` is their upper bound, rounded up to a power of
+ten of at least ten seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shardplan.models.errors import InputError
+from shardplan.models.parallel import Parallelism
+
+__all__ = [
+    "PLAN_VERSION",
+    "BreakdownRow",
+    "Candidate",
+    "Certificate",
+    "ClusterInfo",
+    "Limits",
+    "MemoryRow",
+    "ModelInfo",
+    "Performance",
+    "Plan",
+    "ProofInfo",
+    "QuantizationRow",
+    "Request",
+    "StrategyInfo",
+    "Workload",
+    "plan_schema",
+    "write_atomically",
+]
+
+PLAN_VERSION = 1
+MAX_PLAN_BYTES = 16 * 2**20
+
+
+class _Part(BaseModel):
+    """Every part refuses keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Workload(_Part):
+    """What is asked of the deployment. Lengths in tokens of one request."""
+
+    input_len: int = Field(ge=1)
+    output_len: int = Field(ge=1)
+    concurrency: int | None = Field(default=None, ge=1)
+    """Requests in flight over the whole deployment; None: as many as serve best."""
+    request_rate: float | None = Field(default=None, gt=0)
+    """Requests a second to be served; None: as many as possible."""
+    prefix_hit: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the prompt tokens found in the prefix cache."""
+
+
+class Limits(_Part):
+    """Service level: upper limits of mean time to first token and mean time per output token."""
+
+    ttft_s: float | None = Field(default=None, gt=0)
+    tpot_s: float | None = Field(default=None, gt=0)
+
+
+class Request(_Part):
+    """The question, as asked, with every default filled in."""
+
+    objective: Literal["throughput", "latency", "cards"]
+    workload: Workload
+    limits: Limits
+    cards: int
+    weight_dtype: str
+    kv_dtype: str
+    attention: str
+    engine: str
+    """Search engine."""
+    engine_profile: str
+    serving: Literal["agg"]
+    seed: int
+    trials: int | None = None
+
+
+class ModelInfo(_Part):
+    """Which model, and the digest of its sizes that a plan is bound to."""
+
+    name: str
+    architecture: str
+    source: str
+    digest: str
+    parameters: int
+    active_parameters: int
+    layers: int
+    kv_bytes_per_token: float
+    """Over all layers, at the plan's KV dtype."""
+    max_context: int
+
+
+class ClusterInfo(_Part):
+    """Which machine."""
+
+    name: str
+    title: str
+    device: str
+    soc_versions: tuple[str, ...]
+    ranks_per_node: int
+    nodes: int
+    ranks: int
+    hbm_bytes: float
+
+
+class StrategyInfo(_Part):
+    """One point of the space."""
+
+    tp: int
+    pp: int
+    dp: int
+    ep: int
+    cp: int = 1
+    sp: bool
+    exchange: Literal["allgather", "alltoall"]
+    stage_layers: tuple[int, ...]
+    attention: Literal["flash", "naive"]
+    weight_dtype: str
+    kv_dtype: str
+    batch: int
+    """Sequences that decode together in one dp group (the engine's max_num_seqs)."""
+    chunk: int
+    """Tokens of one step of one dp group (the engine's max_num_batched_tokens)."""
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the deployment."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    def parallelism(self) -> Parallelism:
+        """The part of the strategy that changes the graph."""
+        return Parallelism(
+            tp=self.tp,
+            pp=self.pp,
+            dp=self.dp,
+            ep=self.ep,
+            cp=self.cp,
+            sp=self.sp,
+            exchange=self.exchange,
+            stage_layers=self.stage_layers,
+        )
+
+
+class Performance(_Part):
+    """What the deployment does under the workload; rates are of the whole deployment."""
+
+    ttft_s: float
+    tpot_s: float
+    end_to_end_s: float
+    output_tokens_per_s: float
+    output_tokens_per_s_per_card: float
+    requests_per_s: float
+    concurrency: float
+    """Requests in flight over the whole deployment."""
+    prefill_step_s: float
+    decode_step_s: float
+
+
+class MemoryRow(_Part):
+    """Bytes on one rank of one pipeline stage."""
+
+    stage: int
+    layers: int
+    weights_bytes: float
+    kv_cache_bytes: float
+    activations_bytes: float
+    communicators_bytes: float
+    reserve_bytes: float
+    total_bytes: float
+    capacity_bytes: float
+    """What the engine may use of the card's memory."""
+
+
+class BreakdownRow(_Part):
+    """Seconds of one step by kind of operator, summed over the stages a token passes."""
+
+    phase: Literal["prefill", "decode"]
+    kind: str
+    calls: int
+    compute_s: float
+    memory_s: float
+    collective_s: float
+    overhead_s: float
+    total_s: float
+    basis: str
+    """What the formula's coefficients rest on: measured, fitted, derived, assumed."""
+
+
+class Candidate(_Part):
+    """A strategy with what it does, as one row of `trials.csv`."""
+
+    strategy: StrategyInfo
+    performance: Performance
+    memory_bytes: float
+    objective: float
+
+
+class QuantizationRow(_Part):
+    """The best strategy at other dtypes: shown beside the answer, never applied unasked."""
+
+    weight_dtype: str
+    kv_dtype: str
+    objective: float | None
+    """None when nothing of that dtype fits or meets the limits."""
+    gain: float | None
+    """Objective over the plan's own."""
+    strategy: StrategyInfo | None
+
+
+class ProofInfo(_Part):
+    """What was proven of the strategy, and how far."""
+
+    level: int
+    passed: bool
+    checks: tuple[str, ...]
+    failures: tuple[str, ...]
+
+
+class Certificate(_Part):
+    """Why nothing in the stated space is better."""
+
+    engine: str
+    space: dict[str, list[Any]]
+    """Values of each dimension that was searched."""
+    space_size: int
+    evaluated: int
+    pruned: int
+    """Left out unpriced, by legality rules and by bounds."""
+    pruned_by: dict[str, int]
+    infeasible: dict[str, int]
+    """Priced and refused, by the limit that bound."""
+    bound: float | None
+    """Best objective that any strategy of the space could have; None where no engine proves one."""
+    gap: float | None
+    """Relative distance of the plan from the bound; 0 is optimal, None is unknown."""
+    wall_s: float
+    """Upper bound of the search's wall time, rounded up to a power of ten (at least 10)."""
+
+
+class Plan(_Part):
+    """`plan.json`."""
+
+    schema_version: Literal[1] = PLAN_VERSION
+    shardplan_version: str
+    request: Request
+    model: ModelInfo
+    cluster: ClusterInfo
+    strategy: StrategyInfo
+    performance: Performance
+    memory: tuple[MemoryRow, ...]
+    largest_lever: str
+    """What frees most memory at least cost, in one sentence."""
+    breakdown: tuple[BreakdownRow, ...]
+    proof: ProofInfo
+    certificate: Certificate
+    pareto: tuple[Candidate, ...]
+    alternatives: tuple[Candidate, ...]
+    quantization: tuple[QuantizationRow, ...]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan.json. `InputError` with the place and the rule where it breaks one."""
+        file = Path(path)
+        try:
+            if file.stat().st_size > MAX_PLAN_BYTES:
+                raise InputError("a plan.json is at most 16 MiB", got=str(file))
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise InputError("a plan.json is JSON in UTF-8", got=f"{file}: {error}") from None
+        if not isinstance(data, dict) or data.get("schema_version") != PLAN_VERSION:
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            raise InputError(
+                f"plan.json of schema version {PLAN_VERSION} is understood",
+                got=f"{file}: schema_version={version!r}",
+                hint="make it anew with `shardplan search`",
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise InputError(
+                "a plan.json follows its schema", got=f"{file}: {place}: {first['msg']}"
+            ) from None
+
+    def dumps(self) -> str:
+        """The bytes of plan.json."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write plan.json, whole or not at all."""
+        write_atomically(Path(path), self.dumps())
+
+    def emit(self, target: str, out: str | os.PathLike[str]) -> list[Path]:
+        """Write the files and commands of one engine or compiler into `out`."""
+        from shardplan.search.emit import emit
+
+        return emit(self, target, Path(out))
+
+    def verify(self, *, level: int = 1) -> ProofInfo:
+        """Prove the plan's strategy again; the model is found by its source."""
+        from shardplan.search.proof import verify_plan
+
+        return verify_plan(self, level=level)
+
+
+def plan_schema() -> dict[str, Any]:
+    """JSON Schema of plan.json."""
+    return Plan.model_json_schema()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file through a temporary neighbour, so that a crash leaves the old one or the new."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError("the file cannot be written", got=f"{path}: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        raise InputError("the file cannot be written", got=f"{path}: {error.strerror}") from None
