@@ -52,6 +52,8 @@ class ServingInput:
     weight_dtype: str = "bf16"
     kv_dtype: str = "bf16"
     attention: AttentionKernel = "flash"
+    in_flight: ArrayLike | None = None
+    """Requests in flight of one dp group; None: as many as there are slots."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,7 @@ def step_seconds(
 class _Shares:
     """How an average step is made up; arrays of the grid."""
 
+    slots: Array
     per_step: Array
     decoding: Array
     piece: Array
@@ -153,12 +156,16 @@ def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
         np.ceil(as_array(given.input_len) * (1.0 - as_array(given.prefix_hit))), 1.0
     )
     later = as_array(given.output_len) - 1.0
-    slots, chunk = given.batch, np.maximum(given.chunk, 1.0)
+    chunk = np.maximum(given.chunk, 1.0)
+    slots = given.batch
+    if given.in_flight is not None:
+        slots = np.minimum(slots, as_array(given.in_flight))
     if prefill_first:
         piece = np.minimum(chunk, prompt)
         per_step = slots / np.maximum(later, 1.0)
         zero = np.zeros(np.broadcast_shapes(slots.shape, chunk.shape))
         return _Shares(
+            slots=slots,
             per_step=per_step + zero,
             decoding=slots + zero,
             piece=piece + zero,
@@ -169,7 +176,9 @@ def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
     decoding = per_step * later
     piece = np.clip(chunk - decoding, 1.0, prompt)
     mixed = np.minimum(per_step * prompt / piece, 1.0)
-    return _Shares(per_step=per_step, decoding=decoding, piece=piece, mixed=mixed, prompt=prompt)
+    return _Shares(
+        slots=slots,
+        per_step=per_step, decoding=decoding, piece=piece, mixed=mixed, prompt=prompt)
 
 
 def _decode_stages(model: StepModel, given: ServingInput, sequences: Array) -> list[Parts]:
@@ -235,11 +244,13 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
         prefill_s = pieces * mixed_s
         step_s = shares.mixed * mixed_s + (1.0 - shares.mixed) * decode_s
         busy = np.minimum(shares.mixed, 0.999)
-    wait_s = _wait(busy, prefill_s, given.batch)
-    ttft_s = wait_s + prefill_s
+    wait_s = _wait(busy, prefill_s, shares.slots)
     later = as_array(given.output_len) - 1.0
-    latency = ttft_s + later * step_s
-    rate = model.groups * np.minimum(shares.per_step / step_s, given.batch / latency)
+    latency = wait_s + prefill_s + later * step_s
+    each = np.minimum(shares.per_step / step_s, shares.slots / latency)
+    outside = _outside_s(given, each)
+    ttft_s, latency = wait_s + prefill_s + outside, latency + outside
+    rate = model.groups * each
     means = _mean_parts(decode, mixed, shares, engine.prefill_first)
     return Serving(
         ttft_s=ttft_s,
@@ -247,12 +258,12 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
         end_to_end_s=latency,
         requests_per_s=rate,
         output_tokens_per_s=rate * as_array(given.output_len),
-        concurrency=np.minimum(rate * latency, given.batch * model.groups),
+        concurrency=rate * latency,
         prefill_s=prefill_s,
         decode_step_s=decode_s,
         mixed_step_s=mixed_s,
         mixed_share=shares.mixed,
-        wait_s=wait_s,
+        wait_s=wait_s + outside,
         compute_s=means.compute_s,
         memory_s=means.memory_s,
         collective_s=means.collective_s,
@@ -265,6 +276,13 @@ def _wait(busy: Array, service_s: Array, slots: Array) -> Array:
     busy = np.clip(busy, 0.0, 0.999)
     queue = busy / (2.0 * (1.0 - busy)) * service_s
     return np.minimum(queue, (slots - 1.0) / 2.0 * service_s)
+
+
+def _outside_s(given: ServingInput, rate: Array) -> Array:
+    """Mean wait of a request for a slot, where more are in flight than slots (Little's law)."""
+    if given.in_flight is None:
+        return np.zeros(())
+    return np.maximum(as_array(given.in_flight) - given.batch, 0.0) / rate
 
 
 def _mean_parts(

@@ -163,6 +163,7 @@ class StepModel:
             phase: {
                 name: block_rows(graph, block, cluster, engine)
                 for name, block in graph.blocks.items()
+                if any(name in stage.counts for stage in graph.stages)
             }
             for phase, graph in graphs.items()
         }
@@ -245,9 +246,17 @@ def _matmul(model: StepModel, row: Row, load: Load) -> KernelTime:
 
 
 def _grouped(model: StepModel, row: Row, load: Load) -> KernelTime:
-    rows = np.maximum(_tokens(row, load, model.groups) * row.share, 1.0)
-    dtype = kernel_dtype(row, load.weight_dtype)
-    return grouped_matmul(model.machine, rows, row.experts, row.n, row.k, dtype)
+    tokens = np.maximum(_tokens(row, load, model.groups), 1.0)
+    active = row.experts * (1.0 - (1.0 - row.share / row.experts) ** tokens)
+    return grouped_matmul(
+        model.machine,
+        np.maximum(tokens * row.share, active),
+        row.experts,
+        row.n,
+        row.k,
+        kernel_dtype(row, load.weight_dtype),
+        active=active,
+    )
 
 
 def _pointwise(model: StepModel, row: Row, load: Load) -> KernelTime:

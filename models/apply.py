@@ -289,16 +289,21 @@ def _steps(
 
 
 def _detour(have: dict[str, str], want: dict[str, str], mesh: Mesh) -> dict[str, str] | None:
-    """A layout to pass through where a slice and an exchange would join one dim.
+    """A layout to pass through where an exchange cannot nest, None where all can.
 
-    The slice would have to nest inside the exchange that has not happened yet, so the exchanged
-    axes are gathered first and all of them sliced together.
+    A slice that joins the dim of an exchange would have to nest inside it, and an exchange cannot
+    take the major axis of a dim from under a minor one. Either way the axes concerned are
+    gathered first and sliced again.
     """
     moved = [a for a in mesh.axes if have.get(a) != want.get(a)]
     kinds = {a: _transition(have.get(a), want.get(a)) for a in moved}
     sliced = {want[a] for a in moved if kinds[a] == "slice"}
-    mixed = [a for a in moved if kinds[a] == "all_to_all" and want[a] in sliced]
-    return {a: d for a, d in have.items() if a not in mixed} if mixed else None
+    through = {a for a in moved if kinds[a] == "all_to_all" and want[a] in sliced}
+    for axis in (a for a in moved if kinds[a] == "all_to_all"):
+        under = mesh.axes[mesh.axes.index(axis) + 1 :]
+        minor = {a for a in under if have.get(a) == have[axis] and kinds.get(a) != "all_to_all"}
+        through |= {axis, *minor} if minor else set()
+    return {a: d for a, d in have.items() if a not in through} if through else None
 
 
 def _check_nesting(
@@ -313,7 +318,8 @@ def _check_nesting(
             if stays and max(stays) > min(moved):
                 raise LayoutError(
                     "axes that share a dim nest major to minor",
-                    got=f"dim={dim}, moving={axes}, layout={dict(now)}",
+                    got=f"dim={dim}, moving={', '.join(axes)}, layout={dict(now)}",
+                    hint="try another ep, or tokens not split over tp (sp)",
                 )
 
 

@@ -169,16 +169,11 @@ def _check_experts(spec: ModelSpec, par: Parallelism) -> None:
 
 
 def _kv_split(spec: ModelSpec, tp: int) -> int:
-    """How many ways tp splits the kv heads; the rest of tp splits the queries of each."""
-    if spec.mla is not None:
-        return tp
-    ways = math.gcd(tp, spec.kv_heads)
-    if spec.queries_per_kv % (tp // ways):
-        raise LayoutError(
-            "tp beyond the kv heads must split the queries of each kv head evenly",
-            got=f"tp={tp}, kv_heads={spec.kv_heads}, queries per kv head={spec.queries_per_kv}",
-        )
-    return ways
+    """How many ways tp splits the kv heads; the rest of tp splits the queries of each.
+
+    The rest divides the queries because tp divides the heads, their product with the kv heads.
+    """
+    return tp if spec.mla is not None else math.gcd(tp, spec.kv_heads)
 
 
 def make_mesh(spec: ModelSpec, par: Parallelism) -> Mesh:
@@ -190,6 +185,7 @@ def make_mesh(spec: ModelSpec, par: Parallelism) -> Mesh:
         raise LayoutError(
             "tp must factor through both the kv heads and the expert groups",
             got=f"tp={par.tp}, kv split={kv}, expert split={ep}",
+            hint="try an ep that divides the kv split, or is a multiple of it",
         )
     dp1 = max(par.ep // par.tp, 1) if spec.moe else 1
     shape = {

@@ -78,7 +78,7 @@ _DECODE: Bounds = {
     "e_t": (0.0, 0.0, 0.8),
     **dict.fromkeys(("e_x", "e_xx", "e_g", "e_gg"), (0.0, -0.3, 0.3)),
 }
-_HEADS: Bounds = dict.fromkeys(("e_k", "e_gk", "e_grouped", "e_gx", "e_gt"), (0.0, -0.3, 0.3))
+_HEADS: Bounds = dict.fromkeys(("e_k", "e_gk", "e_grouped", "e_gx"), (0.0, -0.3, 0.3))
 """Start, lower and upper bound of each coefficient; the surface terms start at nothing."""
 
 

@@ -2,7 +2,8 @@
 
 Where they come from: 910B, vllm-ascend 0.18 kernels in NPU-graph replay (batch 1..128, tokens
 128..16384, head 128) and MLA kernels of 0.23; H100 and H200, TensorRT-LLM 1.3.0rc20 kernels of the
-`aiconfigurator-core` 0.12.0 package (full attention, 16-bit cache, head 128; half of the rows, picked by hash).
+`aiconfigurator-core` 0.12.0 package (full attention, 16-bit cache, head 128, groups
+up to 16, batch up to 512, from 60 tokens on; half of the rows, picked by hash).
 """
 
 from __future__ import annotations

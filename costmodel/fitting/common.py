@@ -63,6 +63,8 @@ class FittedSection:
     coefficients: Mapping[str, float]
     rows_fitted: int = 0
     held: ErrorStats | None = None
+    fit_errors: ErrorStats | None = None
+    """Errors on the fitted rows, written where there are none held out."""
 
 
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -159,6 +161,9 @@ def write_sections(path: Path, heading: str, sections: Sequence[FittedSection]) 
             lines.append(f"rows_held_out = {section.held.rows}")
             lines.append(f"median_error = {_number(section.held.median)}")
             lines.append(f"p90_error = {_number(section.held.p90)}")
+        elif section.fit_errors is not None:
+            lines.append(f"median_error = {_number(section.fit_errors.median)}")
+            lines.append(f"p90_error = {_number(section.fit_errors.p90)}")
         lines += ["", f"[{section.name}.coefficients]"]
         lines += [f"{key} = {_number(value)}" for key, value in section.coefficients.items()]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,8 +71,8 @@ class SurfaceProblem:
     grid: Sizes
     doubled: tuple[Sizes, ...]
     hinge: float = 5.0
-    smooth: float = 0.1
-    ridge: float = 0.03
+    smooth: float = 0.2
+    ridge: float = 0.05
     pull: float = 0.3
     scale: float = 0.03
 

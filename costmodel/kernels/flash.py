@@ -213,7 +213,7 @@ def _decode_efficiency(section: Section, work: DecodeWork, grouped: Array, share
         + g * (section["e_g"] + section["e_gg"] * g)
         + k * (section["e_k"] + section["e_gk"] * g)
         + grouped * (section["e_grouped"] + section["e_gx"] * x)
-        + t * (section["e_t"] + grouped * section["e_gt"])
+        + (1.0 - grouped) * section["e_t"] * t
     )
     return np.asarray(np.exp(np.clip(exponent, -3.0, 0.5)), dtype=np.float64)
 

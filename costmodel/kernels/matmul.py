@@ -15,8 +15,9 @@ weight and activation, b_w' those of the weight as the cube unit reads it. Three
 the rounds in which all cores work one tile each. The e_* are fractions of peak, and `surface` is a correction of log(time), linear between the logs of its
 knots and constant outside them: all of it is without unit and moves to a device with other
 core counts and rates. Weights quantized for a wider product (w8a16, w4a16, w4a8) also pay
-    dequantize = n*k * max(vector_flop_per_weight / vector rate, unpacked bytes twice / L2)
-as a third limit of the body: vector cores unpack beside the cube.
+    unpack  = n*k * max(vector_flop_per_weight / vector rate, passes * b_w' / (L2 * e_l2))
+as a third limit of the body: vector cores unpack beside the cube, through L2 (passes = 1) or
+in registers (0).
 
 `warm` is the share of the weights found in L2. `rotated` weights are those of the benchmark
 the coefficients come from, which cycles through `copies` of them:
@@ -90,7 +91,7 @@ def _unpack_s(
 ) -> Array:
     """Seconds in which the vector cores widen the weights, through L2."""
     vector_s = coef["vector_flop_per_weight"] / device.vector_flop_per_s
-    l2_s = 2.0 * rule.cube_bytes / (device.l2_bytes_per_s * coef["l2"])
+    l2_s = coef["unpack_passes"] * rule.cube_bytes / (device.l2_bytes_per_s * coef["l2"])
     return np.asarray(n * k * max(vector_s, l2_s), dtype=np.float64)
 
 
@@ -126,16 +127,6 @@ def _body(
     return np.sqrt(np.sqrt(least)), np.asarray(compute, dtype=np.bool_)
 
 
-def _conflict(k: Array, coef: Mapping[str, float], rule: Precision) -> Array | float:
-    """Factor on the body where rows of k elements start on the same memory banks."""
-    if "stride_bytes" not in coef:
-        return 1.0
-    rows = k * rule.input_bytes / coef["stride_bytes"]
-    once = np.where(rows == np.floor(rows), coef["stride_conflict"], 0.0)
-    twice = np.where(rows == 2.0 * np.floor(rows / 2.0), coef["stride_conflict_2"], 0.0)
-    return np.asarray((1.0 + once) * (1.0 + twice), dtype=np.float64)
-
-
 def _quantize_s(
     m: Array, k: Array, coef: Mapping[str, float], device: Device, rule: Precision
 ) -> Array | float:
@@ -165,7 +156,7 @@ def matmul_with(
         part = slice(start, start + _CHUNK)
         m, n, k = flat[0][part], flat[1][part], flat[2][part]
         body, bound = _body((m, n, k), coef, device, rule, state)
-        body *= np.exp(surface.at([item[part] for item in flat[3:]])) * _conflict(k, coef, rule)
+        body *= np.exp(surface.at([item[part] for item in flat[3:]]))
         over = coef["floor_s"] + _quantize_s(m, k, coef, device, rule)
         compute[part] = np.where(bound, body, 0.0)
         memory[part] = body - compute[part]

@@ -65,7 +65,7 @@ def _counted(spec: ModelSpec) -> range:
 
 def _norm(spec: ModelSpec, x: Real, weight: Real) -> Real:
     """Root-mean-square norm over the last dimension."""
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm_eps) * weight
+    return np.asarray(x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.norm_eps) * weight)
 
 
 def _rotate(spec: ModelSpec, x: Real) -> Real:

@@ -6,6 +6,8 @@ toy formulas, not from the cost model.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,8 @@ OUTPUT_LEN = 512
 CAPACITY_BYTES = 0.9 * 64 * 2**30
 WEIGHTS_BYTES = 141.1e9
 KV_BYTES_PER_TOKEN = 327_680.0
+TTFT_LIMIT_S = 2.0
+TPOT_LIMIT_S = 0.05
 
 
 def make_strategy(**changes: Any) -> StrategyInfo:
@@ -58,102 +62,109 @@ def make_strategy(**changes: Any) -> StrategyInfo:
     return StrategyInfo(**{**values, **changes})
 
 
-def _performance(ttft_s: float, tpot_s: float, concurrency: float) -> Performance:
-    """Little's law ties the rates to the times."""
-    end_to_end_s = ttft_s + (OUTPUT_LEN - 1) * tpot_s
-    requests_per_s = concurrency / end_to_end_s
-    return Performance(
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
-        end_to_end_s=end_to_end_s,
-        output_tokens_per_s=requests_per_s * OUTPUT_LEN,
-        output_tokens_per_s_per_card=requests_per_s * OUTPUT_LEN / CARDS,
-        requests_per_s=requests_per_s,
-        concurrency=concurrency,
-        prefill_step_s=ttft_s / 2,
-        decode_step_s=tpot_s,
+def _candidate(row: Any) -> Candidate:
+    """A row of the toy space as a candidate."""
+    strategy = make_strategy(
+        **{name: getattr(row, name) for name in ("tp", "pp", "dp", "sp", "attention")},
+        stage_layers=tuple(int(layers) for layers in row.stage_layers.split(",")),
+        batch=row.batch,
+        chunk=row.chunk,
+    )
+    performance = Performance(
+        **{
+            name: getattr(row, name)
+            for name in Performance.model_fields
+            if name not in {"concurrency", "prefill_step_s", "decode_step_s"}
+        },
+        concurrency=row.batch * row.dp,
+        prefill_step_s=row.ttft_s / 2,
+        decode_step_s=row.tpot_s,
+    )
+    return Candidate(
+        strategy=strategy,
+        performance=performance,
+        memory_bytes=row.memory_bytes,
+        objective=row.objective,
     )
 
 
-def _memory(strategy: StrategyInfo) -> tuple[MemoryRow, ...]:
-    rows = []
-    for stage, layers in enumerate(strategy.stage_layers):
-        share = layers / sum(strategy.stage_layers)
-        parts = {
-            "weights_bytes": WEIGHTS_BYTES * share / strategy.tp,
-            "kv_cache_bytes": 27.5e9 * share * 2,
-            "activations_bytes": 1.9e9 if stage else 1.4e9,
-            "communicators_bytes": 0.42e9,
-            "reserve_bytes": 2.1e9,
-        }
-        rows.append(
-            MemoryRow(
-                stage=stage,
-                layers=layers,
-                **parts,
-                total_bytes=sum(parts.values()),
-                capacity_bytes=CAPACITY_BYTES,
-            )
+@functools.cache
+def _toy_space() -> pd.DataFrame:
+    return _priced(_strategies())
+
+
+@functools.cache
+def _candidates() -> tuple[Candidate, ...]:
+    """The best of all, then the best of other (tp, pp)."""
+    feasible = _toy_space()[_toy_space()["feasible"]]
+    return tuple(_candidate(row) for row in feasible.drop_duplicates(["tp", "pp"]).itertuples())
+
+
+@functools.cache
+def _front() -> tuple[Candidate, ...]:
+    """Part of the Pareto front: the best strategy, then smaller batches."""
+    rows = _toy_space().query("tp == 8 and pp == 1 and sp and attention == 'flash'")
+    rows = rows[rows["feasible"] & (rows["chunk"] == 8192) & (rows["batch"] % 32 == 0)]
+    return tuple(_candidate(row) for row in rows.itertuples())
+
+
+def _memory(candidate: Candidate) -> tuple[MemoryRow, ...]:
+    """Every stage alike; what the formulas leave over is KV cache."""
+    strategy = candidate.strategy
+    rest = {
+        "weights_bytes": WEIGHTS_BYTES / (strategy.tp * strategy.pp),
+        "activations_bytes": 1.2e9,
+        "communicators_bytes": 0.4e9,
+        "reserve_bytes": 1.9e9,
+    }
+    cache_bytes = candidate.memory_bytes - sum(rest.values())
+    return tuple(
+        MemoryRow(
+            stage=stage,
+            layers=layers,
+            **rest,
+            kv_cache_bytes=cache_bytes,
+            total_bytes=candidate.memory_bytes,
+            capacity_bytes=CAPACITY_BYTES,
         )
-    return tuple(rows)
+        for stage, layers in enumerate(strategy.stage_layers)
+    )
 
 
 _BREAKDOWN = (
-    ("prefill", "matmul", 562, 0.2887, 0.0180, 0.0, 0.0040, "fitted"),
-    ("prefill", "attention", 80, 0.0410, 0.0020, 0.0, 0.0006, "fitted"),
-    ("prefill", "pointwise", 480, 0.0, 0.0170, 0.0, 0.0030, "derived"),
-    ("prefill", "all_reduce", 161, 0.0, 0.0, 0.0880, 0.0016, "fitted"),
-    ("prefill", "send_recv", 1, 0.0, 0.0, 0.0031, 0.0, "assumed"),
-    ("decode", "matmul", 562, 0.0010, 0.0251, 0.0, 0.0022, "fitted"),
-    ("decode", "attention", 80, 0.0004, 0.0061, 0.0, 0.0003, "measured"),
-    ("decode", "pointwise", 480, 0.0, 0.0009, 0.0, 0.0019, "derived"),
-    ("decode", "all_reduce", 161, 0.0, 0.0, 0.0029, 0.0006, "fitted"),
-    ("decode", "send_recv", 1, 0.0, 0.0, 0.0001, 0.0, "assumed"),
-    ("decode", "step", 1, 0.0, 0.0, 0.0, 0.0012, "assumed"),
+    ("prefill", "matmul", 562, 0.62, 0.04, 0.0, 0.008, "fitted"),
+    ("prefill", "attention", 80, 0.09, 0.004, 0.0, 0.001, "fitted"),
+    ("prefill", "pointwise", 480, 0.0, 0.04, 0.0, 0.006, "derived"),
+    ("prefill", "all_reduce", 161, 0.0, 0.0, 0.18, 0.004, "fitted"),
+    ("prefill", "send_recv", 1, 0.0, 0.0, 0.007, 0.0, "assumed"),
+    ("decode", "matmul", 562, 0.02, 0.59, 0.0, 0.05, "fitted"),
+    ("decode", "attention", 80, 0.01, 0.14, 0.0, 0.01, "measured"),
+    ("decode", "pointwise", 480, 0.0, 0.02, 0.0, 0.045, "derived"),
+    ("decode", "all_reduce", 161, 0.0, 0.0, 0.065, 0.015, "fitted"),
+    ("decode", "send_recv", 1, 0.0, 0.0, 0.005, 0.0, "assumed"),
+    ("decode", "step", 1, 0.0, 0.0, 0.0, 0.03, "assumed"),
 )
+"""Phase, kind, calls, then shares of the phase's step: compute, memory, collective, overhead."""
 
 
-def _breakdown() -> tuple[BreakdownRow, ...]:
-    return tuple(
-        BreakdownRow(
-            phase=phase,  # type: ignore[arg-type]
-            kind=kind,
-            calls=calls,
-            compute_s=compute_s,
-            memory_s=memory_s,
-            collective_s=collective_s,
-            overhead_s=overhead_s,
-            total_s=compute_s + memory_s + collective_s + overhead_s,
-            basis=basis,
-        )
-        for phase, kind, calls, compute_s, memory_s, collective_s, overhead_s, basis in _BREAKDOWN
-    )
-
-
-def _candidate(ttft_s: float, tpot_s: float, concurrency: float, **changes: Any) -> Candidate:
-    performance = _performance(ttft_s, tpot_s, concurrency)
-    return Candidate(
-        strategy=make_strategy(**changes),
-        performance=performance,
-        memory_bytes=55.3e9,
-        objective=performance.output_tokens_per_s_per_card,
-    )
-
-
-def _candidates() -> tuple[Candidate, ...]:
-    return (
-        _candidate(0.934, 0.0427, 512),
-        _candidate(0.71, 0.0402, 448, batch=112),
-        _candidate(0.62, 0.0331, 320, tp=8, pp=1, stage_layers=(80,), batch=80),
-        _candidate(0.41, 0.0250, 128, tp=8, pp=1, stage_layers=(80,), batch=32, chunk=4096),
-    )
+def _breakdown(performance: Performance) -> tuple[BreakdownRow, ...]:
+    steps = {"prefill": performance.prefill_step_s, "decode": performance.decode_step_s}
+    names = ("compute_s", "memory_s", "collective_s", "overhead_s")
+    rows = []
+    for phase, kind, calls, *shares, basis in _BREAKDOWN:
+        parts = {
+            name: float(share) * steps[phase] for name, share in zip(names, shares, strict=True)
+        }
+        row = {"phase": phase, "kind": kind, "calls": calls, "basis": basis, **parts}
+        rows.append(BreakdownRow.model_validate({**row, "total_s": sum(parts.values())}))
+    return tuple(rows)
 
 
 def _request() -> Request:
     return Request(
         objective="throughput",
         workload=Workload(input_len=INPUT_LEN, output_len=OUTPUT_LEN, concurrency=512),
-        limits=Limits(ttft_s=2.0, tpot_s=0.05),
+        limits=Limits(ttft_s=TTFT_LIMIT_S, tpot_s=TPOT_LIMIT_S),
         cards=CARDS,
         weight_dtype="bf16",
         kv_dtype="bf16",
@@ -196,18 +207,14 @@ def _certificate(best: Candidate) -> Certificate:
     return Certificate(
         engine="exact",
         space={
-            "tp": [1, 2, 4, 8],
-            "pp": [1, 2, 4],
-            "sp": [False, True],
-            "attention": ["flash", "naive"],
-            "batch": [8, 16, 32, 64, 80, 112, 128, 192, 256],
-            "chunk": [2048, 4096, 8192],
+            **{name: list(values) for name, values in _GRID.items()},
+            "weight_dtype": ["bf16"],
         },
-        space_size=48_384,
-        evaluated=17_204,
-        pruned=31_180,
-        pruned_by={"divisibility": 9_072, "bound": 22_108},
-        infeasible={"memory": 4_120, "ttft": 1_377},
+        space_size=4_608,
+        evaluated=2_304,
+        pruned=2_304,
+        pruned_by={"divisibility": 768, "bound": 1_536},
+        infeasible={"memory": 700, "ttft": 20},
         bound=best.objective,
         gap=0.0,
         wall_s=10.0,
@@ -246,9 +253,9 @@ def make_plan(**changes: Any) -> Plan:
         "cluster": _cluster(),
         "strategy": best.strategy,
         "performance": best.performance,
-        "memory": _memory(best.strategy),
+        "memory": _memory(best),
         "largest_lever": "int8 KV cache frees 13.8 GiB a card",
-        "breakdown": _breakdown(),
+        "breakdown": _breakdown(best.performance),
         "proof": ProofInfo(
             level=1,
             passed=True,
@@ -260,7 +267,7 @@ def make_plan(**changes: Any) -> Plan:
             failures=(),
         ),
         "certificate": _certificate(best),
-        "pareto": (best, *others),
+        "pareto": _front(),
         "alternatives": tuple(others),
         "quantization": _quantization(),
         "notes": (
@@ -271,66 +278,70 @@ def make_plan(**changes: Any) -> Plan:
     return Plan(**{**values, **changes})
 
 
-def _strategies(rows: int, seed: int) -> pd.DataFrame:
-    """Random points of a space of 32 cards; the first is the plan's own strategy."""
-    random = np.random.default_rng(seed)
-    tp = random.choice([1, 2, 4, 8], rows)
-    pp = random.choice([1, 2, 4], rows)
-    batch = random.choice([8, 16, 32, 64, 80, 112, 128, 192, 256], rows)
-    tp[0], pp[0], batch[0] = 4, 2, 128
-    layers = {1: "80", 2: "40,40", 4: "20,20,20,20"}
-    dtype = random.choice(["bf16", "w8a8"], rows)
-    dtype[0] = "bf16"
-    return pd.DataFrame(
-        {
-            "tp": tp,
-            "pp": pp,
-            "dp": CARDS // (tp * pp),
-            "ep": 1,
-            "cp": 1,
-            "sp": False,
-            "exchange": "allgather",
-            "stage_layers": [layers[int(size)] for size in pp],
-            "attention": "flash",
-            "weight_dtype": dtype,
-            "kv_dtype": "bf16",
-            "batch": batch,
-            "chunk": 8192,
-        }
+_LAYERS = {1: "80", 2: "40,40", 4: "20,20,20,20"}
+_GRID: dict[str, tuple[Any, ...]] = {
+    "tp": (1, 2, 4, 8),
+    "pp": (1, 2, 4),
+    "sp": (False, True),
+    "attention": ("flash", "naive"),
+    "batch": tuple(range(8, 264, 8)),
+    "chunk": (2048, 4096, 8192),
+}
+
+
+def _strategies() -> pd.DataFrame:
+    """The whole toy space on 32 cards."""
+    frame = pd.DataFrame(list(itertools.product(*_GRID.values())), columns=list(_GRID))
+    return frame.assign(
+        dp=CARDS // (frame["tp"] * frame["pp"]),
+        ep=1,
+        cp=1,
+        exchange="allgather",
+        stage_layers=frame["pp"].map(_LAYERS),
+        weight_dtype="bf16",
+        kv_dtype="bf16",
     )
 
 
 def _priced(frame: pd.DataFrame) -> pd.DataFrame:
     """Toy times: weights and KV cache are streamed, prompts computed, collectives added."""
-    tp, pp, dp, batch = (frame[name].to_numpy(float) for name in ("tp", "pp", "dp", "batch"))
-    width = np.where(frame["weight_dtype"] == "w8a8", 0.5, 1.0)
-    weights = WEIGHTS_BYTES * width / (tp * pp)
+    tp, pp, dp, batch, chunk = (
+        frame[name].to_numpy(float) for name in ("tp", "pp", "dp", "batch", "chunk")
+    )
+    naive = (frame["attention"] == "naive").to_numpy(float)
+    weights = WEIGHTS_BYTES / (tp * pp)
     cache = batch * (INPUT_LEN + OUTPUT_LEN) * KV_BYTES_PER_TOKEN / (tp * pp)
-    frame["memory_bytes"] = weights + cache + 4.5e9
+    frame["memory_bytes"] = weights + cache + 3.5e9 + 2e5 * chunk
     frame["memory_free_bytes"] = CAPACITY_BYTES - frame["memory_bytes"]
-    frame["memory_s"] = (weights + cache) * pp / 1.4e12
-    frame["compute_s"] = batch * 1.2e-4 / tp * width
-    frame["collective_s"] = 2.2e-3 * np.log2(tp) + 3e-4 * (pp - 1)
-    frame["overhead_s"] = 4e-3
+    frame["memory_s"] = (weights + cache * (1 + 0.4 * naive)) * pp / 1.4e12
+    frame["compute_s"] = batch * 1.2e-4 / tp * (1 + 0.2 * naive)
+    frame["collective_s"] = 2.2e-3 * np.log2(tp) * np.where(frame["sp"], 0.9, 1) + 3e-4 * (pp - 1)
+    frame["overhead_s"] = 4e-3 + 2.0 / chunk
     parts = ["memory_s", "compute_s", "collective_s", "overhead_s"]
     frame["tpot_s"] = frame[parts].sum(axis=1)
-    frame["ttft_s"] = 0.1 + 0.02 * batch / tp * width + 0.05 * pp
+    frame["ttft_s"] = 0.1 + (0.02 + 2.0 / chunk) * batch / tp + 0.05 * pp
     frame["end_to_end_s"] = frame["ttft_s"] + (OUTPUT_LEN - 1) * frame["tpot_s"]
     frame["requests_per_s"] = batch * dp / frame["end_to_end_s"]
     frame["output_tokens_per_s"] = frame["requests_per_s"] * OUTPUT_LEN
     frame["output_tokens_per_s_per_card"] = frame["output_tokens_per_s"] / CARDS
-    return frame
+    late = frame["ttft_s"] > TTFT_LIMIT_S
+    slow = frame["tpot_s"] > TPOT_LIMIT_S
+    fits = frame["memory_free_bytes"] >= 0
+    frame["feasible"] = fits & ~late & ~slow
+    frame["limit"] = np.select([~fits, late, slow], ["memory", "ttft", "tpot"], "")
+    frame["objective"] = frame["output_tokens_per_s_per_card"].where(frame["feasible"])
+    return frame.sort_values("objective", ascending=False, kind="stable", na_position="last")
 
 
 def make_trials(rows: int = 200, seed: int = 0) -> pd.DataFrame:
-    """A trial table, best first, refused strategies last; row objective = tokens/s per card."""
-    frame = _priced(_strategies(rows, seed))
-    fits = frame["memory_free_bytes"] >= 0
-    soon = frame["ttft_s"] <= 2.0
-    frame["feasible"] = fits & soon
-    frame["limit"] = np.select([~fits, ~soon], ["memory", "ttft"], "")
-    frame["objective"] = frame["output_tokens_per_s_per_card"].where(frame["feasible"])
-    frame["engine"] = "exact"
-    frame = frame.sort_values("objective", ascending=False, kind="stable", na_position="last")
+    """A trial table, best first, refused strategies last; the first is the plan's own.
+
+    Rows are drawn from the toy space with repetition. Objective: output tokens/s per card.
+    """
+    space = _toy_space()
+    places = np.random.default_rng(seed).integers(0, len(space), rows)
+    places[0] = 0
+    frame = space.iloc[np.sort(places)].reset_index(drop=True)
     frame["rank"] = np.where(frame["feasible"], np.arange(1, rows + 1), 0)
-    return frame.loc[:, list(TRIAL_COLUMNS)].reset_index(drop=True)
+    frame["engine"] = "exact"
+    return frame.loc[:, list(TRIAL_COLUMNS)]

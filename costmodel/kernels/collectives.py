@@ -1,0 +1,193 @@
+"""Collectives over one or more tiers: alpha-beta forms by topology, floors by launch.
+
+Symbols: n message bytes, p ranks that meet in a tier, b a link's and B a rank's bytes/s, a the time
+of a step. `message_bytes` is the full tensor: gathered (all_gather), reduced (all_reduce), before
+the reduction (reduce_scatter), of all ranks together (all_to_all: a rank sends (p - 1) / p of its
+share n / p), or what one rank sends (send).
+
+Volume / rate and steps of one tier (HCCL user guide, "collective communication algorithms"):
+
+    topology           all_gather, reduce_scatter    all_to_all           steps
+    mesh               n/p over b                    n/p^2 over b         1 (all links at once)
+    switch, pair       (p-1)/p n over B              (p-1)/p n/p over B   1
+    ring, pcie         (p-1)/p n over B              (p-1)/p n/p over B   p - 1
+    roce (NHR, RHD)    (p-1)/p n over B              pairwise over B      ceil(log2 p), pairwise p-1
+
+    all_reduce = reduce_scatter + all_gather; send = n over b (mesh) or B, one step
+
+    tier  = steps (latency + step_s) + (v + sqrt(v r)) / (rate e)
+    total = max(floor_s + floor_rank_s log2 g, base_s + sync_s log2 g + protocol + sum of tiers)
+
+g = ranks of the group, v = the volume of the table, e = efficiency exp(e_r L + e_rr L^2) and
+r = ramp_bytes exp(ramp_r L) with L = log2(p / 2), held beyond the fitted ranks; protocol =
+protocol_s from protocol_bytes a rank on (HCCL leaves the vector-core kernels there). Up to
+`oneshot_bytes` an all_reduce reads every peer's tensor once, at `oneshot_efficiency`: n over b
+(mesh), (p-1) n over B else.
+
+Several tiers (HCCL user guide, hierarchical communication): all_reduce = reduce_scatter inside,
+all_reduce outside on n/p, all_gather inside; all_gather = inside, then outside; reduce_scatter =
+outside, then inside; all_to_all = inside, then outside. Launch and synchronisation are paid once,
+those of the outermost tier.
+
+A KernelTime holds the wire time as memory_s and launches, steps and synchronisation as overhead_s.
+Sections: `collectives.<topology>.<launch>.<kind>`, or `.any` where kinds share one; `custom` stands
+for an engine's own all_reduce kernel (vLLM and TensorRT-LLM have one on NVIDIA).
+Left out: contention between groups, uneven shares, ranks that arrive late (in-service fits hold it
+on average), buffers smaller than the message.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from shardplan.costmodel.calibration import Calibration, Section
+from shardplan.costmodel.hardware import Tier
+from shardplan.costmodel.kernels.base import Array, ArrayLike, KernelTime, as_array
+from shardplan.costmodel.placement import TierSpan
+from shardplan.models.errors import InputError
+
+__all__ = ["CollectiveKind", "Launch", "collective", "group_size"]
+
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+Launch = Literal["graph", "host"]
+_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+
+
+class _Stage(NamedTuple):
+    """One form run on one tier: wire seconds `[...]` and step overhead seconds."""
+
+    wire_s: Array
+    overhead_s: float
+
+
+def group_size(spans: Sequence[TierSpan]) -> int:
+    """Ranks of the group that crosses these tiers."""
+    return math.prod(span.members for span in spans)
+
+
+def _section(
+    calibration: Calibration, tier: Tier, kind: CollectiveKind, launch: Launch, custom: bool
+) -> Section:
+    lead = f"collectives.{tier.topology}"
+    sections = calibration.sections
+    if custom and f"{lead}.custom.{kind}" in sections:
+        return sections[f"{lead}.custom.{kind}"]
+    own = sections.get(f"{lead}.{launch}.{kind}")
+    return own if own is not None else calibration.section(f"{lead}.{launch}.any")
+
+
+def _rate(tier: Tier) -> float:
+    return tier.link_bytes_per_s if tier.topology == "mesh" else tier.bytes_per_s
+
+
+def _steps(tier: Tier, kind: CollectiveKind, members: int) -> int:
+    if kind == "send" or tier.topology in ("mesh", "switch", "pair"):
+        once = 1
+    elif tier.topology == "roce" and kind != "all_to_all":
+        once = math.ceil(math.log2(members))
+    else:
+        once = members - 1
+    return 2 * once if kind == "all_reduce" else once
+
+
+def _volume_share(tier: Tier, kind: CollectiveKind, members: int) -> float:
+    """Bytes over the rate that binds, as a share of the message."""
+    if kind == "send":
+        return 1.0
+    share = 1.0 / members if tier.topology == "mesh" else (members - 1.0) / members
+    if kind == "all_to_all":
+        return share / members
+    return 2.0 * share if kind == "all_reduce" else share
+
+
+def _wire_s(section: Section, tier: Tier, members: int, volume_bytes: Array) -> Array:
+    level = math.log2(min(float(members), section["ranks_max"]) / 2.0)
+    e = section["efficiency"] * math.exp(level * (section["e_r"] + section["e_rr"] * level))
+    ramp = section["ramp_bytes"] * math.exp(level * section["ramp_r"])
+    sent = volume_bytes + np.sqrt(volume_bytes * ramp)
+    return np.asarray(sent / (_rate(tier) * e), dtype=np.float64)
+
+
+def _stage(section: Section, span: TierSpan, kind: CollectiveKind, message: Array) -> _Stage:
+    tier, members = span.tier, span.members
+    wire = _wire_s(section, tier, members, message * _volume_share(tier, kind, members))
+    return _Stage(wire, _steps(tier, kind, members) * (tier.latency_s + section["step_s"]))
+
+
+def _stages(
+    pick: functools.partial[Section], spans: Sequence[TierSpan], kind: CollectiveKind, n: Array
+) -> list[_Stage]:
+    """Forms run one after another over the tiers, inner to outer, for `n` message bytes."""
+    inner, outer = spans[0], spans[1:]
+    if not outer or kind == "send":
+        last = spans[-1]
+        return [_stage(pick(last.tier, kind), last, kind, n)]
+    if kind == "all_reduce":
+        scatter = _stage(pick(inner.tier, "reduce_scatter"), inner, "reduce_scatter", n)
+        gather = _stage(pick(inner.tier, "all_gather"), inner, "all_gather", n)
+        return [scatter, *_stages(pick, outer, kind, n / inner.members), gather]
+    others = group_size(outer)
+    first = _stage(pick(inner.tier, kind), inner, kind, n / others)
+    if kind == "all_to_all":
+        return [first, *_stages(pick, outer, kind, n / inner.members)]
+    return [first, *_stages(pick, outer, kind, n)]
+
+
+def _oneshot_s(section: Section, span: TierSpan, message: Array, floor_s: float) -> Array:
+    share = 1.0 if span.tier.topology == "mesh" else span.members - 1.0
+    rate = _rate(span.tier) * section["oneshot_efficiency"]
+    return np.asarray(floor_s + message * share / rate, dtype=np.float64)
+
+
+def collective(
+    kind: CollectiveKind,
+    spans: Sequence[TierSpan],
+    message_bytes: ArrayLike,
+    calibration: Calibration,
+    *,
+    launch: Launch,
+    custom: bool = False,
+) -> KernelTime:
+    """Time of one collective of a group that crosses `spans`, for `message_bytes` (any shape).
+
+    `launch`: inside a captured graph or launched by the host. `custom`: take the engine's own
+    all_reduce kernel where the calibration has one. No spans, or one member in all: no time.
+    `InputError` for an unknown kind or launch; `CalibrationError` without coefficients.
+    """
+    if kind not in _KINDS:
+        raise InputError("`kind` must be one of " + ", ".join(_KINDS), got=f"kind={kind!r}")
+    if launch not in ("graph", "host"):
+        raise InputError("`launch` must be graph or host", got=f"launch={launch!r}")
+    message = as_array(message_bytes)
+    crossed = tuple(span for span in spans if span.members > 1)
+    if not crossed:
+        none = np.zeros_like(message)
+        return KernelTime(none, none, none, none)
+    pick = functools.partial(_pick, calibration, launch, custom)
+    stages = _stages(pick, crossed, kind, message)
+    last = pick(crossed[-1].tier, kind)
+    ranks = group_size(crossed)
+    late = np.where(message / ranks >= last["protocol_bytes"], last["protocol_s"], 0.0)
+    wire = np.asarray(sum(stage.wire_s for stage in stages), dtype=np.float64)
+    level = math.log2(ranks)
+    steps = sum(stage.overhead_s for stage in stages)
+    fixed = last["base_s"] + last["sync_s"] * level + late + steps
+    floor = last["floor_s"] + last["floor_rank_s"] * level
+    total = np.maximum(fixed + wire, floor)
+    if kind == "all_reduce" and len(crossed) == 1 and last["oneshot_bytes"] > 0.0:
+        limit = last["oneshot_bytes"]
+        small = _oneshot_s(last, crossed[0], np.minimum(message, limit), floor)
+        total = np.where(message <= limit, small, np.maximum(total, small))
+    wire = np.minimum(wire, total)
+    return KernelTime(total, np.zeros_like(total), wire, total - wire)
+
+
+def _pick(
+    calibration: Calibration, launch: Launch, custom: bool, tier: Tier, kind: CollectiveKind
+) -> Section:
+    return _section(calibration, tier, kind, launch, custom)

@@ -1,0 +1,210 @@
+"""The Python face: `shardplan.search(...)` and `shardplan.estimate(...)`.
+
+    resolve -> space -> search engine -> winner -> proof -> plan
+
+The objective `cards` searches growing card counts and stops at the first that is feasible; every
+smaller count is thereby proven infeasible.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from shardplan import __version__
+from shardplan.costmodel.hardware import Cluster
+from shardplan.models.errors import ProofError
+from shardplan.models.spec import ModelSpec
+from shardplan.search.build_plan import build_plan, pareto_front
+from shardplan.search.evaluate import Question
+from shardplan.search.exact import Kept, Outcome, search_exact
+from shardplan.search.failure import nothing_feasible
+from shardplan.search.output import MOST_ROWS, trial_frame
+from shardplan.search.plan import Plan
+from shardplan.search.proof import prove_strategy
+from shardplan.search.request import DEFAULT_TRIALS, Asked, Resolved, resolve
+from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["SearchResult", "estimate", "search"]
+
+Progress = Callable[[int, int], None]
+_BESIDE_LAYOUTS = 16
+_MOST_SLOTS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """A search's plan and tables. `timing`: measured seconds, apart from what is reproducible."""
+
+    plan: Plan
+    trials: DataFrame
+    pareto: DataFrame
+    timing: dict[str, float]
+
+
+def search(
+    model: str | ModelSpec,
+    cluster: str | Cluster,
+    *,
+    top: int = 5,
+    storage: str | None = None,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> SearchResult:
+    """Find, price and prove the best plan.
+
+    `asked` are the fields of `shardplan.search.request.Asked` (cards, input_len, objective, ...).
+    Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
+    """
+    start = time.perf_counter()
+    resolved = resolve(Asked(model=model, cluster=cluster, **asked))
+    outcomes = _search_counts(resolved, storage, progress)
+    searched = time.perf_counter()
+    question = _question(resolved, outcomes[-1].space.cards)
+    best = outcomes[-1].best
+    if best is None:
+        raise nothing_feasible(resolved, question, outcomes[-1])
+    beside = _search_beside(resolved, question, outcomes[-1])
+    quantized = time.perf_counter()
+    proof = prove_strategy(resolved.spec, best.parallel)
+    if not proof.passed:
+        raise ProofError(
+            "the best strategy does not compute what the model computes",
+            got=f"{best.parallel.describe()}: {'; '.join(proof.failures)}",
+        )
+    proven = time.perf_counter()
+    plan = build_plan(
+        resolved,
+        question,
+        outcomes,
+        best,
+        proof,
+        beside=beside,
+        top=top,
+        version=__version__,
+        notes=_notes(resolved, outcomes[-1], beside),
+    )
+    engine = resolved.request.engine
+    outcome = outcomes[-1]
+    return SearchResult(
+        plan=plan,
+        trials=trial_frame(outcome, outcome.kept[:MOST_ROWS], engine),
+        pareto=trial_frame(outcome, pareto_front(outcome), engine),
+        timing={
+            "search_s": searched - start,
+            "quantization_s": quantized - searched,
+            "proof_s": proven - quantized,
+            "total_s": time.perf_counter() - start,
+            "strategies_per_s": plan.certificate.evaluated / max(searched - start, 1e-9),
+        },
+    )
+
+
+def _question(resolved: Resolved, cards: int) -> Question:
+    return Question(
+        spec=resolved.spec,
+        cluster=resolved.cluster,
+        engine=resolved.engine,
+        workload=resolved.request.workload,
+        limits=resolved.request.limits,
+        objective=resolved.request.objective,
+        cards=cards,
+    )
+
+
+def _space(resolved: Resolved, cards: int) -> Space:
+    work = resolved.request.workload
+    return build_space(
+        resolved.spec,
+        resolved.cluster,
+        resolved.engine,
+        cards=cards,
+        choices=resolved.choices,
+        batches=batch_grid(work.concurrency or _MOST_SLOTS),
+        chunks=chunk_grid(resolved.engine, work.input_len),
+    )
+
+
+def _counts(resolved: Resolved) -> list[int]:
+    """Card counts to search, ascending: all of them for the objective `cards`, else the one."""
+    most, cluster = resolved.request.cards, resolved.cluster
+    if resolved.request.objective != "cards":
+        return [most]
+    nodes = range(1, cluster.nodes + 1)
+    found = {*cluster.rank_counts, *(cluster.ranks_per_node * n for n in nodes)}
+    return sorted(count for count in found if count <= most)
+
+
+def _search_counts(
+    resolved: Resolved, storage: str | None, progress: Progress | None
+) -> list[Outcome]:
+    outcomes = []
+    for cards in _counts(resolved):
+        question, space = _question(resolved, cards), _space(resolved, cards)
+        outcomes.append(_run(resolved, question, space, storage, progress))
+        if outcomes[-1].best is not None:
+            break
+    return outcomes
+
+
+def _run(
+    resolved: Resolved,
+    question: Question,
+    space: Space,
+    storage: str | None,
+    progress: Progress | None,
+) -> Outcome:
+    request = resolved.request
+    if request.engine == "exact":
+        return search_exact(question, space, progress=progress)
+    from shardplan.search.sampled import search_sampled
+
+    return search_sampled(
+        question,
+        space,
+        engine=request.engine,
+        trials=request.trials or DEFAULT_TRIALS,
+        seed=request.seed,
+        storage=storage,
+        progress=progress,
+    )
+
+
+def _search_beside(resolved: Resolved, question: Question, outcome: Outcome) -> Outcome | None:
+    """Other dtypes over the layouts that did best (all, where they are few)."""
+    if not resolved.beside:
+        return None
+    layouts = outcome.space.layouts
+    if len(layouts) > _BESIDE_LAYOUTS:
+        ranked = dict.fromkeys(one.parallel for one in outcome.kept if one.feasible)
+        layouts = tuple(ranked)[:_BESIDE_LAYOUTS]
+    space = replace(outcome.space, choices=resolved.beside, layouts=layouts, broken={})
+    return search_exact(question, space)
+
+
+def _notes(resolved: Resolved, outcome: Outcome, beside: Outcome | None) -> tuple[str, ...]:
+    notes = list(resolved.notes)
+    if len(outcome.kept) > MOST_ROWS:
+        notes.append(f"trials.csv holds the best {MOST_ROWS} of {len(outcome.kept)} kept")
+    else:
+        notes.append(
+            f"trials.csv holds {len(outcome.kept)} strategies: of every layout and choice the "
+            "best and the Pareto points"
+        )
+    if beside is not None and len(beside.space.layouts) < len(outcome.space.layouts):
+        notes.append(
+            f"other dtypes were priced on the best {len(beside.space.layouts)} layouts only"
+        )
+    return tuple(notes)
+
+
+def estimate(**point: Any) -> dict[str, Any]:
+    """Price one given strategy; arguments are the columns of `shardplan estimate --points`."""
+    from shardplan.search.estimate import estimate_one
+
+    return estimate_one(**point)

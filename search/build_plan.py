@@ -1,0 +1,294 @@
+"""From the outcome of a search to the plan: the winner priced in full, proven and explained."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from shardplan.costmodel.ledger import StageMemory
+from shardplan.costmodel.serving import Load, Parts
+from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
+from shardplan.costmodel.basis import basis_of
+from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
+from shardplan.search.exact import Kept, Outcome, pareto_mask
+from shardplan.search.plan import (
+    BreakdownRow,
+    Candidate,
+    Certificate,
+    ClusterInfo,
+    MemoryRow,
+    ModelInfo,
+    Performance,
+    Plan,
+    ProofInfo,
+    QuantizationRow,
+)
+from shardplan.search.proof import model_digest
+from shardplan.search.request import Resolved
+
+__all__ = ["build_plan", "candidate", "memory_rows", "pareto_front"]
+
+_KV_BYTES = {"bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
+_PARETO_KEPT = 200
+
+
+def candidate(outcome: Outcome, kept: Kept) -> Candidate:
+    """One remembered strategy as the plan writes it."""
+    columns = kept.columns
+    return Candidate(
+        strategy=outcome.space.strategy(kept.parallel, kept.choice, kept.batch, kept.chunk),
+        performance=performance(columns),
+        memory_bytes=columns["memory_bytes"],
+        objective=columns["objective"],
+    )
+
+
+def performance(columns: dict[str, float] | Kept | object) -> Performance:
+    """The columns of a score that a plan tells."""
+    table = columns.columns if isinstance(columns, Kept) else columns
+    return Performance(**{name: table[name] for name in Performance.model_fields})  # type: ignore[index]  # a mapping
+
+
+def pareto_front(outcome: Outcome) -> list[Kept]:
+    """Feasible strategies that no other beats in both throughput and TPOT, fastest first."""
+    feasible = [one for one in outcome.kept if one.feasible]
+    if not feasible:
+        return []
+    gain = np.array([one.columns["output_tokens_per_s"] for one in feasible])
+    cost = np.array([one.columns["tpot_s"] for one in feasible])
+    front = [feasible[i] for i in np.flatnonzero(pareto_mask(gain, cost))]
+    return sorted(front, key=lambda one: -one.columns["output_tokens_per_s"])
+
+
+def _info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
+    spec, cluster = resolved.spec, resolved.cluster
+    device = cluster.device
+    kv = resolved.choices[0].kv_dtype
+    model = ModelInfo(
+        name=spec.name,
+        architecture=spec.architecture,
+        source=spec.source,
+        digest=model_digest(spec),
+        parameters=parameter_count(spec),
+        active_parameters=active_parameter_count(spec),
+        layers=spec.layers,
+        kv_bytes_per_token=float(kv_bytes_per_token(spec, dtype_bytes=_KV_BYTES[kv])),
+        max_context=spec.max_context,
+    )
+    machine = ClusterInfo(
+        name=cluster.name,
+        title=cluster.title,
+        device=device.name,
+        soc_versions=device.soc_versions,
+        ranks_per_node=cluster.ranks_per_node,
+        nodes=cluster.nodes,
+        ranks=cluster.ranks,
+        hbm_bytes=device.hbm_bytes,
+    )
+    return model, machine
+
+
+def memory_rows(scorer: LayoutScorer, best: Kept) -> tuple[MemoryRow, ...]:
+    """The ledger of the winner, stage by stage."""
+    stages: list[StageMemory] = scorer.ledger.stages(
+        scorer.model.machine,
+        weight_dtype=best.choice.weight_dtype,
+        kv_dtype=best.choice.kv_dtype,
+        attention=best.choice.attention,
+        batch=float(best.batch),
+        tokens=float(best.chunk),
+        context=float(context_tokens(scorer.question.workload)),
+    )
+    return tuple(
+        MemoryRow(
+            stage=row.stage,
+            layers=row.layers,
+            weights_bytes=row.weights_bytes,
+            kv_cache_bytes=float(row.kv_cache_bytes),
+            activations_bytes=float(row.activations_bytes),
+            communicators_bytes=row.communicators_bytes,
+            reserve_bytes=row.reserve_bytes,
+            total_bytes=float(row.total_bytes),
+            capacity_bytes=scorer.ledger.capacity_bytes,
+        )
+        for row in stages
+    )
+
+
+def _loads(scorer: LayoutScorer, best: Kept, phase: str) -> list[tuple[str, Load]]:
+    """What one prefill of one prompt, or one decode step of every slot, asks of each group."""
+    work, choice, engine = scorer.question.workload, best.choice, scorer.question.engine
+    kinds = {"kv_dtype": choice.kv_dtype, "attention": choice.attention}
+    if phase == "prefill":
+        new = float(min(work.input_len, best.chunk))
+        return [
+            ("token", Load.of("prefill", engine, tokens=new, weight_dtype=choice.weight_dtype)),
+            ("attention", Load.of("prefill", engine, batch=1.0, new=new, prefix=0.0, **kinds)),
+            ("logits", Load.of("prefill", engine, tokens=1.0, weight_dtype=choice.weight_dtype)),
+        ]
+    slots = float(-(-best.batch // scorer.parallel.pp))
+    context = work.input_len + work.output_len / 2.0
+    token = Load.of("decode", engine, tokens=slots, weight_dtype=choice.weight_dtype)
+    seen = Load.of("decode", engine, batch=slots, new=1.0, prefix=context, **kinds)
+    return [("token", token), ("attention", seen), ("logits", token)]
+
+
+def breakdown(scorer: LayoutScorer, best: Kept) -> tuple[BreakdownRow, ...]:
+    """Seconds by kind of operator of one prefill piece and one decode step, largest first."""
+    rows: list[BreakdownRow] = []
+    for phase in ("prefill", "decode"):
+        sums: dict[str, list[Parts]] = defaultdict(list)
+        for group, load in _loads(scorer, best, phase):
+            for kind, parts in scorer.model.by_kind(group, load):  # type: ignore[arg-type]  # groups
+                sums[kind].append(parts)
+        found = [_breakdown_row(scorer, best, phase, kind, parts) for kind, parts in sums.items()]
+        rows += sorted(found, key=lambda row: -row.total_s)
+    return tuple(rows)
+
+
+def _breakdown_row(
+    scorer: LayoutScorer, best: Kept, phase: str, kind: str, parts: list[Parts]
+) -> BreakdownRow:
+    def add(name: str) -> float:
+        return float(sum(float(getattr(one, name)) for one in parts))
+
+    return BreakdownRow(
+        phase=phase,  # type: ignore[arg-type]  # one of two
+        kind=kind,
+        calls=round(sum(one.kernels for one in parts)),
+        compute_s=add("compute_s"),
+        memory_s=add("memory_s"),
+        collective_s=add("collective_s"),
+        overhead_s=add("overhead_s"),
+        total_s=add("total_s"),
+        basis=basis_of(scorer.model.machine.calibration, kind, best.choice.weight_dtype, phase),
+    )
+
+
+def _lever(rows: tuple[MemoryRow, ...], best: Kept) -> str:
+    """What frees most memory on the fullest rank, in one sentence."""
+    row = max(rows, key=lambda one: one.total_bytes)
+    free = (row.capacity_bytes - row.total_bytes) / 2**30
+    levers = []
+    if best.choice.weight_dtype in ("bf16", "fp16"):
+        levers.append((row.weights_bytes / 2, "int8 weights"))
+    if best.choice.kv_dtype in ("bf16", "fp16"):
+        levers.append((row.kv_cache_bytes / 2, "an int8 KV cache"))
+    levers.append((row.activations_bytes / 2, "half the tokens a step"))
+    size, what = max(levers)
+    return (
+        f"stage {row.stage} is fullest with {free:.1f} GiB free; {what} would free about "
+        f"{size / 2**30:.1f} GiB more a card"
+    )
+
+
+def _certificate(resolved: Resolved, outcomes: list[Outcome]) -> Certificate:
+    last = outcomes[-1]
+    best = last.best
+    pruned: dict[str, int] = defaultdict(int)
+    refused: dict[str, int] = defaultdict(int)
+    for outcome in outcomes:
+        for name, count in outcome.tally.pruned_by.items():
+            pruned[name] += count
+        for name, count in outcome.tally.infeasible.items():
+            refused[name] += count
+    proven = all(outcome.complete for outcome in outcomes) and best is not None
+    wall = sum(outcome.wall_s for outcome in outcomes)
+    return Certificate(
+        engine=resolved.request.engine,
+        space={
+            **last.space.dimensions(),
+            **({"cards": [o.space.cards for o in outcomes]} if len(outcomes) > 1 else {}),
+        },
+        space_size=sum(outcome.space.size for outcome in outcomes),
+        evaluated=sum(outcome.tally.evaluated for outcome in outcomes),
+        pruned=sum(pruned.values()),
+        pruned_by=dict(sorted(pruned.items())),
+        infeasible=dict(sorted(refused.items())),
+        bound=best.columns["objective"] if proven and best is not None else None,
+        gap=0.0 if proven else None,
+        wall_s=10.0 ** max(1, int(np.ceil(np.log10(max(wall, 1e-9))))),
+    )
+
+
+def _quantization(beside: Outcome | None, best: Kept) -> tuple[QuantizationRow, ...]:
+    if beside is None:
+        return ()
+    rows = []
+    pairs = dict.fromkeys((c.weight_dtype, c.kv_dtype) for c in beside.space.choices)
+    for weight, kv in pairs:
+        found = next(
+            (
+                one
+                for one in beside.kept
+                if one.feasible and (one.choice.weight_dtype, one.choice.kv_dtype) == (weight, kv)
+            ),
+            None,
+        )
+        rows.append(
+            QuantizationRow(
+                weight_dtype=weight,
+                kv_dtype=kv,
+                objective=found.columns["objective"] if found else None,
+                gain=found.columns["objective"] / best.columns["objective"] if found else None,
+                strategy=candidate(beside, found).strategy if found else None,
+            )
+        )
+    return tuple(rows)
+
+
+def build_plan(
+    resolved: Resolved,
+    question: Question,
+    outcomes: list[Outcome],
+    best: Kept,
+    proof: ProofInfo,
+    *,
+    beside: Outcome | None,
+    top: int,
+    version: str,
+    notes: tuple[str, ...],
+) -> Plan:
+    """The plan of the winner `best`, found in the last of `outcomes`."""
+    outcome = outcomes[-1]
+    scorer = LayoutScorer(question, best.parallel)
+    rows = memory_rows(scorer, best)
+    model, cluster = _info(resolved)
+    chosen = candidate(outcome, best)
+    others = [candidate(outcome, one) for one in outcome.kept if one.feasible and one is not best]
+    return Plan(
+        shardplan_version=version,
+        request=resolved.request,
+        model=model,
+        cluster=cluster,
+        strategy=chosen.strategy,
+        performance=chosen.performance,
+        memory=rows,
+        largest_lever=_lever(rows, best),
+        breakdown=breakdown(scorer, best),
+        proof=proof,
+        certificate=_certificate(resolved, outcomes),
+        pareto=tuple(candidate(outcome, one) for one in pareto_front(outcome)[:_PARETO_KEPT]),
+        alternatives=tuple(_distinct(others, chosen, top)),
+        quantization=_quantization(beside, best),
+        notes=notes,
+    )
+
+
+def _distinct(others: list[Candidate], chosen: Candidate, top: int) -> list[Candidate]:
+    """The best strategy of each other layout: what else one might run."""
+    seen = {_layout(chosen)}
+    found = []
+    for one in others:
+        if _layout(one) not in seen:
+            seen.add(_layout(one))
+            found.append(one)
+        if len(found) == top:
+            break
+    return found
+
+
+def _layout(one: Candidate) -> tuple[object, ...]:
+    s = one.strategy
+    return s.tp, s.pp, s.dp, s.ep, s.sp, s.exchange

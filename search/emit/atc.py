@@ -1,0 +1,372 @@
+"""Target `atc`: builds by Huawei's graph compiler, split over devices by its own algorithm.
+
+    numa_config.json       --cluster_config: the devices that one replica runs on
+    parallel_option.json   --graph_parallel_option_path: tensor parallelism of the plan's size
+    atc.sh                 one build for prefill, one for decode, both of static shape
+    rank_table*.json       HCCL's view of each replica, where the addresses it needs are known
+    README.md              steps, assumptions, what the plan promises
+
+With tp = 1 nothing is split: only `atc.sh` and `README.md` are written. A data-parallel plan is
+the same build loaded once a replica. Sources: the tables in `search/data/atc.toml`; HCCL rank
+tables in `rank_table`.
+
+Left out, and refused: pipeline stages (parallel_option.json documents no key for them, and a
+`--shard_model_dir` build needs shards that a plan does not hold), expert, context and sequence
+parallelism, replicas of several nodes each. The compiler's solver chooses which operators it
+splits; the plan fixes only how many ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shardplan.models.errors import InputError
+from shardplan.search.emit.common import (
+    Raw,
+    Slot,
+    command_line,
+    family_of,
+    model_name,
+    place,
+    predicted,
+    printable,
+    refuse,
+    round_up,
+    table,
+)
+from shardplan.search.emit.rank_table import (
+    RankDevice,
+    Server,
+    check_address,
+    dump_json,
+    rank_table,
+)
+from shardplan.search.plan import Plan
+
+__all__ = ["files"]
+
+_TARGET = "atc"
+_ELSEWHERE = "use target vllm-ascend"
+
+
+def files(
+    plan: Plan,
+    *,
+    cann: int | str = 8,
+    soc_version: str | None = None,
+    addresses: Sequence[str] | str = (),
+    device_addresses: Sequence[str] | str = (),
+) -> dict[str, str]:
+    """Texts by file name.
+
+    `cann`: major release, 7 or 8. `soc_version`: one of the device's names, default the first.
+    `addresses`: IP address of each node that the plan uses. `device_addresses`: IP address of
+    each device's network port, rank by rank. Both lists may be given as one string with commas.
+    Raises InputError for a plan or option that cannot be expressed, with the nearest that can.
+    """
+    facts = table("atc")
+    family = family_of(plan, _TARGET, facts["families"], _device_hint(plan))
+    release = _release(cann)
+    soc = _soc(plan, soc_version)
+    _check_strategy(plan)
+    way = plan.strategy
+    groups = place(_TARGET, groups=way.dp, ranks=way.tp, per_node=plan.cluster.ranks_per_node)
+    hosts = _addresses(addresses, "addresses", groups[-1][-1].node + 1)
+    ports = _addresses(device_addresses, "device_addresses", way.ranks)
+    _check_groups(groups, family, hosts)
+    made = {"atc.sh": _script(plan, soc)}
+    left: list[str] = []
+    if way.tp > 1:
+        made["numa_config.json"] = dump_json(_cluster_config(groups[0], family, soc, hosts))
+        made["parallel_option.json"] = dump_json(_parallel_option(way.tp))
+        tables = _rank_tables(groups, family, hosts, ports)
+        made |= tables
+        if not tables:
+            left.append(_no_table())
+    made["README.md"] = _readme(plan, release, soc, sorted({*made, "README.md"}), left)
+    return made
+
+
+def _device_hint(plan: Plan) -> str:
+    families = "310P, 910A and A2 (910B)"
+    other = _ELSEWHERE if plan.cluster.soc_versions else "plan for an Ascend cluster"
+    return f"splitting by the compiler is documented for {families}; {other}"
+
+
+def _release(cann: int | str) -> Mapping[str, Any]:
+    releases: list[Mapping[str, Any]] = table("atc")["releases"]
+    for release in releases:
+        if str(release["cann"]) == str(cann):
+            return release
+    raise InputError(
+        "cann is the major release of a CANN whose ATC splits graphs",
+        got=f"cann={cann!r}",
+        hint="try 7 (7.0) or 8 (8.0 to 8.3, the last); later ATC dropped the flags, " + _ELSEWHERE,
+    )
+
+
+def _soc(plan: Plan, asked: str | None) -> str:
+    known = plan.cluster.soc_versions
+    if asked is not None and asked not in known:
+        raise InputError(
+            "soc_version is one of the names of the plan's device",
+            got=repr(asked[:100]),
+            hint="try " + ", ".join(printable(name) for name in known),
+        )
+    return asked or known[0]
+
+
+def _check_strategy(plan: Plan) -> None:
+    """`InputError` for an axis that the compiler has no option for."""
+    way = plan.strategy
+    wider = f"search with pp=1, for example tp={way.tp * way.pp}, or {_ELSEWHERE}"
+    rules = (
+        (way.pp > 1, "parallel_option.json has no key for pipeline stages", f"pp={way.pp}", wider),
+        (way.ep > 1, "the compiler does not split experts", f"ep={way.ep}", "search with ep=1"),
+        (way.cp > 1, "the compiler does not split contexts", f"cp={way.cp}", "search with cp=1"),
+        (
+            way.sp,
+            "parallel_option.json has no key for sequence parallelism",
+            "sp=True",
+            "search with sp off",
+        ),
+        (
+            way.ranks > plan.cluster.ranks,
+            "the strategy must fit the cluster",
+            f"ranks={way.ranks}, cluster={plan.cluster.ranks}",
+            "search again on this cluster",
+        ),
+    )
+    for broken, rule, got, hint in rules:
+        if broken:
+            other = "" if _ELSEWHERE in hint else f", or {_ELSEWHERE}"
+            raise refuse(_TARGET, rule, got=got, hint=hint + other)
+
+
+def _addresses(given: Sequence[str] | str, what: str, count: int) -> tuple[str, ...]:
+    """The addresses as a tuple, empty when none is given."""
+    words = given.split(",") if isinstance(given, str) else list(given)
+    found = tuple(check_address(word.strip(), what) for word in words if word.strip())
+    if found and (len(found) != count or len(set(found)) < count):
+        raise InputError(
+            f"{what} holds {count} different addresses, in order",
+            got=f"{len(found)} given, {len(set(found))} different",
+        )
+    return found
+
+
+def _check_groups(groups: Sequence[Sequence[Slot]], family: str, hosts: tuple[str, ...]) -> None:
+    nodes, ranks = len(groups[0]), sum(slot.ranks for slot in groups[0])
+    dies = int(table("atc")["duo_dies"]["value"])
+    if family == "310p" and ranks > 1 and ranks % dies:
+        raise refuse(
+            _TARGET, "a 310P build takes whole cards", got=f"tp={ranks}", hint="try tp=2, 4, 8"
+        )
+    if nodes == 1:
+        return
+    if family == "310p":
+        raise refuse(
+            _TARGET,
+            "a 310P cluster file describes one server",
+            got=f"nodes={nodes}",
+            hint="use tp within one server",
+        )
+    if len(groups) > 1:
+        raise refuse(
+            _TARGET,
+            "one build serves replicas of one node each",
+            got=f"tp={ranks}, dp={len(groups)}",
+            hint=f"plan one replica (dp=1), or {_ELSEWHERE}",
+        )
+    if not hosts:
+        raise InputError(
+            "numa_config.json of several nodes holds their addresses",
+            got=f"nodes={nodes}",
+            hint=f"give `addresses`, {nodes} of them",
+        )
+
+
+def _cluster_config(
+    slots: Sequence[Slot], family: str, soc: str, hosts: tuple[str, ...]
+) -> dict[str, Any]:
+    """The devices of one replica, as they are numbered in its own process."""
+    facts = table("atc")
+    kind = facts["node_types"][family]
+    if family == "310p":
+        dies = int(facts["duo_dies"]["value"])
+        items = [{"item_id": i} for i in range(slots[0].ranks // dies)]
+        devices = [{"device_id": i} for i in range(dies)]
+        node: dict[str, Any] = {"node_id": 0, "node_type": kind, "item_list": items}
+        return {
+            "cluster": [{"cluster_nodes": [node]}],
+            "item_def": [{"device_list": devices, "item_type": soc}],
+        }
+    nodes = [
+        {
+            "node_id": i,
+            "node_type": kind,
+            "ipaddr": hosts[slot.node] if hosts else "127.0.0.1",
+            "port": facts["control_port"]["value"],
+            "is_local": i == 0,
+            "item_list": [{"item_id": item} for item in range(slot.ranks)],
+        }
+        for i, slot in enumerate(slots)
+    ]
+    return {
+        "cluster": [{"cluster_nodes": nodes}],
+        "item_def": [{"item_type": soc}],
+        "node_def": [{"item": [{"item_type": soc}]}],
+    }
+
+
+def _parallel_option(tp: int) -> dict[str, Any]:
+    """Semi-automatic: the plan fixes the size, the compiler's solver the operators."""
+    return {
+        "graph_parallel_option": {
+            "auto": False,
+            "opt_level": table("atc")["solver"]["value"],
+            "tensor_parallel_option": {"tensor_parallel_size": tp},
+        }
+    }
+
+
+def _rank_tables(
+    groups: Sequence[Sequence[Slot]], family: str, hosts: tuple[str, ...], ports: tuple[str, ...]
+) -> dict[str, str]:
+    """One table a replica; none at all where device addresses are needed and not given."""
+    needed = family == "910a" or len(groups[0]) > 1
+    if needed and not ports:
+        return {}
+    made, rank = {}, 0
+    for index, slots in enumerate(groups):
+        servers = []
+        for slot in slots:
+            ips = ports[rank : rank + slot.ranks] or ("",) * slot.ranks
+            rank += slot.ranks
+            servers.append(
+                Server(
+                    server_id=f"node_{slot.node}",
+                    host_ip=hosts[slot.node] if hosts else "",
+                    devices=tuple(
+                        RankDevice(device_id=device, device_ip=ip)
+                        for device, ip in zip(slot.devices, ips, strict=True)
+                    ),
+                )
+            )
+        name = "rank_table.json" if len(groups) == 1 else f"rank_table_replica{index}.json"
+        made[name] = dump_json(rank_table(servers, device_ip_needed=needed))
+    return made
+
+
+def _no_table() -> str:
+    return (
+        "- No rank table is written: it needs the address of each device's network port. Read "
+        "them with `hccn_tool -i DEVICE_ID -ip -g` and emit again with `device_addresses`."
+    )
+
+
+def _shapes(plan: Plan) -> dict[str, str]:
+    """`--input_shape` of both builds. Inputs are [batch, tokens], the mask [batch, context]."""
+    step = int(table("atc")["sequence_block"]["value"])
+    work, way = plan.request.workload, plan.strategy
+    prompt = round_up(work.input_len, step)
+    context = round_up(work.input_len + work.output_len, step)
+    together = min(way.batch, max(1, way.chunk // prompt))
+    sizes = {"prefill": (together, prompt, prompt), "decode": (way.batch, 1, context)}
+    return {
+        phase: f"input_ids:{b},{t};attention_mask:{b},{s};position_ids:{b},{t}"
+        for phase, (b, t, s) in sizes.items()
+    }
+
+
+def _script(plan: Plan, soc: str) -> str:
+    flags: list[tuple[str, str | None]] = [
+        ("--model", Raw('"$1"')),
+        ("--framework", str(table("atc")["framework_onnx"]["value"])),
+        ("--output", Raw('"$here/$2"')),
+        ("--input_shape", Raw('"$3"')),
+        ("--soc_version", soc),
+    ]
+    if plan.strategy.tp > 1:
+        flags += [
+            ("--distributed_cluster_build", "1"),
+            ("--cluster_config", Raw('"$here/numa_config.json"')),
+            ("--enable_graph_parallel", Raw('"1"')),
+            ("--graph_parallel_option_path", Raw('"$here/parallel_option.json"')),
+        ]
+    shapes = _shapes(plan)
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Builds the prefill and the decode model; README.md says what the files must hold.",
+        "set -euo pipefail",
+        'here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
+        ': "${PREFILL_MODEL:?set PREFILL_MODEL to the ONNX file of the prompt phase}"',
+        ': "${DECODE_MODEL:?set DECODE_MODEL to the ONNX file of the decode phase}"',
+        *(f"{phase}_shape='{shape}'" for phase, shape in shapes.items()),
+        "",
+        "build() {",
+        "  " + command_line("atc", "atc", ["atc"], flags).replace("\n", "\n  "),
+        "}",
+        "",
+        'build "$PREFILL_MODEL" prefill "${PREFILL_SHAPE:-$prefill_shape}"',
+        'build "$DECODE_MODEL" decode "${DECODE_SHAPE:-$decode_shape}"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _readme(
+    plan: Plan, release: Mapping[str, Any], soc: str, names: Sequence[str], left: Sequence[str]
+) -> str:
+    way = plan.strategy
+    held = f"{way.weight_dtype} weights, {way.kv_dtype} KV cache"
+    lines = [
+        f"# {model_name(plan)} with ATC: tp {way.tp}, {way.dp} replica(s)",
+        "",
+        f"For {printable(plan.cluster.title)}, soc_version {printable(soc)}, CANN "
+        f"{release['versions']} ({release['pages']} of the ATC guide). Files: {', '.join(names)}.",
+        "",
+        "## Steps",
+        "",
+        f"1. Export the model to ONNX twice, prompt phase and decode phase, holding {held}. ATC "
+        "keeps the precision of the file; quantize before exporting.",
+        "2. Load the CANN environment (`source set_env.sh` of the toolkit).",
+        "3. `PREFILL_MODEL=prefill.onnx DECODE_MODEL=decode.onnx ./atc.sh` writes the offline "
+        "models `prefill` and `decode` beside it. Paths may hold letters, digits and `_-.` only.",
+        *_loading(way.tp, way.dp),
+        "",
+        "## Assumed",
+        "",
+        "- The ONNX inputs are `input_ids` and `position_ids` [batch, tokens] and "
+        "`attention_mask` [batch, context]; KV-cache inputs have static shapes in the file. Other "
+        "names or inputs: set PREFILL_SHAPE and DECODE_SHAPE.",
+        f"- Shapes are static: prefill {_shapes(plan)['prefill']}, decode "
+        f"{_shapes(plan)['decode']}. Prompts are padded to the prefill length.",
+        "- The compiler's solver chooses the split of each operator; the plan priced Megatron's.",
+        *left,
+        "- Not run on a device by the tool that wrote this.",
+        "",
+        "## What the plan promises",
+        "",
+        *predicted(plan),
+        f"- priced for engine profile {printable(plan.request.engine_profile)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _loading(tp: int, dp: int) -> list[str]:
+    if tp == 1:
+        load = "4. Load the offline models with aclmdlLoadFromFile on one device"
+        return [load + (f", once on each of {dp} devices." if dp > 1 else ".")]
+    load = (
+        "4. Load with a GE session (LoadGraph, then RunGraph); aclmdlLoadFromFile does not take "
+        "a distributed build."
+    )
+    if dp == 1:
+        return [load]
+    return [
+        load,
+        f"5. Repeat step 4 in {dp} processes, one a replica, each with its own "
+        "ASCEND_RT_VISIBLE_DEVICES (the device_id list of its rank_table_replica file) and spread "
+        "the requests over them.",
+    ]

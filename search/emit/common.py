@@ -1,0 +1,176 @@
+"""What every target needs: data tables, device families, placement on nodes, safe text.
+
+Ranks are consecutive: group `g` of `n` ranks holds ranks `g*n` to `g*n + n - 1`, and rank `r`
+is device `r mod p` of node `r div p` on nodes of `p` ranks. Left out: any other placement.
+
+Text from a plan reaches a shell only through `shlex.quote` and prose only through `printable`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from shardplan.models.config_fields import plain
+from shardplan.models.errors import InputError
+from shardplan.search.plan import Plan
+
+__all__ = [
+    "Raw",
+    "Slot",
+    "command_line",
+    "family_of",
+    "model_name",
+    "place",
+    "predicted",
+    "printable",
+    "refuse",
+    "round_up",
+    "table",
+]
+
+_MAX_NAME = 64
+
+
+class Raw(str):
+    """Text that goes into a script as it stands: our own shell expressions, never input."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """Consecutive devices of one node."""
+
+    node: int
+    first: int
+    ranks: int
+
+    @property
+    def devices(self) -> range:
+        """Device ids within the node."""
+        return range(self.first, self.first + self.ranks)
+
+
+@functools.cache
+def table(name: str) -> Mapping[str, Any]:
+    """A shipped table of facts, `search/data/<name>.toml`."""
+    text = files("shardplan.search").joinpath("data", f"{name}.toml").read_text("utf-8")
+    return tomllib.loads(text)
+
+
+def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
+    """The error of a plan that a target cannot express."""
+    return InputError(f"{target} cannot express this plan: {rule}", got=got, hint=hint)
+
+
+def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:
+    """Family of the plan's device. `InputError` with `hint` for one outside `families`."""
+    versions = plan.cluster.soc_versions
+    title = "not an Ascend device"
+    for family in table("ascend_families")["families"]:
+        if versions and versions[0].startswith(tuple(family["prefixes"])):
+            if family["name"] in families:
+                return str(family["name"])
+            title = str(family["title"])
+    raise refuse(
+        target,
+        "the device is not supported",
+        got=f"device={printable(plan.cluster.device)}, {title}",
+        hint=hint,
+    )
+
+
+def place(target: str, *, groups: int, ranks: int, per_node: int) -> tuple[tuple[Slot, ...], ...]:
+    """Slots of each of `groups` groups of `ranks` consecutive ranks, node by node.
+
+    `InputError` unless a group fits inside one node or fills whole nodes.
+    """
+    if ranks > per_node and ranks % per_node:
+        raise _straddles(target, ranks, per_node)
+    nodes = -(-ranks // per_node)
+    if nodes > 1:
+        return tuple(
+            tuple(Slot(node=g * nodes + n, first=0, ranks=per_node) for n in range(nodes))
+            for g in range(groups)
+        )
+    starts = [divmod(g * ranks, per_node) for g in range(groups)]
+    if any(first + ranks > per_node for _, first in starts):
+        raise _straddles(target, ranks, per_node)
+    return tuple((Slot(node=node, first=first, ranks=ranks),) for node, first in starts)
+
+
+def _straddles(target: str, ranks: int, per_node: int) -> InputError:
+    tries = [str(n) for n in range(1, per_node + 1) if per_node % n == 0]
+    return refuse(
+        target,
+        "a group of ranks must fit inside one node or fill whole nodes",
+        got=f"group={ranks}, ranks_per_node={per_node}",
+        hint=f"try groups of {', '.join(tries)} or of whole nodes",
+    )
+
+
+def printable(text: str) -> str:
+    """A name as prose: one line of letters, digits and ` ._:/@+-`, at most 64 characters."""
+    return re.sub(r"[^A-Za-z0-9 ._:/@+,()-]", "_", plain(text))[:_MAX_NAME]
+
+
+def model_name(plan: Plan) -> str:
+    """The model's name with nothing in it that a shell, a path or JSON would read."""
+    word = re.sub(r"[^A-Za-z0-9._-]+", "-", plain(plan.model.name)).strip("-.")
+    return word[:_MAX_NAME] or "model"
+
+
+def round_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `value`."""
+    return -(-value // step) * step
+
+
+def command_line(
+    data: str, command: str, words: Sequence[str], flags: Iterable[tuple[str, str | None]]
+) -> str:
+    """A shell command, one flag a line, with every word quoted.
+
+    `words` are what comes before the flags; a flag's value None makes it a switch; `Raw` stands
+    as it is. `ValueError` for a flag that the target's table does not hold.
+    """
+    known = {
+        name
+        for group in table(data)["flags"]
+        if group["command"] == command
+        for key in ("names", "values", "switches")
+        for name in group.get(key, ())
+    }
+    lines = [" ".join(_word(word) for word in words)]
+    for name, value in flags:
+        if name not in known:
+            raise ValueError(f"{name} is not in the flags of {data}.toml")
+        if value is None:
+            lines.append(name)
+        elif command == "atc":
+            lines.append(f"{name}={_word(value)}")
+        else:
+            lines.append(f"{name} {_word(value)}")
+    return " \\\n  ".join(lines)
+
+
+def _word(word: str) -> str:
+    return str(word) if isinstance(word, Raw) else shlex.quote(word)
+
+
+def predicted(plan: Plan) -> list[str]:
+    """What the plan promises, as lines of a list."""
+    work, does = plan.request.workload, plan.performance
+    return [
+        f"- requests of {work.input_len} input and {work.output_len} output tokens, "
+        f"{does.concurrency:.0f} in flight",
+        f"- time to first token {does.ttft_s * 1e3:.1f} ms, per output token "
+        f"{does.tpot_s * 1e3:.2f} ms (means)",
+        f"- {does.output_tokens_per_s:.0f} output tokens/s, {does.requests_per_s:.3f} requests/s",
+    ]

@@ -1,0 +1,247 @@
+"""Target `vllm-ascend`: one `vllm serve` script a node, a load test, and a README.
+
+    serve_node<i>.sh   environment and command of node i; more flags may follow on its line
+    bench.sh           `vllm bench serve` with the plan's workload
+    README.md          steps, assumptions, a first request, what the plan promises
+
+Flags, environment and quantization schemes are those of `search/data/vllm_ascend.toml`, which
+names the releases they were read from; how ranks become servers is in `vllm_layout`. Lengths are
+rounded up to the KV block. Left out, and refused: context parallelism (vLLM's differs from the
+plan's), unfused attention, dtypes without a scheme.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+from shardplan.models.errors import InputError
+from shardplan.search.emit.common import Raw, command_line, family_of, model_name, refuse, table
+from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
+from shardplan.search.emit.vllm_readme import bench, readme
+from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
+from shardplan.search.plan import Plan
+
+__all__ = ["files"]
+
+_TARGET = "vllm-ascend"
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+Flag = tuple[str, str | None]
+
+
+def files(plan: Plan) -> dict[str, str]:
+    """Texts by file name. `InputError` for a plan that vLLM on Ascend cannot run."""
+    facts = table("vllm_ascend")
+    hint = "its devices are 310P, A2, A3 and 950" + (
+        "; use target atc" if plan.cluster.soc_versions else "; plan for an Ascend cluster"
+    )
+    family = family_of(plan, _TARGET, facts["families"], hint)
+    _check_strategy(plan)
+    checkpoint = checkpoint_of(plan, family)
+    split = split_servers(plan)
+    todo = launches(plan, split)
+    nodes = sorted({one.slot.node for one in todo})
+    made = {
+        f"serve_node{node}.sh": _script(
+            plan, family, checkpoint, split, [one for one in todo if one.slot.node == node]
+        )
+        for node in nodes
+    }
+    made["bench.sh"] = bench(plan, checkpoint, split)
+    made["README.md"] = readme(plan, checkpoint, split, todo)
+    return made
+
+
+def _check_strategy(plan: Plan) -> None:
+    """`InputError` for what no flag of the engine says."""
+    way, work = plan.strategy, plan.request.workload
+    longest = work.input_len + work.output_len
+    rules = (
+        (way.cp > 1, "context parallelism", f"cp={way.cp}", "search with cp=1"),
+        (
+            way.attention == "naive",
+            "its attention is always fused",
+            "attention=naive",
+            "search with flash attention",
+        ),
+        (
+            way.sp and way.tp == 1,
+            "sequence parallelism needs tensor parallelism",
+            "sp=True, tp=1",
+            "search with sp off",
+        ),
+        (
+            way.sp and has_experts(plan) and way.ep == 1,
+            "sequence parallelism of a model with experts needs expert parallelism",
+            "sp=True, ep=1",
+            f"try sp off, or ep={way.tp}",
+        ),
+        (
+            0 < plan.model.max_context < longest,
+            "requests must fit the model's context",
+            f"input_len + output_len = {longest}, max_context = {plan.model.max_context}",
+            "plan for shorter requests",
+        ),
+    )
+    for broken, rule, got, hint in rules:
+        if broken:
+            raise refuse(_TARGET, rule, got=got, hint=hint)
+
+
+def _script(
+    plan: Plan, family: str, checkpoint: Checkpoint, split: Split, here: Sequence[Launch]
+) -> str:
+    """The script of one node: environment, then one command, or several side by side."""
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Serves the plan's model on one node; README.md says in which order to start the nodes.",
+        "set -euo pipefail",
+        *checkpoint.shell,
+        'case "$MODEL" in -*) echo "MODEL must not begin with a dash" >&2; exit 2 ;; esac',
+        *_network(here),
+        *_environment(plan, family, split),
+        "",
+    ]
+    commands = [
+        command_line("vllm_ascend", "serve", ["vllm", "serve", Raw('"$MODEL"')], flags)
+        + ' \\\n  "$@"'
+        for flags in (_flags(plan, family, checkpoint, split, one) for one in here)
+    ]
+    visible = [",".join(str(device) for device in one.slot.devices) for one in here]
+    if len(commands) == 1:
+        lines += [f"export ASCEND_RT_VISIBLE_DEVICES={visible[0]}", f"exec {commands[0]}"]
+    else:
+        lines.append("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT")
+        for devices, command in zip(visible, commands, strict=True):
+            lines.append(f"ASCEND_RT_VISIBLE_DEVICES={devices} {command} &")
+        lines.append("wait -n  # the first server to end ends all, so that none is missed")
+    return "\n".join(lines) + "\n"
+
+
+def _network(here: Sequence[Launch]) -> list[str]:
+    """Addresses that a server of several nodes must be told."""
+    if here[0].nodes == 1:
+        return []
+    head = here[0].head
+    return [
+        f': "${{HEAD_ADDRESS:?set HEAD_ADDRESS to the IP address of node {head}}}"',
+        ': "${NODE_ADDRESS:?set NODE_ADDRESS to the IP address of this node}"',
+        ': "${NIC:?set NIC to the network interface that has NODE_ADDRESS}"',
+        'export HCCL_IF_IP="$NODE_ADDRESS" HCCL_SOCKET_IFNAME="$NIC"',
+        'export GLOO_SOCKET_IFNAME="$NIC" TP_SOCKET_IFNAME="$NIC"',
+    ]
+
+
+def _environment(plan: Plan, family: str, split: Split) -> list[str]:
+    facts = table("vllm_ascend")
+    wanted = [
+        (entry["name"], entry["value"])
+        for entry in facts["environment"]
+        if family in entry["families"]
+    ]
+    buffers = facts["hccl_buffsize_mib"]
+    wanted.append(("HCCL_BUFFSIZE", str(buffers["experts" if split.experts else "plain"])))
+    way = plan.strategy
+    if way.pp > 1 and way.stage_layers:
+        layers = ",".join(str(count) for count in way.stage_layers)
+        wanted.append(("VLLM_PP_LAYER_PARTITION", layers))
+    return [f'export {name}="${{{name}:-{value}}}"' for name, value in wanted]
+
+
+def _flags(
+    plan: Plan, family: str, checkpoint: Checkpoint, split: Split, one: Launch
+) -> list[Flag]:
+    way = plan.strategy
+    flags: list[Flag] = []
+    if one.index == 0:
+        port = table("vllm_ascend")["ports"]["serve"] + one.port_offset
+        flags += [("--host", Raw('"${HOST:-0.0.0.0}"')), ("--port", str(port))]
+    flags += [
+        ("--served-model-name", model_name(plan)),
+        ("--tensor-parallel-size", str(way.tp)),
+        ("--pipeline-parallel-size", str(way.pp)),
+        *_across_nodes(split, one, way.tp * way.pp),
+    ]
+    if way.tp * way.pp > 1:
+        flags.append(("--distributed-executor-backend", "mp"))
+    if split.experts:
+        flags.append(("--enable-expert-parallel", None))
+    flags += _sizes(plan)
+    dtype = "float16" if family == "310p" else _DTYPES.get(way.weight_dtype)
+    if dtype:
+        flags.append(("--dtype", dtype))
+    if checkpoint.quantized:
+        flags.append(("--quantization", "ascend"))
+    return [*flags, *_graphs(plan)]
+
+
+def _across_nodes(split: Split, one: Launch, copy: int) -> list[Flag]:
+    """How the server's processes find each other."""
+    ports = table("vllm_ascend")["ports"]
+    head = Raw('"$HEAD_ADDRESS"')
+    if one.spans:
+        flags: list[Flag] = [
+            ("--nnodes", str(one.nodes)),
+            ("--node-rank", str(one.index)),
+            ("--master-addr", head),
+            ("--master-port", str(ports["master"])),
+        ]
+    else:
+        flags = [("--data-parallel-size", str(split.groups))]
+        if one.nodes > 1:
+            local = one.slot.ranks // copy
+            flags.append(("--data-parallel-size-local", str(local)))
+            if one.index:
+                flags.append(("--data-parallel-start-rank", str(local * one.index)))
+            flags += [
+                ("--data-parallel-address", head),
+                ("--data-parallel-rpc-port", str(ports["data_parallel_rpc"])),
+            ]
+    if one.index:
+        flags.append(("--headless", None))
+    return flags
+
+
+def _sizes(plan: Plan) -> list[Flag]:
+    """Batch, lengths and memory, in tokens and shares."""
+    way, work = plan.strategy, plan.request.workload
+    block = int(table("vllm_ascend")["block_size"]["value"])
+    longest = -(-(work.input_len + work.output_len) // block) * block
+    if plan.model.max_context:
+        longest = min(longest, plan.model.max_context)
+    if way.chunk < way.batch:
+        raise InputError(
+            "max_num_batched_tokens must be at least max_num_seqs",
+            got=f"chunk={way.chunk}, batch={way.batch}",
+            hint=f"plan with a chunk of at least {way.batch} tokens",
+        )
+    flags: list[Flag] = [
+        ("--max-num-seqs", str(way.batch)),
+        ("--max-num-batched-tokens", str(way.chunk)),
+        ("--max-model-len", str(longest)),
+        ("--block-size", str(block)),
+    ]
+    if plan.memory:
+        share = min(row.capacity_bytes for row in plan.memory) / plan.cluster.hbm_bytes
+        text = f"{math.floor(share * 1e4 + 1e-6) / 1e4:g}"  # rounded down: never more than planned
+        flags.append(("--gpu-memory-utilization", text))
+    if work.prefix_hit > 0:
+        flags.append(("--enable-prefix-caching", None))
+    return flags
+
+
+def _graphs(plan: Plan) -> list[Flag]:
+    """Decode graphs of the sizes that the plan meets, or none in eager mode."""
+    way = plan.strategy
+    flags: list[Flag] = []
+    if way.sp:
+        flags.append(("--additional-config", json.dumps({"enable_flashcomm1": True})))
+    if plan.request.engine_profile == "vllm-ascend-eager":
+        return [*flags, ("--enforce-eager", None)]
+    step = way.tp if way.sp else 1
+    sizes = {2**i for i in range(way.batch.bit_length()) if 2**i < way.batch} | {way.batch}
+    rounded = sorted({-(-size // step) * step for size in sizes})
+    config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
+    return [*flags, ("--compilation-config", json.dumps(config))]

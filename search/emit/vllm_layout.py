@@ -1,0 +1,126 @@
+"""Which servers a plan becomes under vLLM, and what runs on each node.
+
+    ranks of one server = tp * pp * d        d: data-parallel groups that one server joins
+    servers             = dp / d
+
+dense                    d = dp, or 1 where a model copy fills several nodes
+experts split by tp      d = 1: vLLM would split them over tp * d
+experts over ep >= tp    d = ep / tp: vLLM's expert group is the tp * d ranks of a stage
+
+Servers beyond one are independent: each its own port, a balancer before them. A copy that fills
+several nodes uses `--nnodes`; a server of several nodes otherwise uses `--data-parallel-*`.
+Source: vllm 0.23.0 docs/serving/data_parallel_deployment.md, vllm/config/parallel.py.
+Left out: experts split both ways (1 < ep < tp), and expert groups of copies that each fill
+several nodes: AscendMultiprocExecutor of vllm-ascend 0.23.0 binds every group's queue to the
+address of node 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shardplan.search.emit.common import Slot, place, refuse
+from shardplan.search.plan import Plan
+
+__all__ = ["Launch", "Split", "has_experts", "launches", "split_servers"]
+
+_TARGET = "vllm-ascend"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How a plan divides into servers."""
+
+    servers: int
+    groups: int
+    """Data-parallel groups of one server (`--data-parallel-size`)."""
+    experts: bool
+    """Whether experts are spread over the ranks of a stage (`--enable-expert-parallel`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """One `vllm serve` on one node."""
+
+    server: int
+    slot: Slot
+    head: int
+    """Node where the server's API runs."""
+    index: int
+    """Place among the server's nodes; 0 is the head."""
+    nodes: int
+    """Nodes of the server."""
+    spans: bool
+    """Whether one copy of the model fills several nodes."""
+    port_offset: int
+    """Servers whose head is the same node take consecutive ports."""
+
+
+def has_experts(plan: Plan) -> bool:
+    """Whether the model routes tokens to experts: a token then touches a part of it."""
+    return plan.model.active_parameters < plan.model.parameters
+
+
+def split_servers(plan: Plan) -> Split:
+    """Servers of the plan. `InputError` with the nearest plan that vLLM can run."""
+    way = plan.strategy
+    spans = way.tp * way.pp > plan.cluster.ranks_per_node
+    if not has_experts(plan):
+        return Split(servers=way.dp if spans else 1, groups=1 if spans else way.dp, experts=False)
+    if way.ep == 1:
+        return Split(servers=way.dp, groups=1, experts=False)
+    if way.ep % way.tp or way.dp % (way.ep // way.tp):
+        near = sorted({1, way.tp, way.tp * way.dp})
+        raise refuse(
+            _TARGET,
+            "its expert group is all ranks of a stage of a server: tp divides ep, ep divides tp*dp",
+            got=f"ep={way.ep}, tp={way.tp}, dp={way.dp}",
+            hint="try ep=" + ", ".join(str(size) for size in near),
+        )
+    groups = way.ep // way.tp
+    if spans and groups > 1:
+        raise refuse(
+            _TARGET,
+            "experts spread over model copies that each fill several nodes",
+            got=f"ep={way.ep}, tp*pp={way.tp * way.pp}, per node {plan.cluster.ranks_per_node}",
+            hint=f"try ep={way.tp}, or tp*pp of at most {plan.cluster.ranks_per_node}",
+        )
+    return Split(servers=way.dp // groups, groups=groups, experts=True)
+
+
+def launches(plan: Plan, split: Split) -> tuple[Launch, ...]:
+    """Every process group to start, by node. `InputError` where ranks do not fit the nodes."""
+    way, per_node = plan.strategy, plan.cluster.ranks_per_node
+    copy = way.tp * way.pp
+    spans = copy > per_node
+    if way.ranks > plan.cluster.ranks:
+        raise refuse(
+            _TARGET,
+            "the strategy must fit the cluster",
+            got=f"ranks={way.ranks}, cluster={plan.cluster.ranks}",
+            hint="search again on this cluster",
+        )
+    if not spans:  # a copy must not cross a border between nodes either
+        place(_TARGET, groups=way.dp, ranks=copy, per_node=per_node)
+    placed = place(_TARGET, groups=split.servers, ranks=copy * split.groups, per_node=per_node)
+    made = [
+        Launch(
+            server=server,
+            slot=slot,
+            head=slots[0].node,
+            index=index,
+            nodes=len(slots),
+            spans=spans,
+            port_offset=_before(placed, server),
+        )
+        for server, slots in enumerate(placed)
+        for index, slot in enumerate(slots)
+    ]
+    return tuple(sorted(made, key=lambda one: (one.slot.node, one.server)))
+
+
+def _before(placed: Sequence[Sequence[Slot]], server: int) -> int:
+    """Earlier servers with the same head node."""
+    head = placed[server][0].node
+    return sum(slots[0].node == head for slots in placed[:server])

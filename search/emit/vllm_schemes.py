@@ -1,0 +1,122 @@
+"""What checkpoint a plan needs under vLLM on Ascend, and where it may come from.
+
+A 16-bit plan of a preset whose published checkpoint is 16-bit too takes that repository unless
+told otherwise. Every other plan must be told: a quantized checkpoint is made by ModelSlim, and
+its quant_model_description.json chooses the scheme of each layer, so the engine needs no more
+than `--quantization ascend`. The same file turns an int8 KV cache on.
+Sources: `schemes`, `kv_int8` and `mla` in `search/data/vllm_ascend.toml`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shardplan.models.catalog import load_model, model_names
+from shardplan.models.errors import InputError
+from shardplan.search.emit.common import refuse, table
+from shardplan.search.emit.vllm_layout import has_experts
+from shardplan.search.plan import Plan
+
+__all__ = ["Checkpoint", "checkpoint_of"]
+
+_TARGET = "vllm-ascend"
+_WIDE = ("bf16", "fp16")
+_REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/(?:blob|resolve)/\S*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What the model's files must be."""
+
+    quantized: bool
+    """Whether ModelSlim's description decides the layers (`--quantization ascend`)."""
+    shell: tuple[str, ...]
+    """Script lines that set MODEL."""
+    needs: tuple[str, ...]
+    """Sentences about the files."""
+
+
+def checkpoint_of(plan: Plan, family: str) -> Checkpoint:
+    """The checkpoint of the plan's dtypes. `InputError` where the engine has no scheme."""
+    way = plan.strategy
+    facts = table("vllm_ascend")
+    latent = plan.model.architecture in facts["mla"]["architectures"]
+    if latent and family not in facts["mla"]["families"]:
+        raise refuse(
+            _TARGET,
+            "no latent attention on this device",
+            got=f"architecture={plan.model.architecture}, device={plan.cluster.device}",
+            hint="plan for A2 or A3",
+        )
+    needs: list[str] = []
+    if way.weight_dtype in _WIDE:
+        needs.append(f"weights stored as {way.weight_dtype} (or another 16-bit type)")
+    else:
+        names = _schemes(plan, family)
+        needs.append(
+            f"{way.weight_dtype} weights quantized by ModelSlim, scheme {' or '.join(names)} in "
+            "quant_model_description.json"
+        )
+    if way.kv_dtype not in _WIDE:
+        needs.append(_int8_cache(plan, family, facts, latent=latent))
+    quantized = not (way.weight_dtype in _WIDE and way.kv_dtype in _WIDE)
+    default = None if quantized else _published(plan)
+    return Checkpoint(quantized=quantized, shell=_shell(default), needs=tuple(needs))
+
+
+def _schemes(plan: Plan, family: str) -> list[str]:
+    """Names of the schemes that serve the plan's weights on this device."""
+    kind = "experts" if has_experts(plan) else "dense"
+    rows = table("vllm_ascend")["schemes"]
+    here = {row["weight_dtype"]: row[kind] for row in rows if family in row["families"]}
+    names: list[str] = here.get(plan.strategy.weight_dtype, [])
+    if not names:
+        able = [*_WIDE, *sorted(dtype for dtype, found in here.items() if found)]
+        what = "models with experts" if kind == "experts" else "dense models"
+        raise refuse(
+            _TARGET,
+            f"no weight scheme of this dtype for {what} on {plan.cluster.device}",
+            got=f"weight_dtype={plan.strategy.weight_dtype}",
+            hint="try " + ", ".join(able),
+        )
+    return names
+
+
+def _int8_cache(plan: Plan, family: str, facts: Mapping[str, Any], *, latent: bool) -> str:
+    rule = facts["kv_int8"]
+    if plan.strategy.kv_dtype != "int8" or family not in rule["families"] or latent:
+        why = "latent attention keeps its cache in 16 bit outside disaggregated decode nodes"
+        raise refuse(
+            _TARGET,
+            why if latent else "no such KV cache on this device",
+            got=f"kv_dtype={plan.strategy.kv_dtype}, device={plan.cluster.device}",
+            hint="try kv_dtype bf16 or fp16",
+        )
+    return (
+        f'int8 KV cache: `"{rule["key"]}": "{rule["value"]}"` in '
+        "quant_model_description.json, with the cache scales in the checkpoint"
+    )
+
+
+def _published(plan: Plan) -> str | None:
+    """Repository of the preset's checkpoint, if its weights are 16-bit."""
+    found = _REPOSITORY.fullmatch(plan.model.source)
+    if found is None or plan.model.name not in model_names():
+        return None
+    try:
+        stored = load_model(plan.model.name).dtype
+    except InputError:
+        return None
+    return found.group(1) if stored in _WIDE else None
+
+
+def _shell(default: str | None) -> tuple[str, ...]:
+    if default is None:
+        return (
+            ': "${MODEL:?set MODEL to the folder of the checkpoint (README.md: what it holds)}"',
+        )
+    return (f"published={shlex.quote(default)}", 'MODEL="${MODEL:-$published}"')

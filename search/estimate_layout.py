@@ -1,0 +1,215 @@
+"""What a row's prices are computed with: model, machine, engine, applied graphs and ledger.
+
+Names are resolved and graphs applied once for all rows that share them. Defaults that depend on
+the machine are settled here, and every one that is taken is said in a note:
+
+    engine_profile   the first that the device's file lists
+    weight_dtype     the checkpoint's own; 16-bit where the device cannot multiply that (fp8)
+    kv_dtype         16-bit
+    nodes            the fewest that hold the strategy's ranks, not below the cluster's default
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from shardplan.costmodel.catalog import load_cluster, load_device, resolve_cards
+from shardplan.costmodel.engines import EngineProfile, engine_names, load_engine
+from shardplan.costmodel.hardware import Cluster, Device
+from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.step import StepModel
+from shardplan.models.apply import apply
+from shardplan.models.build import build_graph
+from shardplan.models.catalog import load_model
+from shardplan.models.errors import InputError, LayoutError, UnknownNameError
+from shardplan.models.graph import Phase
+from shardplan.models.parallel import Parallelism
+from shardplan.models.spec import ModelSpec
+
+__all__ = [
+    "LAYOUT_COLUMNS",
+    "Layout",
+    "default_weight_dtype",
+    "find_cluster",
+    "find_engine",
+    "kv_dtype_for",
+    "make_layout",
+    "weight_dtype_for",
+]
+
+LAYOUT_COLUMNS = (
+    "model",
+    "cluster",
+    "nodes",
+    "device",
+    "engine_profile",
+    "tp",
+    "pp",
+    "dp",
+    "ep",
+    "cp",
+)
+"""What fixes a layout."""
+
+_SIXTEEN_BIT = ("bf16", "fp16")
+_PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One model laid on one cluster under one engine, ready to be priced."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    engine: EngineProfile
+    parallel: Parallelism
+    model: StepModel
+    ledger: Ledger
+    notes: tuple[str, ...]
+
+    @property
+    def device(self) -> Device:
+        """One rank."""
+        return self.cluster.device
+
+
+def _needed(name: str, value: str | None, hint: str) -> str:
+    if value is None:
+        raise InputError(f"`{name}` is needed", got=f"{name} is empty", hint=hint)
+    return value
+
+
+@functools.lru_cache(maxsize=256)
+def _alone(device: Device) -> Cluster:
+    """One rank of a device, joined to nothing."""
+    return Cluster(
+        name=device.name,
+        title=device.title,
+        device=device,
+        ranks_per_node=1,
+        nodes=1,
+        max_nodes=1,
+        rank_counts=(1,),
+        tiers=(),
+        facts=MappingProxyType({}),
+    )
+
+
+def find_cluster(
+    name: str | None, *, nodes: int | None, device: str | None, ranks: int
+) -> Cluster:
+    """The cluster that holds `ranks` ranks; a device alone stands for a cluster of one rank.
+
+    `InputError` when both are missing, `LayoutError` when the ranks do not fit.
+    """
+    if name is None:
+        hint = "see `shardplan clusters`"
+        cluster = _alone(load_device(_needed("cluster", device, hint)))
+    else:
+        cluster = load_cluster(name, nodes=nodes, device=device, cards=ranks)
+    if ranks > cluster.ranks:
+        raise LayoutError(
+            "tp*pp*dp*cp must not exceed the cluster's ranks",
+            got=f"ranks={ranks}, cluster={cluster.name} with {cluster.ranks}",
+            hint=f"set nodes={math.ceil(ranks / cluster.ranks_per_node)}"
+            if name is not None
+            else "name a cluster",
+        )
+    return cluster
+
+
+def find_engine(name: str, device: Device) -> EngineProfile:
+    """An engine profile that runs on the device; its default for an empty name."""
+    engine = load_engine(name or device.engine_profiles[0])
+    if name in engine_names() and engine.name not in device.engine_profiles:
+        raise InputError(
+            "the engine does not run on this device",
+            got=f"engine_profile={engine.name}, device={device.name}",
+            hint="try " + ", ".join(device.engine_profiles),
+        )
+    return engine
+
+
+def default_weight_dtype(spec: ModelSpec, device: Device) -> str:
+    """The checkpoint's own dtype where the device multiplies it, else a 16-bit one."""
+    if spec.dtype in device.weight_dtypes:
+        return spec.dtype
+    return next(dtype for dtype in _SIXTEEN_BIT if dtype in device.weight_dtypes)
+
+
+def _sixteen_bit(asked: str, known: tuple[str, ...]) -> str:
+    """The device's own 16-bit type for either."""
+    if asked in _SIXTEEN_BIT and asked not in known:
+        return next((dtype for dtype in _SIXTEEN_BIT if dtype in known), asked)
+    return asked
+
+
+def weight_dtype_for(asked: str, spec: ModelSpec, device: Device) -> str:
+    """The weight dtype to price; `InputError` where the device has no unit for it."""
+    dtype = _sixteen_bit(asked, device.weight_dtypes) or default_weight_dtype(spec, device)
+    if dtype not in device.weight_dtypes:
+        raise UnknownNameError(f"weight_dtype on {device.name}", dtype, device.weight_dtypes)
+    return dtype
+
+
+def kv_dtype_for(asked: str, device: Device) -> str:
+    """The dtype of the KV cache to price; `InputError` where the device cannot hold it."""
+    dtype = _sixteen_bit(asked or "bf16", device.kv_dtypes)
+    if dtype not in device.kv_dtypes:
+        raise UnknownNameError(f"kv_dtype on {device.name}", dtype, device.kv_dtypes)
+    return dtype
+
+
+def _notes(
+    spec: ModelSpec, cluster: Cluster, engine: EngineProfile, ranks: int, chosen: str
+) -> tuple[str, ...]:
+    notes = []
+    if not chosen:
+        notes.append(f"engine_profile={engine.name}, the first of {cluster.device.name}")
+    if spec.dtype not in cluster.device.weight_dtypes:
+        other = default_weight_dtype(spec, cluster.device)
+        notes.append(f"{cluster.device.name} does not run {spec.dtype} weights: {other} by default")
+    try:
+        resolve_cards(cluster, ranks)
+    except InputError as error:
+        notes.append(str(error))
+    return tuple(notes)
+
+
+def make_layout(
+    *,
+    model: str | None,
+    cluster: str | None,
+    nodes: int | None,
+    device: str | None,
+    engine_profile: str,
+    tp: int,
+    pp: int,
+    dp: int,
+    ep: int,
+    cp: int,
+    **graph: Any,
+) -> Layout:
+    """Everything that rows of one layout are priced with.
+
+    `graph` takes the further fields of `Parallelism` (sp, exchange, stage_layers). Raises the
+    `InputError` of whatever does not resolve, `LayoutError` where the strategy cannot be laid.
+    """
+    spec = load_model(_needed("model", model, "see `shardplan models`"))
+    par = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp, **graph)
+    found = find_cluster(cluster, nodes=nodes, device=device, ranks=par.ranks)
+    engine = find_engine(engine_profile, found.device)
+    graphs = {phase: apply(build_graph(spec, phase), par) for phase in _PHASES}
+    return Layout(
+        spec=spec,
+        cluster=found,
+        engine=engine,
+        parallel=par,
+        model=StepModel.of(graphs, found, engine),
+        ledger=Ledger.of(graphs["prefill"], found.device, engine),
+        notes=_notes(spec, found, engine, par.ranks, engine_profile),
+    )

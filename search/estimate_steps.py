@@ -1,0 +1,182 @@
+"""Rows of phase prefill and decode: one forward pass, priced for all rows of a layout at once.
+
+    prefill   `batch` sequences a dp group of `tokens` prompt tokens each, in one step
+    decode    one new token of each of `batch` sequences, which sees `tokens` tokens, itself included
+
+    step_s       = sum over stages (+ the engine's host time of a step)
+    compute_s    = matrix and vector units plus HBM and L2, whichever binds each kernel
+    collective_s = collectives and sends
+    overhead_s   = step_s - compute_s - collective_s: floors, launches, gaps, host
+    memory_bytes = the fullest stage's ranks: weights, cache of `batch` sequences of `tokens`
+                   tokens, activations of the step, communicators, reserve
+
+A batch passes the pipeline's stages one after another (no microbatches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from shardplan.costmodel.kernels.attention import AttentionKernel
+from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.serving import step_seconds
+from shardplan.costmodel.step import Load, Parts
+from shardplan.models.graph import Phase
+from shardplan.search.estimate_layout import Layout
+
+__all__ = ["KindTime", "Step", "breakdown", "fullest_bytes", "price_steps"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Seconds and bytes of rows of one layout."""
+
+    step_s: Array
+    compute_s: Array
+    collective_s: Array
+    overhead_s: Array
+    memory_bytes: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindTime:
+    """Seconds of one step in all kernels of a kind, over the stages that a token passes."""
+
+    kind: str
+    calls: int
+    compute_s: float
+    memory_s: float
+    collective_s: float
+    overhead_s: float
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return self.compute_s + self.memory_s + self.collective_s + self.overhead_s
+
+
+def _lengths(phase: Phase, tokens: Array) -> tuple[Array, Array]:
+    """(new tokens, prefix tokens) of a sequence."""
+    if phase == "prefill":
+        return tokens, np.zeros_like(tokens)
+    return np.ones_like(tokens), tokens - 1.0
+
+
+def fullest_bytes(
+    layout: Layout,
+    *,
+    weight_dtype: str,
+    kv_dtype: str,
+    attention: str,
+    batch: Array,
+    step_tokens: Array,
+    context: Array,
+) -> Array:
+    """Bytes on a rank of the fullest stage, for steps of `step_tokens` of one dp group."""
+    stages = layout.ledger.stages(
+        layout.model.machine,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=cast("AttentionKernel", attention),
+        batch=batch,
+        tokens=step_tokens,
+        context=context,
+    )
+    totals = [np.broadcast_to(stage.total_bytes, batch.shape) for stage in stages]
+    return np.asarray(np.max(totals, axis=0), dtype=np.float64)
+
+
+def _summed(parts: Sequence[Array], shape: tuple[int, ...]) -> Array:
+    return np.asarray(sum((np.broadcast_to(one, shape) for one in parts), np.zeros(shape)))
+
+
+def price_steps(
+    layout: Layout,
+    phase: Phase,
+    *,
+    weight_dtype: str,
+    kv_dtype: str,
+    attention: str,
+    batch: Array,
+    tokens: Array,
+) -> Step:
+    """Price rows `[rows]` of one layout, phase and choice of dtypes."""
+    new, prefix = _lengths(phase, tokens)
+    total, stages = step_seconds(
+        layout.model,
+        phase,
+        batch=batch,
+        new=new,
+        prefix=prefix,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=cast("AttentionKernel", attention),
+    )
+    shape = batch.shape
+    total = np.broadcast_to(total, shape)
+    compute = _summed([one.compute_s + one.memory_s for one in stages], shape)
+    collective = _summed([one.collective_s for one in stages], shape)
+    memory = fullest_bytes(
+        layout,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=attention,
+        batch=batch,
+        step_tokens=batch * new,
+        context=tokens,
+    )
+    return Step(
+        step_s=total,
+        compute_s=compute,
+        collective_s=collective,
+        overhead_s=total - compute - collective,
+        memory_bytes=memory,
+    )
+
+
+def breakdown(
+    layout: Layout,
+    phase: Phase,
+    *,
+    weight_dtype: str,
+    kv_dtype: str,
+    attention: str,
+    batch: int,
+    tokens: int,
+) -> list[KindTime]:
+    """Seconds of one step by kind of operator, the longest first."""
+    engine, length = layout.engine, np.asarray(float(tokens))
+    new, prefix = (float(value) for value in _lengths(phase, length))
+    loads = {
+        "token": Load.of(phase, engine, tokens=batch * new, weight_dtype=weight_dtype),
+        "attention": Load.of(
+            phase,
+            engine,
+            batch=float(batch),
+            new=new,
+            prefix=prefix,
+            kv_dtype=kv_dtype,
+            attention=cast("AttentionKernel", attention),
+        ),
+        "logits": Load.of(phase, engine, tokens=float(batch), weight_dtype=weight_dtype),
+    }
+    found: dict[str, Parts] = {}
+    for group, load in loads.items():
+        for kind, parts in layout.model.by_kind(group, load):  # type: ignore[arg-type]  # literals
+            found[kind] = found[kind].plus(parts) if kind in found else parts
+    rows = [
+        KindTime(
+            kind=kind,
+            calls=round(parts.kernels),
+            compute_s=float(parts.compute_s),
+            memory_s=float(parts.memory_s),
+            collective_s=float(parts.collective_s),
+            overhead_s=float(parts.overhead_s),
+        )
+        for kind, parts in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row.total_s)

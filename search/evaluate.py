@@ -1,0 +1,162 @@
+"""Scores of strategies: one layout applied once, then its whole grid priced at a time.
+
+`LayoutScorer` holds the applied graphs, the op tables and the ledger of one layout; `score`
+prices one choice (attention, weight dtype, KV dtype) over arrays of batch and chunk. The exact
+search calls it with the whole grid, a sampled search with one point: the same code and numbers.
+
+Limits, in the order that names the one that binds: memory, context (prompt and output within the
+model's), step (a step holds a token of every slot), concurrency (slots for the requests asked
+for), ttft, tpot, rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.hardware import Cluster
+from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.serving import ServingInput, serve
+from shardplan.costmodel.step import StepModel
+from shardplan.models.apply import apply
+from shardplan.models.build import build_graph
+from shardplan.models.parallel import Parallelism
+from shardplan.models.spec import ModelSpec
+from shardplan.search.plan import Limits, Workload
+from shardplan.search.space import Choice
+
+__all__ = ["LIMITS", "LayoutScorer", "Question", "Scores", "context_tokens"]
+
+LIMITS = ("memory", "context", "step", "ttft", "tpot", "rate")
+Objective = str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a strategy is scored against."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    engine: EngineProfile
+    workload: Workload
+    limits: Limits
+    objective: Objective
+    cards: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Arrays of the grid's shape; `limit` is an index into `LIMITS`, -1 where feasible."""
+
+    columns: Mapping[str, Array]
+    limit: NDArray[np.int8]
+
+    @property
+    def feasible(self) -> NDArray[np.bool_]:
+        """Which strategies satisfy every limit."""
+        return np.asarray(self.limit < 0)
+
+
+def context_tokens(workload: Workload) -> int:
+    """Longest sequence of a request."""
+    return workload.input_len + workload.output_len
+
+
+class LayoutScorer:
+    """One layout of a question, ready to be priced."""
+
+    def __init__(self, question: Question, par: Parallelism) -> None:
+        self.question, self.parallel = question, par
+        graphs = {
+            phase: apply(build_graph(question.spec, phase), par)
+            for phase in ("prefill", "decode")
+        }
+        self.model = StepModel.of(graphs, question.cluster, question.engine)  # type: ignore[arg-type]  # phases are literals
+        self.ledger = Ledger.of(graphs["prefill"], question.cluster.device, question.engine)
+
+    def least_bytes(self, choice: Choice) -> float:
+        """Memory that any strategy of this layout and choice needs at least: one slot."""
+        return float(self.memory(choice, np.ones(1), np.ones(1))[0])
+
+    def memory(self, choice: Choice, batch: Array, chunk: Array) -> Array:
+        """Bytes on the fullest rank of the fullest stage."""
+        work = self.question.workload
+        stages = self.ledger.stages(
+            self.model.machine,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
+            attention=choice.attention,
+            batch=batch,
+            tokens=chunk,
+            context=context_tokens(work),
+        )
+        total = stages[0].total_bytes
+        for stage in stages[1:]:
+            total = np.maximum(total, stage.total_bytes)
+        return total
+
+    def score(self, choice: Choice, batch: Array, chunk: Array) -> Scores:
+        """Price arrays of batch and chunk (broadcast) of one choice."""
+        question, work = self.question, self.question.workload
+        given = ServingInput(
+            batch=batch,
+            chunk=chunk,
+            input_len=work.input_len,
+            output_len=work.output_len,
+            prefix_hit=work.prefix_hit,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
+            attention=choice.attention,
+            in_flight=work.concurrency / self.parallel.dp if work.concurrency else None,
+        )
+        served = serve(self.model, given)
+        shape = np.broadcast_shapes(batch.shape, chunk.shape)
+        memory = np.broadcast_to(self.memory(choice, batch, chunk), shape)
+        columns = {
+            "ttft_s": served.ttft_s,
+            "tpot_s": served.tpot_s,
+            "end_to_end_s": served.end_to_end_s,
+            "output_tokens_per_s": served.output_tokens_per_s,
+            "output_tokens_per_s_per_card": served.output_tokens_per_s / question.cards,
+            "requests_per_s": served.requests_per_s,
+            "memory_bytes": memory,
+            "memory_free_bytes": self.ledger.capacity_bytes - memory,
+            "compute_s": served.compute_s,
+            "memory_s": served.memory_s,
+            "collective_s": served.collective_s,
+            "overhead_s": served.overhead_s,
+            "concurrency": served.concurrency,
+            "prefill_step_s": served.prefill_s,
+            "decode_step_s": served.decode_step_s,
+        }
+        columns = {name: np.broadcast_to(value, shape) for name, value in columns.items()}
+        columns["objective"] = (
+            1.0 / columns["end_to_end_s"]
+            if question.objective == "latency"
+            else columns["output_tokens_per_s"]
+        )
+        return Scores(columns=columns, limit=self._limit(columns, batch, chunk))
+
+    def _limit(
+        self, columns: Mapping[str, Array], batch: Array, chunk: Array
+    ) -> NDArray[np.int8]:
+        question, work = self.question, self.question.workload
+        longest = question.spec.max_context or math.inf
+        broken = {
+            "memory": columns["memory_bytes"] > self.ledger.capacity_bytes,
+            "context": np.full((), context_tokens(work) > longest),
+            "step": chunk < batch,
+            "ttft": columns["ttft_s"] > (question.limits.ttft_s or math.inf),
+            "tpot": columns["tpot_s"] > (question.limits.tpot_s or math.inf),
+            "rate": columns["requests_per_s"] < (work.request_rate or 0.0),
+        }
+        limit = np.full(columns["memory_bytes"].shape, -1, dtype=np.int8)
+        for index, name in reversed(list(enumerate(LIMITS))):
+            limit[np.broadcast_to(broken[name], limit.shape)] = index
+        return limit

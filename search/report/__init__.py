@@ -1,0 +1,28 @@
+"""`report.html`: a plan as one page that needs nothing else, on a screen or on paper.
+
+No script, no font, no picture from elsewhere: the style sheet stands in the page, charts are
+inline SVG, and a Content-Security-Policy forbids the browser to fetch anything, so the page opens
+offline and a hostile name in a plan stays text. The same plan and trials give the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardplan.search.plan import Plan, write_atomically
+from shardplan.search.report.page import page
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["write_report"]
+
+
+def write_report(plan: Plan, trials: DataFrame, path: Path) -> None:
+    """Write the report of a plan and of the trials it was chosen from, whole or not at all.
+
+    `trials` has the columns of `shardplan.search.trials.TRIAL_COLUMNS`. At most about 2,000 of
+    them are drawn, and the page says so. `InputError` where the file cannot be written.
+    """
+    write_atomically(path, page(plan, trials))

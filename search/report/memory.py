@@ -1,0 +1,87 @@
+"""Memory of one card of each pipeline stage, against what the engine may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+from shardplan.search.plan import MemoryRow, Plan
+from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.svg import Segment, bar
+from shardplan.search.report.words import gib, percent
+
+__all__ = ["memory_section"]
+
+_PARTS = (
+    ("weights_bytes", "Weights"),
+    ("kv_cache_bytes", "KV cache"),
+    ("activations_bytes", "Activations"),
+    ("communicators_bytes", "Communicators"),
+    ("reserve_bytes", "Reserve"),
+)
+
+
+def memory_section(plan: Plan) -> Html:
+    """A stacked bar and a table row for each stage; neighbours that are alike share one."""
+    if not plan.memory:
+        return Html("")
+    full = max(
+        plan.cluster.hbm_bytes, *(max(row.total_bytes, row.capacity_bytes) for row in plan.memory)
+    )
+    groups = list(_alike(plan.memory))
+    keys = [
+        tag("li", tag("i", class_=f"key c{place}"), name) for place, (_, name) in enumerate(_PARTS)
+    ]
+    keys.append(tag("li", tag("i", class_="key track"), "Free"))
+    keys.append(tag("li", tag("i", class_="key capacity"), "What the engine may use"))
+    return tag(
+        "section",
+        tag("h2", "Memory of one card"),
+        *[_stage(name, row, full) for name, row in groups],
+        tag("ul", *keys, class_="legend"),
+        _memory_table(groups),
+        tag("p", "Largest lever: ", plan.largest_lever, "."),
+    )
+
+
+def _alike(rows: tuple[MemoryRow, ...]) -> Iterator[tuple[str, MemoryRow]]:
+    """Neighbouring stages with the same numbers, under one name."""
+    for _, same in groupby(rows, key=lambda row: row.model_dump(exclude={"stage"})):
+        stages = list(same)
+        first, last = stages[0], stages[-1]
+        layers = f"{first.layers} layer" + ("" if first.layers == 1 else "s")
+        if len(stages) == 1:
+            yield f"Stage {first.stage}, {layers}", first
+        else:
+            yield f"Stages {first.stage} to {last.stage}, {layers} each", first
+
+
+def _stage(name: str, row: MemoryRow, full_bytes: float) -> Html:
+    values = row.model_dump()
+    segments = [
+        Segment(
+            share=values[key] / full_bytes,
+            style=f"c{place}",
+            title=f"{part}: {gib(values[key])} GiB",
+        )
+        for place, (key, part) in enumerate(_PARTS)
+    ]
+    used = f"{gib(row.total_bytes)} of {gib(row.capacity_bytes)} GiB"
+    used += f" ({percent(row.total_bytes / row.capacity_bytes)})"
+    capacity = f"what the engine may use: {gib(row.capacity_bytes)} GiB"
+    return tag(
+        "div",
+        tag("p", tag("b", name), tag("span", used), class_="bar-head"),
+        bar(f"{name}: {used}", segments, marker=(row.capacity_bytes / full_bytes, capacity)),
+    )
+
+
+def _memory_table(groups: list[tuple[str, MemoryRow]]) -> Html:
+    headings = ["GiB", *[name for _, name in _PARTS], "Total", "Capacity", "Free"]
+    rows = []
+    for name, row in groups:
+        values = row.model_dump()
+        free = gib(row.capacity_bytes - row.total_bytes)
+        parts = [gib(values[key]) for key, _ in _PARTS]
+        rows.append([name, *parts, gib(row.total_bytes), gib(row.capacity_bytes), free])
+    return table("Memory of one card by stage, GiB", headings, rows)

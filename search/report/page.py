@@ -1,0 +1,212 @@
+"""The page: head, summary tiles, then one section a question, in the order a reader asks them."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from shardplan.search.plan import Plan
+from shardplan.search.report.breakdown import breakdown_section
+from shardplan.search.report.markup import Html, raw, table, tag
+from shardplan.search.report.memory import memory_section
+from shardplan.search.report.tradeoffs import (
+    alternatives_section,
+    quantization_section,
+    tradeoff_section,
+)
+from shardplan.search.report.words import (
+    certificate_sentences,
+    command,
+    number,
+    percent,
+    strategy_sentences,
+    time,
+)
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["page"]
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_PROOFS = {
+    0: "Level 0: shapes, ownership of every weight, bytes and collectives.",
+    1: "Level 1: the sharded graph, shrunk with its ratios kept, computes what the whole one does.",
+    2: "Level 2: the graphs of the real model classes, run in lock step.",
+    3: "Level 3: real processes.",
+}
+
+
+def page(plan: Plan, trials: DataFrame) -> str:
+    """The whole HTML document."""
+    title = f"{plan.model.name} on {plan.cluster.name}: deployment plan"
+    style = resources.files("shardplan.search.report").joinpath("assets", "report.css")
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", raw(style.read_text(encoding="utf-8"))),
+    )
+    main = tag(
+        "main",
+        _summary_section(plan),
+        _certificate_section(plan),
+        memory_section(plan),
+        breakdown_section(plan),
+        tradeoff_section(plan, trials),
+        alternatives_section(plan),
+        quantization_section(plan),
+        _proof_section(plan),
+        _notes_section(plan),
+        _making_section(plan),
+    )
+    body = tag("body", _header(plan), main)
+    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def _header(plan: Plan) -> Html:
+    """Which model on which machine, and the two things that make the plan worth trusting."""
+    gap = plan.certificate.gap
+    if gap == 0:
+        badges = [tag("span", "proven best in its space", class_="badge good")]
+    elif gap is not None:
+        badges = [tag("span", f"within {percent(gap)} of the bound", class_="badge")]
+    else:
+        badges = [tag("span", "sampled, no bound", class_="badge")]
+    if plan.proof.passed:
+        badges.append(tag("span", f"proof level {plan.proof.level} passed", class_="badge good"))
+    else:
+        badges.append(tag("span", "proof failed", class_="badge bad"))
+    return tag(
+        "header",
+        tag("p", "shardplan deployment plan", class_="kicker"),
+        tag("h1", plan.model.name, tag("span", " on ", class_="soft"), plan.cluster.title),
+        tag("p", *badges, class_="badges"),
+    )
+
+
+def _summary_section(plan: Plan) -> Html:
+    """What the deployment does and how it is split."""
+    does, asked = plan.performance, plan.request
+    limits = asked.limits
+    ttft = "" if limits.ttft_s is None else f"limit {time(limits.ttft_s)}"
+    tpot = "" if limits.tpot_s is None else f"limit {time(limits.tpot_s)}"
+    tiles = (
+        ("Output tokens/s", number(does.output_tokens_per_s), "whole deployment"),
+        ("Output tokens/s per card", number(does.output_tokens_per_s_per_card), ""),
+        ("Time to first token", time(does.ttft_s), ttft),
+        ("Time per output token", time(does.tpot_s), tpot),
+        ("End to end", time(does.end_to_end_s), "mean of one request"),
+        ("Requests/s", number(does.requests_per_s), f"{number(does.concurrency)} in flight"),
+    )
+    boxes = [
+        tag(
+            "div",
+            tag("dt", name),
+            tag("dd", value, class_="big"),
+            tag("dd", note or "\N{NO-BREAK SPACE}", class_="soft"),
+        )
+        for name, value, note in tiles
+    ]
+    return tag(
+        "section",
+        tag("dl", *boxes, class_="tiles"),
+        tag("h2", "The strategy"),
+        tag("p", " ".join(strategy_sentences(plan))),
+        _facts(plan),
+    )
+
+
+def _facts(plan: Plan) -> Html:
+    """Workload, model and machine as short pairs."""
+    work, model, cluster = plan.request.workload, plan.model, plan.cluster
+    lengths = f"{work.input_len:,} tokens in, {work.output_len:,} out"
+    load = [lengths]
+    if work.concurrency is not None:
+        load.append(f"{work.concurrency:,} requests in flight")
+    if work.request_rate is not None:
+        load.append(f"{number(work.request_rate)} requests/s")
+    if work.prefix_hit:
+        load.append(f"{percent(work.prefix_hit)} of the prompt cached")
+    parameters = f"{model.parameters / 1e9:,.1f} billion parameters"
+    if model.active_parameters != model.parameters:
+        parameters += f" ({model.active_parameters / 1e9:,.1f} billion active)"
+    machine = f"{cluster.nodes:,} x {cluster.ranks_per_node} {cluster.device}"
+    pairs = (
+        ("Workload", ", ".join(load)),
+        ("Model", f"{model.architecture}, {model.layers:,} layers, {parameters}"),
+        ("Machine", f"{machine}, {cluster.hbm_bytes / 2**30:,.0f} GiB each"),
+        ("Engine", f"{plan.request.engine_profile}, objective {plan.request.objective}"),
+    )
+    return _pairs(pairs)
+
+
+def _pairs(pairs: tuple[tuple[str, str], ...]) -> Html:
+    cells = [cell for name, value in pairs for cell in (tag("dt", name), tag("dd", value))]
+    return tag("dl", *cells, class_="pairs")
+
+
+def _certificate_section(plan: Plan) -> Html:
+    space = plan.certificate.space
+    rows = [(name, _values(values)) for name, values in space.items()]
+    return tag(
+        "section",
+        tag("h2", "Why this one"),
+        tag("p", " ".join(certificate_sentences(plan))),
+        tag(
+            "details",
+            tag("summary", "The space that was searched"),
+            table("Values of each dimension", ("Dimension", "Values"), rows, words=2),
+        )
+        if rows
+        else "",
+    )
+
+
+def _values(values: list[object]) -> str:
+    names = {True: "on", False: "off"}
+    return ", ".join(names[value] if isinstance(value, bool) else str(value) for value in values)
+
+
+def _proof_section(plan: Plan) -> Html:
+    proof = plan.proof
+    marks = [("\N{CHECK MARK}", "good", text) for text in proof.checks]
+    marks += [("\N{MULTIPLICATION X}", "bad", text) for text in proof.failures]
+    items = [
+        tag("li", tag("span", mark, class_=f"mark {style}", aria_hidden="true"), text)
+        for mark, style, text in marks
+    ]
+    verdict = "Passed." if proof.passed else "Failed: do not deploy this plan."
+    level = _PROOFS.get(proof.level, f"Level {proof.level}.")
+    return tag(
+        "section",
+        tag("h2", "What was proven"),
+        tag("p", f"{level} {verdict}"),
+        tag("ul", *items, class_="checks"),
+    )
+
+
+def _notes_section(plan: Plan) -> Html:
+    if not plan.notes:
+        return Html("")
+    items = [tag("li", note) for note in plan.notes]
+    return tag("section", tag("h2", "Notes"), tag("ul", *items))
+
+
+def _making_section(plan: Plan) -> Html:
+    """The command that makes the plan again, and what it is bound to."""
+    pairs = (
+        ("Made by", f"shardplan {plan.shardplan_version}"),
+        ("Model from", plan.model.source),
+        ("Model digest", plan.model.digest),
+    )
+    parts = [tag("h2", "How it was made"), tag("pre", tag("code", command(plan))), _pairs(pairs)]
+    if plan.request.workload.prefix_hit:
+        hit = percent(plan.request.workload.prefix_hit)
+        parts.append(
+            tag("p", f"The prefix hit of {hit} comes from a workload file.", class_="soft")
+        )
+    return tag("section", *parts)

@@ -1,0 +1,205 @@
+"""What else there is: the Pareto plot, the next best strategies, other dtypes.
+
+Of many trials a sample is drawn: every k-th feasible one in the order of the table, which is by
+rank, so that good and bad ones are thinned alike. The page says how many are drawn of how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from shardplan.search.analyze import row_name
+from shardplan.search.plan import Candidate, Performance, Plan, StrategyInfo
+from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.svg import Point, scale, scatter
+from shardplan.search.report.words import gib, number, signed_percent, time
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["alternatives_section", "quantization_section", "tradeoff_section"]
+
+MAX_POINTS = 2_000
+MAX_FRONT = 400
+MAX_ROWS = 40
+_MS = 1e3
+_Item = TypeVar("_Item")
+
+
+def tradeoff_section(plan: Plan, trials: DataFrame) -> Html:
+    """Throughput per card over time per output token: the trials, the front, the plan."""
+    feasible = trials[trials["feasible"].to_numpy(bool)]
+    drawn = feasible.iloc[:: _stride(len(feasible), MAX_POINTS)]
+    cloud = _cloud(drawn)
+    front = [_candidate_point(item) for item in _thin(plan.pareto, MAX_FRONT)]
+    chosen = _point(strategy_name(plan.strategy), plan.performance)
+    every = [*cloud, *front, chosen]
+    limit = plan.request.limits.tpot_s
+    axes = (
+        scale([point.x for point in every], from_zero=False),
+        scale([point.y for point in every], from_zero=True),
+    )
+    chart = scatter(
+        f"Throughput per card over time per output token of {len(drawn):,} strategies",
+        axes,
+        cloud=cloud,
+        front=front,
+        line=_outline(front),
+        chosen=chosen,
+        limit=None if limit is None else (limit * _MS, f"TPOT limit {time(limit)}"),
+    )
+    return tag(
+        "section",
+        tag("h2", "Trade-offs"),
+        tag("p", _sample_sentence(len(trials), len(feasible), len(drawn))),
+        tag("p", "Output tokens/s per card", class_="axis"),
+        chart,
+        tag("p", _x_label(axes[0].log), class_="axis x"),
+        _legend(has_limit=limit is not None and limit * _MS <= axes[0].high),
+        _front_details(plan),
+    )
+
+
+def strategy_name(strategy: StrategyInfo) -> str:
+    """A strategy in a few words."""
+    return row_name(strategy.model_dump())
+
+
+def _stride(count: int, most: int) -> int:
+    return max(1, -(-count // most))
+
+
+def _thin(items: Sequence[_Item], most: int) -> Sequence[_Item]:
+    return items[:: _stride(len(items), most)]
+
+
+def _sample_sentence(trials: int, feasible: int, drawn: int) -> str:
+    """What the cloud shows of the trial table."""
+    table_says = f"The trial table holds {trials:,} strategies, {feasible:,} of them feasible."
+    if drawn == feasible:
+        return f"{table_says} All feasible ones are drawn."
+    step = _stride(feasible, MAX_POINTS)
+    return (
+        f"{table_says} {drawn:,} of them are drawn, one in {step} by rank, with the Pareto front"
+        " and the plan besides."
+    )
+
+
+def _x_label(log: bool) -> str:
+    return "Time per output token, ms" + (" (logarithmic)" if log else "")
+
+
+def _cloud(rows: DataFrame) -> list[Point]:
+    columns = ("tp", "pp", "dp", "ep", "cp", "sp", "exchange", "attention", "weight_dtype")
+    needed = [*columns, "kv_dtype", "batch", "chunk"]
+    values = zip(*(rows[column].tolist() for column in needed), strict=True)
+    names = [row_name(dict(zip(needed, row, strict=True))) for row in values]
+    x = (rows["tpot_s"] * _MS).tolist()
+    y = rows["output_tokens_per_s_per_card"].tolist()
+    return [
+        Point(x=x_value, y=y_value, title=_title(name, x_value, y_value))
+        for name, x_value, y_value in zip(names, x, y, strict=True)
+    ]
+
+
+def _title(name: str, tpot_ms: float, rate: float) -> str:
+    return f"{name}: {number(rate)} tokens/s per card, TPOT {tpot_ms:.3g} ms"
+
+
+def _point(name: str, does: Performance) -> Point:
+    x, y = does.tpot_s * _MS, does.output_tokens_per_s_per_card
+    return Point(x=x, y=y, title=_title(name, x, y))
+
+
+def _candidate_point(item: Candidate) -> Point:
+    return _point(strategy_name(item.strategy), item.performance)
+
+
+def _outline(front: Sequence[Point]) -> list[Point]:
+    """The part of the front that is best in TPOT and throughput alone, TTFT left aside."""
+    line: list[Point] = []
+    for point in sorted(front, key=lambda point: (point.x, -point.y)):
+        if not line or point.y > line[-1].y:
+            line.append(point)
+    return line
+
+
+def _legend(*, has_limit: bool) -> Html:
+    keys = [("chosen", "This plan"), ("front", "Pareto front (TTFT included)"), ("cloud", "Trials")]
+    if has_limit:
+        keys.append(("limit", "TPOT limit"))
+    items = [tag("li", tag("i", class_=f"key dot {style}"), name) for style, name in keys]
+    return tag("ul", *items, class_="legend")
+
+
+def _candidate_rows(plan: Plan, items: Sequence[Candidate]) -> list[list[str]]:
+    own = plan.performance.output_tokens_per_s_per_card
+    rows = []
+    for item in items:
+        does = item.performance
+        rate = does.output_tokens_per_s_per_card
+        change = signed_percent(rate / own - 1) if own else ""
+        times = [time(does.ttft_s), time(does.tpot_s), time(does.end_to_end_s)]
+        memory = f"{gib(item.memory_bytes)} GiB"
+        rows.append([strategy_name(item.strategy), number(rate), change, *times, memory])
+    return rows
+
+
+_HEADINGS = ("Strategy", "Tokens/s per card", "To plan", "TTFT", "TPOT", "End to end", "Memory")
+
+
+def _front_details(plan: Plan) -> Html:
+    if not plan.pareto:
+        return Html("")
+    shown = _thin(plan.pareto, MAX_ROWS)
+    whole = len(shown) == len(plan.pareto)
+    caption = "Pareto front" if whole else f"{len(shown)} of {len(plan.pareto):,} on the front"
+    return tag(
+        "details",
+        tag("summary", "The Pareto front as a table"),
+        table(caption, _HEADINGS, _candidate_rows(plan, shown)),
+    )
+
+
+def alternatives_section(plan: Plan) -> Html:
+    """The next best strategies, in the order of the objective."""
+    if not plan.alternatives:
+        return Html("")
+    shown = plan.alternatives[:MAX_ROWS]
+    left_out = len(plan.alternatives) - len(shown)
+    parts = [
+        tag("h2", "Next best"),
+        table("The next best strategies", _HEADINGS, _candidate_rows(plan, shown)),
+    ]
+    if left_out:
+        parts.append(tag("p", f"{left_out:,} more are in plan.json.", class_="soft"))
+    return tag("section", *parts)
+
+
+def quantization_section(plan: Plan) -> Html:
+    """What other dtypes would buy; never applied unasked."""
+    if not plan.quantization:
+        return Html("")
+    own = f"{plan.strategy.weight_dtype} weights, {plan.strategy.kv_dtype} KV cache"
+    rows = []
+    for item in plan.quantization:
+        gain = "" if item.gain is None else signed_percent(item.gain - 1)
+        nothing = "nothing fits or meets the limits"
+        name = nothing if item.strategy is None else strategy_name(item.strategy)
+        rows.append([item.weight_dtype, item.kv_dtype, name, gain])
+    return tag(
+        "section",
+        tag("h2", "What other dtypes would buy"),
+        tag(
+            "p",
+            f"The plan keeps {own}. Best strategy at other dtypes, and its objective against the"
+            " plan's. Accuracy is not judged here.",
+        ),
+        table(
+            "Best strategy at other dtypes",
+            ("Weights", "KV cache", "Strategy", "Objective"),
+            rows,
+            words=3,
+        ),
+    )

@@ -1,0 +1,186 @@
+"""A plan in words: numbers as people read them, the strategy and the certificate as sentences."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+
+from shardplan.search.plan import Certificate, Plan, StrategyInfo
+
+__all__ = [
+    "certificate_sentences",
+    "command",
+    "gib",
+    "number",
+    "percent",
+    "signed_percent",
+    "strategy_sentences",
+    "time",
+]
+
+_OBJECTIVES = {
+    "throughput": "the highest throughput",
+    "latency": "the lowest latency",
+    "cards": "the fewest cards",
+}
+_KILO = 1e3
+_MODEL_FILES = (".json", ".onnx")
+
+
+def number(value: float) -> str:
+    """At least three significant digits, thousands apart: 0.0123, 12.3, 677, 21,665."""
+    size = abs(value)
+    for limit, digits in ((100.0, 0), (10.0, 1), (1.0, 2)):
+        if size >= limit:
+            return f"{value:,.{digits}f}"
+    return f"{value:.3g}"
+
+
+def time(seconds: float) -> str:
+    """Seconds in the unit that suits: 24.2 s, 798 ms, 3.1 µs."""
+    for unit_s, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= unit_s:
+            value = seconds / unit_s
+            return f"{value:.3g} {unit}" if value < _KILO else f"{number(value)} {unit}"
+    return f"{seconds / 1e-6:.3g} µs" if seconds else "0"
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes in GiB, one decimal; 0.05 GiB keeps two."""
+    value = size_bytes / 2**30
+    return f"{value:,.1f}" if abs(value) >= 1 or not value else f"{value:.2f}"
+
+
+def percent(share: float) -> str:
+    """A share of 1: 12 %, 3.4 %, 0.5 %."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 10 or not value else f"{value:.1f} %"  # noqa: PLR2004
+
+
+def signed_percent(change: float) -> str:
+    """A relative change with its sign: +32 %, -3.4 %, 0 %."""
+    if abs(change) < 5e-4:  # noqa: PLR2004
+        return "0 %"
+    return ("+" if change > 0 else "\N{MINUS SIGN}") + percent(abs(change))
+
+
+def _plural(count: int, word: str, many: str = "") -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {many or word + 's'}"
+
+
+def strategy_sentences(plan: Plan) -> list[str]:
+    """What is deployed, and how it is split."""
+    strategy, cluster = plan.strategy, plan.cluster
+    group = strategy.tp * strategy.pp * strategy.cp
+    idle = plan.request.cards - strategy.ranks
+    used = f"The plan uses {_plural(strategy.ranks, 'rank')} of {cluster.title}"
+    sentences = [used + (f"; {_plural(idle, 'rank')} stay free." if idle > 0 else ".")]
+    sentences += _split_sentences(strategy, group)
+    sentences.append(
+        f"Up to {_plural(strategy.batch, 'sequence')} decode together in each group, and a step"
+        f" takes at most {strategy.chunk:,} tokens. Weights are {strategy.weight_dtype}, the KV"
+        f" cache is {strategy.kv_dtype}, attention is {_attention(strategy.attention)}."
+    )
+    return sentences
+
+
+def _attention(kernel: str) -> str:
+    return "FlashAttention" if kernel == "flash" else "unfused (scores are written to memory)"
+
+
+def _split_sentences(strategy: StrategyInfo, group: int) -> list[str]:
+    """Each axis that is larger than one, and what it means."""
+    sentences = []
+    if strategy.dp > 1:
+        sentences.append(
+            f"{strategy.dp} data-parallel groups of {_plural(group, 'rank')} serve requests side"
+            f" by side (dp {strategy.dp})."
+        )
+    if strategy.tp > 1:
+        scattered = ", with tokens scattered between them (sequence parallel)"
+        sentences.append(
+            f"Every matrix is split over {strategy.tp} ranks (tp {strategy.tp})"
+            f"{scattered if strategy.sp else ''}."
+        )
+    if strategy.pp > 1:
+        layers = " + ".join(str(count) for count in strategy.stage_layers)
+        sentences.append(
+            f"Layers form {strategy.pp} pipeline stages (pp {strategy.pp}): {layers} layers."
+        )
+    if strategy.cp > 1:
+        sentences.append(f"Each context is split over {strategy.cp} ranks (cp {strategy.cp}).")
+    if strategy.ep > 1:
+        how = {
+            "allgather": "every rank gathers all tokens",
+            "alltoall": "tokens are sent to their experts, all to all",
+        }[strategy.exchange]
+        sentences.append(f"Experts are spread over {strategy.ep} ranks (ep {strategy.ep}); {how}.")
+    return sentences or ["Nothing is split: one rank holds the whole model."]
+
+
+def certificate_sentences(plan: Plan) -> list[str]:
+    """Why nothing in the stated space is better, or that this is not known."""
+    held = plan.certificate
+    goal = _OBJECTIVES[plan.request.objective]
+    searched = (
+        f"The {held.engine} engine looked for {goal} in a space of"
+        f" {_plural(held.space_size, 'strategy', 'strategies')}:"
+        f" {held.evaluated:,} were priced and {held.pruned:,} ruled out"
+        f" unpriced{_listed(held.pruned_by)}."
+    )
+    refused = sum(held.infeasible.values())
+    sentences = [searched]
+    if refused:
+        sentences.append(f"{refused:,} of those priced were refused{_listed(held.infeasible)}.")
+    sentences.append(_verdict(held))
+    sentences.append(f"The search took less than {held.wall_s:,.0f} s.")
+    return sentences
+
+
+def _verdict(held: Certificate) -> str:
+    if held.gap is None or held.bound is None:
+        return "This engine samples and proves no bound: a better strategy may exist in the space."
+    bound = f"the objective's proven bound is {held.bound:,.6g}"
+    if held.gap == 0:
+        return f"Nothing in this space is better: {bound}, and the plan reaches it (gap 0)."
+    return f"Nothing in this space is more than {percent(held.gap)} better: {bound}."
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    parts = [f"{name} {count:,}" for name, count in counts.items() if count]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def command(plan: Plan) -> str:
+    """The command line that makes this plan again."""
+    return shlex.join(["shardplan", "search", *_options(plan)])
+
+
+def _options(plan: Plan) -> Iterable[str]:
+    """Every option of the request; a model read from a file by its path, a preset by its name."""
+    asked, workload, limits = plan.request, plan.request.workload, plan.request.limits
+    from_file = plan.model.source.endswith(_MODEL_FILES) and " " not in plan.model.source
+    pairs: dict[str, str | float | None] = {
+        "--model": plan.model.source if from_file else plan.model.name,
+        "--cluster": plan.cluster.name,
+        "--nodes": plan.cluster.nodes,
+        "--cards": asked.cards,
+        "--input-len": workload.input_len,
+        "--output-len": workload.output_len,
+        "--concurrency": workload.concurrency,
+        "--rate": workload.request_rate,
+        "--ttft-ms": None if limits.ttft_s is None else limits.ttft_s * 1e3,
+        "--tpot-ms": None if limits.tpot_s is None else limits.tpot_s * 1e3,
+        "--objective": asked.objective,
+        "--weight-dtype": asked.weight_dtype,
+        "--kv-dtype": asked.kv_dtype,
+        "--attention": asked.attention,
+        "--engine": asked.engine,
+        "--engine-profile": asked.engine_profile,
+        "--trials": asked.trials,
+        "--seed": asked.seed,
+    }
+    for option, value in pairs.items():
+        if value is not None:
+            yield option
+            yield f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,176 @@
+"""The strategy space: every combination of the searched dimensions, and which of them are legal.
+
+    layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts
+    choices   attention kernel, weight dtype, KV dtype
+    grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
+
+The size of the space is the full product, legal or not: |layouts| * |choices| * |grid|. A layout
+that breaks a rule is left out with all its choices, under the first rule that it breaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.hardware import Cluster
+from shardplan.costmodel.kernels.attention import AttentionKernel
+from shardplan.models.parallel import Parallelism, balanced_stages
+from shardplan.models.spec import ModelSpec
+from shardplan.search.legality import Subject, first_broken_rule
+from shardplan.search.plan import StrategyInfo
+
+__all__ = ["Choice", "Space", "batch_grid", "build_space", "chunk_grid", "divisors"]
+
+_FINE = 16
+_PER_OCTAVE = 8
+_MAX_BATCH = 1024
+_MIN_CHUNK = 256
+_MAX_CHUNK = 16384
+_CHUNKS_PER_OCTAVE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What changes prices but not the graph."""
+
+    attention: AttentionKernel
+    weight_dtype: str
+    kv_dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """What is searched."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    engine: EngineProfile
+    cards: int
+    layouts: tuple[Parallelism, ...]
+    """Legal ones, in a fixed order."""
+    raw_layouts: int
+    broken: Mapping[str, int]
+    """Layouts that each rule left out."""
+    choices: tuple[Choice, ...]
+    batches: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+    @property
+    def per_layout(self) -> int:
+        """Strategies of one layout."""
+        return len(self.choices) * len(self.batches) * len(self.chunks)
+
+    @property
+    def size(self) -> int:
+        """Strategies of the whole space, legal or not."""
+        return self.raw_layouts * self.per_layout
+
+    def dimensions(self) -> dict[str, list[object]]:
+        """Values of each dimension, for the certificate."""
+        def values(name: str) -> list[object]:
+            return sorted({getattr(layout, name) for layout in self.layouts})
+
+        return {
+            **{name: values(name) for name in ("tp", "pp", "dp", "ep", "sp", "exchange")},
+            "attention": sorted({c.attention for c in self.choices}),
+            "weight_dtype": sorted({c.weight_dtype for c in self.choices}),
+            "kv_dtype": sorted({c.kv_dtype for c in self.choices}),
+            "batch": list(self.batches),
+            "chunk": list(self.chunks),
+        }
+
+    def strategy(self, par: Parallelism, choice: Choice, batch: int, chunk: int) -> StrategyInfo:
+        """One point as the plan writes it."""
+        return StrategyInfo(
+            tp=par.tp,
+            pp=par.pp,
+            dp=par.dp,
+            ep=par.ep,
+            cp=par.cp,
+            sp=par.sp,
+            exchange=par.exchange,
+            stage_layers=balanced_stages(self.spec, par),
+            attention=choice.attention,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
+            batch=batch,
+            chunk=chunk,
+        )
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    """Divisors of n, ascending."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*low, *(n // d for d in low)}))
+
+
+def batch_grid(limit: int) -> tuple[int, ...]:
+    """Slots to try: every number to 16, then eight an octave, and the limit itself."""
+    limit = min(limit, _MAX_BATCH)
+    octaves = np.arange(math.log2(_FINE), math.log2(max(limit, 2)) + 1e-9, 1.0 / _PER_OCTAVE)
+    found = {*range(1, min(_FINE, limit) + 1), *(round(2.0**x) for x in octaves), limit}
+    return tuple(sorted(b for b in found if 1 <= b <= limit))
+
+
+def chunk_grid(engine: EngineProfile, input_len: int) -> tuple[int, ...]:
+    """Step sizes to try, tokens: four an octave, the engine's default, and the whole prompt."""
+    steps = np.arange(
+        math.log2(_MIN_CHUNK), math.log2(_MAX_CHUNK) + 1e-9, 1.0 / _CHUNKS_PER_OCTAVE
+    )
+    found = {round(2.0**x / 16) * 16 for x in steps}
+    found |= {engine.max_num_batched_tokens, max(_MIN_CHUNK, min(input_len, _MAX_CHUNK))}
+    return tuple(sorted(found))
+
+
+def raw_layouts(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
+    """Every combination of axis sizes over `cards` ranks, legal or not, in a fixed order."""
+    for tp in divisors(cards):
+        for pp in divisors(cards // tp):
+            dp = cards // (tp * pp)
+            for ep in divisors(tp * dp) if spec.moe is not None else (1,):
+                one = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep)
+                for sp in (False, True):
+                    yield replace(one, sp=sp)
+                    if ep > 1:
+                        yield replace(one, sp=sp, exchange="alltoall")
+
+
+def build_space(
+    spec: ModelSpec,
+    cluster: Cluster,
+    engine: EngineProfile,
+    *,
+    cards: int,
+    choices: tuple[Choice, ...],
+    batches: tuple[int, ...],
+    chunks: tuple[int, ...],
+) -> Space:
+    """The space over `cards` ranks, with the rules applied to every layout."""
+    broken: Counter[str] = Counter()
+    legal = []
+    count = 0
+    for par in raw_layouts(spec, cards):
+        count += 1
+        rule = first_broken_rule(Subject(spec=spec, cluster=cluster, engine=engine, parallel=par))
+        if rule is None:
+            legal.append(par)
+        else:
+            broken[rule] += 1
+    return Space(
+        spec=spec,
+        cluster=cluster,
+        engine=engine,
+        cards=cards,
+        layouts=tuple(legal),
+        raw_layouts=count,
+        broken=dict(sorted(broken.items())),
+        choices=choices,
+        batches=batches,
+        chunks=chunks,
+    )
