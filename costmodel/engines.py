@@ -62,6 +62,8 @@ FUSIONS = (
     "mla_kv_norm_rope",
 )
 
+ATTENTION = ("flash", "naive")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineProfile:
@@ -71,6 +73,8 @@ class EngineProfile:
     title: str
     fused: tuple[str, ...]
     """Fusions that it applies, of `FUSIONS`."""
+    attention: tuple[str, ...]
+    """Attention kernels that it runs, of `ATTENTION`."""
     prefill_graph: bool
     """Prefill steps replay a captured graph."""
     decode_graph: bool
@@ -110,6 +114,7 @@ class EngineProfile:
 
 _ENGINE: Mapping[str, Field] = {
     "fused": Field(target="fused", shape="words", choices=FUSIONS),
+    "attention": Field(target="attention", shape="words", choices=ATTENTION),
     "prefill_graph": flag("prefill_graph"),
     "decode_graph": flag("decode_graph"),
     "step_host_us": number("step_host_s", low=0, high=1e7, scale=1e-6),

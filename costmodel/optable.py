@@ -49,7 +49,7 @@ _POINTWISE_BYTES: Mapping[str, float] = {
     "dispatch": 4.0,
     "combine": 4.0,
     "select": 4.0,
-    "softmax_sample": 6.0,
+    "softmax_sample": 4.0,
 }
 """Bytes that one element of the output (routed element for dispatch and combine) makes a kernel
 move: 16-bit reads of its inputs and writes of its outputs."""
@@ -295,7 +295,12 @@ def block_rows(
     rows += [_collective(cluster, graph, block.name, one) for one in transfers(graph, block)]
     if block.name == "head" and engine.sampling:
         rows.append(
-            Row(kind="softmax_sample", group="logits", width=float(graph.model.sizes["V"]))
+            Row(
+                kind="softmax_sample",
+                group="logits",
+                ways=graph.parallel.dp,
+                width=float(graph.model.sizes["V"]),
+            )
         )
     return tuple(rows)
 

@@ -79,16 +79,18 @@ def _at(model: StepModel, given: ServingInput, slots: Array) -> Serving:
     return serve(model, replace(given, batch=slots, in_flight=None))
 
 
-def _slots_for_rate(model: StepModel, case: _Case, most: Array) -> Array:
-    """Slots at which a dp group serves what is offered; `most` where it cannot."""
+def _slots_for_rate(model: StepModel, case: _Case, most: Array) -> tuple[Array, Array]:
+    """(slots at which a dp group serves what is offered, whether even `most` do not)."""
+    offered = case.rate * model.groups
+    if not np.isfinite(offered).any():
+        return most, np.ones(most.shape, dtype=np.bool_)
+    saturated = _at(model, case.given, most).requests_per_s <= offered
     low, high = np.ones_like(most), most.copy()
-    if not np.isfinite(case.rate).any():
-        return most
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2.0
-        enough = _at(model, case.given, middle).requests_per_s >= case.rate * model.groups
+        enough = _at(model, case.given, middle).requests_per_s >= offered
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return high
+    return np.where(saturated, most, high), saturated
 
 
 def _chunk(case: _Case) -> Array:
@@ -201,9 +203,8 @@ def run_out(
     if given.in_flight is not None:
         most = np.minimum(most, as_array(given.in_flight))
     most = np.maximum(np.minimum(most, prompts), 1.0)
-    slots = _slots_for_rate(model, case, most)
+    slots, saturated = _slots_for_rate(model, case, most)
     served = _filled(_at(model, given, slots), shape)
-    saturated = case.rate * model.groups >= served.requests_per_s * (1.0 - 1e-3)
     mean, worst = _ttft(model, case, served, slots, saturated)
     span = _makespan_s(model, case, served, slots, saturated)
     steady = np.minimum(served.requests_per_s, case.rate * model.groups)

@@ -6,7 +6,7 @@ those found in the prefix cache) and O output tokens. Chunked prefill, prefill m
     s  = ceil(I / c)                      steps that prefill one prompt
     r  = min(b / (O - 1 + s), c / (I + O - 1))         requests that finish a step
     d  = r (O - 1)                        sequences decoding in an average step
-    u  = min(I, c - d)                    prompt tokens of a step that has any
+    u  = min(I max(r, 1), c - d)          prompt tokens of a step that has any
     f  = min(1, r I / u)                  share of steps that carry prompt tokens
     t  = f mixed(d, u) + (1 - f) decode(d)             mean step
     TPOT = t        TTFT = wait + ceil(I / u) mixed        throughput = r O / t
@@ -15,7 +15,7 @@ Prefill first (an engine that stops decoding for a prompt): mixed steps are pure
     t = decode(b) + r' prefill(I),  r' = b / O requests a decode step.
 
 wait, in closed loop, is that of a queue with deterministic service: rho / (2 (1 - rho)) services,
-rho = f, never more than the other slots' prompts. A pipeline of p stages runs p microbatches of
+rho = r I / (c - d), never more than the other slots' prompts. A pipeline of p stages runs p microbatches of
 slots at once: a step takes max(sum of stages, p * slowest stage at b / p); a prompt of several
 chunks flows through it with (chunks - 1) bubbles of the slowest stage.
 With `offered` requests a second, slots fill by Little's law: b = rate * latency.
@@ -174,7 +174,8 @@ def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
         )
     per_step = np.minimum(slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later))
     decoding = per_step * later
-    piece = np.clip(chunk - decoding, 1.0, prompt)
+    room = np.maximum(chunk - decoding, 1.0)
+    piece = np.minimum(room, prompt * np.maximum(per_step, 1.0))
     mixed = np.minimum(per_step * prompt / piece, 1.0)
     return _Shares(
         slots=slots,
@@ -212,10 +213,11 @@ def _mixed_stages(
     tokens = Load.of(
         "prefill", engine, tokens=sequences + piece, weight_dtype=given.weight_dtype
     )
+    many, new = np.maximum(piece / prompt, 1.0), np.minimum(piece, prompt)
     chunk = Load.of(
-        "prefill", engine, batch=1.0, new=piece, prefix=kept + (prompt - piece) / 2.0, **kinds
+        "prefill", engine, batch=many, new=new, prefix=kept + (prompt - new) / 2.0, **kinds
     )
-    rows = Load.of("prefill", engine, tokens=sequences + 1.0, weight_dtype=given.weight_dtype)
+    rows = Load.of("prefill", engine, tokens=sequences + many, weight_dtype=given.weight_dtype)
     parts = _sum(
         model.parts("token", tokens), model.parts("attention", chunk), model.parts("logits", rows)
     )
@@ -243,8 +245,9 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
     else:
         prefill_s = pieces * mixed_s
         step_s = shares.mixed * mixed_s + (1.0 - shares.mixed) * decode_s
-        busy = np.minimum(shares.mixed, 0.999)
-    wait_s = _wait(busy, prefill_s, shares.slots)
+        busy = shares.per_step * shares.prompt / np.maximum(given.chunk - shares.decoding, 1.0)
+    at_once = np.maximum(shares.piece / shares.prompt, 1.0)
+    wait_s = _wait(busy, prefill_s / at_once, shares.slots)
     later = as_array(given.output_len) - 1.0
     latency = wait_s + prefill_s + later * step_s
     each = np.minimum(shares.per_step / step_s, shares.slots / latency)

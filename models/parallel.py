@@ -237,7 +237,7 @@ def _roles(mesh: Mesh, par: Parallelism, token: str) -> dict[str, list[tuple[str
         "dispatch": exchange,
         "expert": [("ep", "E"), ("tpf", "I")],
         "combine": exchange,
-        "moe_sum": [("dp1", "B"), *(tokens or ([("tpe", token)] if sent else []))],
+        "moe_sum": [("dp1", "B"), *([("tpe", token)] if sent else [])],
         "select": [("dp1", "B")],
         "head": [("dp1", "B"), ("tp", "V")],
     }

@@ -24,7 +24,13 @@ from shardplan.search.failure import nothing_feasible
 from shardplan.search.output import MOST_ROWS, trial_frame
 from shardplan.search.plan import Plan
 from shardplan.search.proof import prove_strategy
-from shardplan.search.request import DEFAULT_TRIALS, Asked, Resolved, resolve
+from shardplan.search.request import (
+    DEFAULT_TRIALS,
+    Asked,
+    Resolved,
+    resolve,
+    without_limits,
+)
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
 
 if TYPE_CHECKING:
@@ -64,6 +70,9 @@ def search(
     start = time.perf_counter()
     resolved = resolve(Asked(model=model, cluster=cluster, **asked))
     outcomes = _search_counts(resolved, storage, progress)
+    if outcomes[-1].best is None and resolved.soft_limits:
+        resolved = without_limits(resolved)
+        outcomes = _search_counts(resolved, storage, progress)
     searched = time.perf_counter()
     question = _question(resolved, outcomes[-1].space.cards)
     best = outcomes[-1].best

@@ -6,14 +6,15 @@ the machine are settled here, and every one that is taken is said in a note:
     engine_profile   the first that the device's file lists
     weight_dtype     the checkpoint's own; 16-bit where the device cannot multiply that (fp8)
     kv_dtype         16-bit
+    exchange         how tokens reach experts of other ranks: gathered everywhere or sent where
+                     needed, whichever is faster for the row
     nodes            the fewest that hold the strategy's ranks, not below the cluster's default
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +39,7 @@ __all__ = [
     "find_engine",
     "kv_dtype_for",
     "make_layout",
+    "make_layouts",
     "weight_dtype_for",
 ]
 
@@ -83,7 +85,6 @@ def _needed(name: str, value: str | None, hint: str) -> str:
     return value
 
 
-@functools.lru_cache(maxsize=256)
 def _alone(device: Device) -> Cluster:
     """One rank of a device, joined to nothing."""
     return Cluster(
@@ -213,3 +214,13 @@ def make_layout(
         ledger=Ledger.of(graphs["prefill"], found.device, engine),
         notes=_notes(spec, found, engine, par.ranks, engine_profile),
     )
+
+
+def make_layouts(**columns: Any) -> tuple[Layout, ...]:
+    """The layouts that rows may be priced as: with experts split over ranks, one an exchange."""
+    first = make_layout(**columns)
+    if first.parallel.ep == 1:
+        return (first,)
+    note = "exchange: the faster of allgather and alltoall"
+    second = make_layout(**columns, exchange="alltoall")
+    return tuple(replace(one, notes=(*one.notes, note)) for one in (first, second))

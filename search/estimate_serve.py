@@ -7,7 +7,7 @@
 `max_num_seqs` and `max_num_batched_tokens` are those of one dp group (one engine) and default to
 the engine profile's. Without `concurrency` a closed loop fills every slot. Times are those of
 `shardplan.costmodel.run_out`; `step_s` and its parts are of one average step, and `memory_bytes`
-is that of the slots in use.
+is that of the slots in use. Fewer requests in flight than dp groups leave groups idle.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def price_serving(
     memory = fullest_bytes(
         layout, **kinds, batch=np.ceil(run.slots), step_tokens=chunk, context=context
     )
+    used = np.where(np.isfinite(given["request_rate"]), 1.0, np.minimum(in_flight, 1.0))
     mean = run.served
     compute = mean.compute_s + mean.memory_s
     total = compute + mean.collective_s + mean.overhead_s
@@ -139,7 +140,7 @@ def price_serving(
             "ttft_p99_s": run.ttft_p99_s,
             "tpot_mean_s": run.tpot_mean_s,
             "tpot_p99_s": run.tpot_p99_s,
-            "output_tokens_per_s": run.output_tokens_per_s,
-            "requests_per_s": run.requests_per_s,
+            "output_tokens_per_s": run.output_tokens_per_s * used,
+            "requests_per_s": run.requests_per_s * used,
         },
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,13 +22,15 @@ from shardplan.models.spec import ModelSpec
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 
-__all__ = ["Asked", "Resolved", "resolve"]
+__all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
 Objective = Literal["throughput", "latency", "cards"]
 SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "cmaes", "random"]
 DEFAULT_INPUT = 1024
 DEFAULT_OUTPUT = 256
 DEFAULT_TRIALS = 200
+DEFAULT_TTFT_S = 2.0
+DEFAULT_TPOT_S = 0.1
 _MOST_TOKENS = 2**24
 _MOST_REQUESTS = 2**20
 _MAX_WORKLOAD_BYTES = 2**20
@@ -76,6 +78,8 @@ class Resolved:
     beside: tuple[Choice, ...]
     """Other dtypes, priced only to show what quantizing would buy."""
     notes: tuple[str, ...]
+    soft_limits: bool
+    """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
@@ -152,9 +156,21 @@ def _workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
     )
     if work.concurrency is None and work.request_rate is None:
         notes.append("no concurrency or rate was given: as many requests in flight as serve best")
-    if not any(limits.values()):
-        notes.append("no limit on TTFT or TPOT was given: throughput decides alone")
     return work, Limits(**limits)
+
+
+def _soft_limits(
+    work: Workload, limits: Limits, objective: str, notes: list[str]
+) -> tuple[Limits, bool]:
+    """Limits for a question that sets no bound at all: throughput alone would let requests queue."""
+    open_ended = work.concurrency is None and work.request_rate is None
+    if objective != "throughput" or not open_ended or any(limits.model_dump().values()):
+        return limits, False
+    notes.append(
+        f"no limit on TTFT or TPOT was given: {DEFAULT_TTFT_S * 1e3:.0f} ms and "
+        f"{DEFAULT_TPOT_S * 1e3:.0f} ms assumed"
+    )
+    return Limits(ttft_s=DEFAULT_TTFT_S, tpot_s=DEFAULT_TPOT_S), True
 
 
 def _weight_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str]) -> str:
@@ -217,6 +233,13 @@ def _engine_profile(cluster: Cluster, asked: str | None, notes: list[str]) -> En
     return engine
 
 
+def without_limits(resolved: Resolved) -> Resolved:
+    """The same question with its default limits dropped, and a note that says so."""
+    request = resolved.request.model_copy(update={"limits": Limits()})
+    note = "nothing meets the assumed limits, so they were dropped: throughput decides alone"
+    return replace(resolved, request=request, soft_limits=False, notes=(*resolved.notes, note))
+
+
 def resolve(asked: Asked) -> Resolved:
     """Everything looked up and checked. Raises `InputError` for whatever cannot be."""
     notes: list[str] = []
@@ -244,10 +267,17 @@ def resolve(asked: Asked) -> Resolved:
     )
     cards = resolve_cards(cluster, asked.cards)
     work, limits = _workload(asked, notes)
+    limits, soft = _soft_limits(work, limits, objective, notes)
     engine = _engine_profile(cluster, asked.engine_profile, notes)
     weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(cluster.device, asked.kv_dtype)
-    attention = ("flash", "naive") if asked.attention == "auto" else (asked.attention,)
+    attention = engine.attention if asked.attention == "auto" else (asked.attention,)
+    if not set(attention) <= set(engine.attention):
+        raise InputError(
+            f"{engine.name} runs attention as {', '.join(engine.attention)}",
+            got=f"attention={asked.attention}",
+            hint="another --engine-profile, such as torch-graph, may run it",
+        )
     request = Request(
         objective=objective,  # type: ignore[arg-type]  # checked above
         workload=work,
@@ -262,7 +292,7 @@ def resolve(asked: Asked) -> Resolved:
         seed=asked.seed,
         trials=asked.trials,
     )
-    if objective == "cards" and work.request_rate is None and not any(limits.model_dump().values()):
+    if objective == "cards" and work.request_rate is None and limits == Limits():
         notes.append("no rate or limit was given: the fewest cards that hold the model")
     return Resolved(
         request=request,
@@ -277,4 +307,5 @@ def resolve(asked: Asked) -> Resolved:
         if asked.weight_dtype == "auto" and asked.kv_dtype == "auto"
         else (),
         notes=(*notes, *spec.extra),
+        soft_limits=soft,
     )

@@ -5,7 +5,7 @@ and drops them. Seconds, bytes and their rates, as everywhere. `objective` is be
 it is. `compute_s`, `memory_s`, `collective_s` and `overhead_s` are those of one average step.
 
 Floats are written with nine significant digits: the same table gives the same bytes, and a
-table that was read is written as it was read. A cell that holds no number is empty, which only
+table that was read is written as it was read. A cell without a finite number is empty, which only
 rows with `feasible` false may have; `rank` is 0 there.
 """
 
@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shardplan.models.errors import InputError
 from shardplan.search.plan import write_atomically
@@ -122,8 +124,8 @@ def _lines(frame: DataFrame) -> str:
             values = [quoted.get(value, "") for value in values]
         elif name in INTEGER_COLUMNS:
             form = "%d"
-        elif frame[name].isna().any():
-            values = ["" if math.isnan(value) else f"{value:.9g}" for value in values]
+        elif not np.isfinite(frame[name].to_numpy(float)).all():
+            values = [f"{value:.9g}" if math.isfinite(value) else "" for value in values]
         else:
             form = "%.9g"
         formats.append(form)
@@ -192,8 +194,6 @@ def _read_dtypes() -> dict[str, str]:
 
 def _typed(chunk: DataFrame) -> DataFrame:
     """The final types of one chunk; `ValueError` where a cell breaks a rule."""
-    import numpy as np
-
     frame = chunk.loc[:, list(TRIAL_COLUMNS)]
     rank = frame["rank"].fillna(0.0)
     if not ((rank >= 0) & (rank <= _MAX_INTEGER) & (rank == np.floor(rank))).all():

@@ -78,7 +78,11 @@ _DECODE: Bounds = {
     "e_t": (0.0, 0.0, 0.8),
     **dict.fromkeys(("e_x", "e_xx", "e_g", "e_gg"), (0.0, -0.3, 0.3)),
 }
-_HEADS: Bounds = dict.fromkeys(("e_k", "e_gk", "e_grouped", "e_gx"), (0.0, -0.3, 0.3))
+_HEADS: Bounds = {
+    "l2_hidden_g": (0.0, 0.0, 1.0),
+    "floor_g": (0.0, -0.5, 0.5),
+    **dict.fromkeys(("e_k", "e_gk", "e_grouped", "e_gx"), (0.0, -0.3, 0.3)),
+}
 """Start, lower and upper bound of each coefficient; the surface terms start at nothing."""
 
 
@@ -246,7 +250,7 @@ def _npu_problems(data: Path) -> tuple[Problem, ...]:
             call=_decode,
             bounds={**_DECODE, **_HEADS},
             fixed=decode,
-            scale=0.02,
+            scale=0.015,
             ridge=0.05,
             **common,
         ),

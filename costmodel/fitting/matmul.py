@@ -179,7 +179,7 @@ def read(table: Table, folder: Path) -> Samples:
 
 def _doubled() -> tuple[Sizes, tuple[Sizes, ...]]:
     """A grid of sizes, and the same with m, n or k doubled."""
-    rows = 2.0 ** np.arange(0, 15)
+    rows = np.concatenate([2.0 ** np.arange(0, 15), 1.5 * 2.0 ** np.arange(1, 14)])
     features = np.asarray([32, 192, 256, 512, 1024, 1536, 2048, 4096, 8192, 16384, 65536, 1048576.0])
     m, n, k = (axis.ravel() for axis in np.meshgrid(rows, features, features))
     across = np.where((m < _KERNEL_ROWS) & (2 * m >= _KERNEL_ROWS), 1.0, 2.0)

@@ -70,7 +70,7 @@ class SurfaceProblem:
     measured_s: Array
     grid: Sizes
     doubled: tuple[Sizes, ...]
-    hinge: float = 5.0
+    hinge: float = 30.0
     smooth: float = 0.2
     ridge: float = 0.05
     pull: float = 0.3

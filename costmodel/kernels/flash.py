@@ -25,16 +25,18 @@ fitted range, with three terms for grouped heads (G > 1) and one in ln(d_qk / 12
 
 Decode. Keys and values are streamed once, from L2 while all of them fit it:
 
-    near   = bytes / (R2 l2_efficiency e)     far = bytes (1 + hbm_waves u) / (R e)
-    stream = near + m (far - near - hidden)   m from 0 at l2_full to 1 at l2_none times the L2
+    near   = bytes / (R2 l2_efficiency e) - hidden    hidden: the part that overlaps the floor
+    far    = bytes (1 + hbm_waves u) / (R e) + shift  shift = hbm_shift floor_s
+    stream = near + m max(far - near, 0)              m from 0 at l2_full to 1 at l2_none times L2
+             or min(near, far) where shift > 0: small caches are then the slow ones
     tasks  = B K task_s (1 + task_g ln G) / C
-    total  = floor_s + batch_s ln^2 B + keys_s ln(S / keys_min)
+    total  = floor_s (1 + floor_g if grouped) + batch_s ln^2 B + keys_s ln(S / keys_min)
              + (stream^4 + tasks^4 + compute^4)^(1/4)
 
-u = waves over cores above an even share (grouped heads only: a task's keys are not split further
-than the idle cores allow), hidden = the part of the floor that overlaps a stream from HBM, compute
-as in prefill with G padded to 16 rows (one fractal of the cube). 8-bit keys and values cost two
-vector operations an element to widen, before the stage that computes on them.
+u = waves over cores above an even share, for grouped heads; for others e falls with the share of
+the cores that have a task (e_t). e is an exponential as above, of ln S, ln G and ln K. hidden =
+floor_s (l2_hidden + l2_hidden_g if grouped). Compute as in prefill, with G padded to 16 rows (one
+fractal of the cube). 8-bit keys and values cost two vector operations an element to widen.
 
 Sources: the tiling and the L0C, L1, L2 sizes are those of the platform files that CANN ships; the
 coefficients are fitted (see the calibration files and `fitting.attention`). All of them but the
@@ -228,7 +230,8 @@ def _stream_s(device: Device, section: Section, work: DecodeWork, grouped: Array
     near = work.stream_bytes / (device.l2_bytes_per_s * section["l2_efficiency"] * efficiency)
     far = work.stream_bytes / (device.hbm_bytes_per_s * efficiency)
     far = far * (1.0 + section["hbm_waves"] * uneven)
-    near = np.maximum(near - section["l2_hidden"] * section["floor_s"], 0.0)
+    overlap = section["l2_hidden"] + grouped * section["l2_hidden_g"]
+    near = np.maximum(near - overlap * section["floor_s"], 0.0)
     shift = section["hbm_shift"] * section["floor_s"]
     change = far + shift - near
     moved = missed * np.maximum(change, 0.0) if shift <= 0.0 else np.minimum(change, 0.0)
@@ -247,6 +250,7 @@ def flash_decode(machine: Machine, section: Section, work: DecodeWork) -> Kernel
     body = np.sqrt(np.sqrt(stream**4 + tasks**4 + compute**4))
     batch = np.log(np.clip(work.batch, 1.0, section["batch_max"]))
     keys = np.clip(work.kv_tokens, section["keys_min"], section["keys_max"]) / section["keys_min"]
-    floor = section["floor_s"] + section["batch_s"] * batch * batch
+    grouped = np.where(work.group > 1.0, section["floor_g"], 0.0)
+    floor = section["floor_s"] * (1.0 + grouped) + section["batch_s"] * batch * batch
     floor = floor + section["keys_s"] * np.log(keys)
     return split_time(floor, np.maximum(compute, tasks), stream, body)

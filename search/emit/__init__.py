@@ -20,6 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
+from shardplan.search.emit.common import check_plan
 from shardplan.search.plan import Plan, write_atomically
 
 __all__ = ["BUILT_IN", "GROUP", "Emitter", "emit", "target_names"]
@@ -49,6 +50,7 @@ def emit(
     the target does not have, a plan it cannot express, or a folder that cannot be written.
     """
     emitter = _load(target)
+    check_plan(plan)
     _check_options(emitter, target, options)
     texts = _checked(emitter(plan, **options), target)
     return _write(texts, Path(out), force=force)

@@ -131,12 +131,6 @@ def _check_strategy(plan: Plan) -> None:
             "sp=True",
             "search with sp off",
         ),
-        (
-            way.ranks > plan.cluster.ranks,
-            "the strategy must fit the cluster",
-            f"ranks={way.ranks}, cluster={plan.cluster.ranks}",
-            "search again on this cluster",
-        ),
     )
     for broken, rule, got, hint in rules:
         if broken:
@@ -319,7 +313,7 @@ def _readme(
     plan: Plan, release: Mapping[str, Any], soc: str, names: Sequence[str], left: Sequence[str]
 ) -> str:
     way = plan.strategy
-    held = f"{way.weight_dtype} weights, {way.kv_dtype} KV cache"
+    held = printable(f"{way.weight_dtype} weights, {way.kv_dtype} KV cache")
     lines = [
         f"# {model_name(plan)} with ATC: tp {way.tp}, {way.dp} replica(s)",
         "",
@@ -332,7 +326,8 @@ def _readme(
         "keeps the precision of the file; quantize before exporting.",
         "2. Load the CANN environment (`source set_env.sh` of the toolkit).",
         "3. `PREFILL_MODEL=prefill.onnx DECODE_MODEL=decode.onnx ./atc.sh` writes the offline "
-        "models `prefill` and `decode` beside it. Paths may hold letters, digits and `_-.` only.",
+        "models `prefill` and `decode` beside it. Names of files and folders hold letters, "
+        "digits and `_-.` only.",
         *_loading(way.tp, way.dp),
         "",
         "## Assumed",
@@ -343,6 +338,8 @@ def _readme(
         f"- Shapes are static: prefill {_shapes(plan)['prefill']}, decode "
         f"{_shapes(plan)['decode']}. Prompts are padded to the prefill length.",
         "- The compiler's solver chooses the split of each operator; the plan priced Megatron's.",
+        f"- Attention is what the ONNX file and the compiler's fusion make it; the plan priced "
+        f"{way.attention} attention.",
         *left,
         "- Not run on a device by the tool that wrote this.",
         "",

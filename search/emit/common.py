@@ -9,6 +9,7 @@ Text from a plan reaches a shell only through `shlex.quote` and prose only throu
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shlex
 import tomllib
@@ -24,6 +25,7 @@ from shardplan.search.plan import Plan
 __all__ = [
     "Raw",
     "Slot",
+    "check_plan",
     "command_line",
     "family_of",
     "model_name",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _MAX_NAME = 64
+_MAX_RANKS = 2**16
 
 
 class Raw(str):
@@ -63,6 +66,31 @@ def table(name: str) -> Mapping[str, Any]:
     """A shipped table of facts, `search/data/<name>.toml`."""
     text = files("shardplan.search").joinpath("data", f"{name}.toml").read_text("utf-8")
     return tomllib.loads(text)
+
+
+def check_plan(plan: Plan) -> None:
+    """`InputError` for sizes that no deployment has: a plan.json may come from anywhere."""
+    way, cluster = plan.strategy, plan.cluster
+    sizes = {name: getattr(way, name) for name in ("tp", "pp", "dp", "ep", "cp", "batch", "chunk")}
+    sizes["ranks_per_node"] = cluster.ranks_per_node
+    small = [f"{name}={size}" for name, size in sizes.items() if size < 1]
+    if small:
+        raise InputError("a size in a plan is 1 or more", got=", ".join(small))
+    if way.ranks > min(cluster.ranks, _MAX_RANKS):
+        raise InputError(
+            f"a strategy fits its cluster, and has at most {_MAX_RANKS} ranks",
+            got=f"ranks={way.ranks}, cluster={cluster.ranks}",
+            hint="search again on this cluster",
+        )
+    if way.stage_layers and (len(way.stage_layers) != way.pp or min(way.stage_layers) < 1):
+        raise InputError(
+            "stage_layers holds one positive count a stage",
+            got=f"stage_layers={way.stage_layers}, pp={way.pp}",
+        )
+    numbers = [plan.performance.concurrency, cluster.hbm_bytes]
+    numbers += [row.capacity_bytes for row in plan.memory]
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise InputError("concurrency and memory sizes in a plan are positive", got=str(numbers))
 
 
 def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
@@ -117,8 +145,8 @@ def _straddles(target: str, ranks: int, per_node: int) -> InputError:
 
 
 def printable(text: str) -> str:
-    """A name as prose: one line of letters, digits and ` ._:/@+-`, at most 64 characters."""
-    return re.sub(r"[^A-Za-z0-9 ._:/@+,()-]", "_", plain(text))[:_MAX_NAME]
+    """A name as prose: one line of letters, digits and ` ._:/@+,()=-`, at most 64 characters."""
+    return re.sub(r"[^A-Za-z0-9 ._:/@+,()=-]", "_", plain(text))[:_MAX_NAME]
 
 
 def model_name(plan: Plan) -> str:

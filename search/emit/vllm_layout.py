@@ -94,13 +94,6 @@ def launches(plan: Plan, split: Split) -> tuple[Launch, ...]:
     way, per_node = plan.strategy, plan.cluster.ranks_per_node
     copy = way.tp * way.pp
     spans = copy > per_node
-    if way.ranks > plan.cluster.ranks:
-        raise refuse(
-            _TARGET,
-            "the strategy must fit the cluster",
-            got=f"ranks={way.ranks}, cluster={plan.cluster.ranks}",
-            hint="search again on this cluster",
-        )
     if not spans:  # a copy must not cross a border between nodes either
         place(_TARGET, groups=way.dp, ranks=copy, per_node=per_node)
     placed = place(_TARGET, groups=split.servers, ranks=copy * split.groups, per_node=per_node)

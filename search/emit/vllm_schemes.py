@@ -17,7 +17,7 @@ from typing import Any
 
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError
-from shardplan.search.emit.common import refuse, table
+from shardplan.search.emit.common import printable, refuse, table
 from shardplan.search.emit.vllm_layout import has_experts
 from shardplan.search.plan import Plan
 
@@ -49,7 +49,7 @@ def checkpoint_of(plan: Plan, family: str) -> Checkpoint:
         raise refuse(
             _TARGET,
             "no latent attention on this device",
-            got=f"architecture={plan.model.architecture}, device={plan.cluster.device}",
+            got=printable(f"{plan.model.architecture} on {plan.cluster.device}"),
             hint="plan for A2 or A3",
         )
     needs: list[str] = []
@@ -79,8 +79,8 @@ def _schemes(plan: Plan, family: str) -> list[str]:
         what = "models with experts" if kind == "experts" else "dense models"
         raise refuse(
             _TARGET,
-            f"no weight scheme of this dtype for {what} on {plan.cluster.device}",
-            got=f"weight_dtype={plan.strategy.weight_dtype}",
+            f"no weight scheme of this dtype for {what} on {printable(plan.cluster.device)}",
+            got=f"weight_dtype={printable(plan.strategy.weight_dtype)}",
             hint="try " + ", ".join(able),
         )
     return names
@@ -93,7 +93,7 @@ def _int8_cache(plan: Plan, family: str, facts: Mapping[str, Any], *, latent: bo
         raise refuse(
             _TARGET,
             why if latent else "no such KV cache on this device",
-            got=f"kv_dtype={plan.strategy.kv_dtype}, device={plan.cluster.device}",
+            got=printable(f"kv_dtype={plan.strategy.kv_dtype}, device={plan.cluster.device}"),
             hint="try kv_dtype bf16 or fp16",
         )
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shardplan.search.plan import BreakdownRow, Plan
 from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.svg import Segment, bar
-from shardplan.search.report.words import percent, time
+from shardplan.search.report.words import milliseconds, percent, time
 
 __all__ = ["breakdown_section"]
 
@@ -40,9 +40,9 @@ def breakdown_section(plan: Plan) -> Html:
         tag("h2", "Where the time goes"),
         tag(
             "p",
-            "One step, summed over the stages that a token passes. Basis says what the formula's"
-            " coefficients rest on: measured, fitted to measurements, derived from data sheets,"
-            " or assumed.",
+            "One step, in ms, summed over the stages that a token passes. Basis says what the"
+            " formula's coefficients rest on: measured, fitted to measurements, derived from data"
+            " sheets, or assumed.",
         ),
         *phases,
     )
@@ -92,11 +92,11 @@ def _phase_table(
     for row, share in zip(rows, shares, strict=True):
         values = row.model_dump()
         kind = Html(tag("i", class_=f"key {styles[row.kind]}") + tag("span", row.kind))
-        times = [time(values[part]) for part in _PARTS]
+        times = [milliseconds(values[part]) for part in _PARTS]
         lines.append([kind, row.basis, f"{row.calls:,}", *times, percent(share)])
-    sums = [time(sum(row.model_dump()[part] for row in rows)) for part in _PARTS]
+    sums = [milliseconds(sum(row.model_dump()[part] for row in rows)) for part in _PARTS]
     foot = ["All", "", f"{sum(row.calls for row in rows):,}", *sums, "100 %"]
-    return table(f"{name} by kind of operator", _HEADINGS, lines, words=2, foot=foot)
+    return table(f"{name} by kind of operator, ms", _HEADINGS, lines, words=2, foot=foot)
 
 
 def _basis_sentence(rows: list[BreakdownRow], step_s: float) -> str:

@@ -32,7 +32,7 @@ def memory_section(plan: Plan) -> Html:
     keys = [
         tag("li", tag("i", class_=f"key c{place}"), name) for place, (_, name) in enumerate(_PARTS)
     ]
-    keys.append(tag("li", tag("i", class_="key track"), "Free"))
+    keys.append(tag("li", tag("i", class_="key track"), "Unused"))
     keys.append(tag("li", tag("i", class_="key capacity"), "What the engine may use"))
     return tag(
         "section",

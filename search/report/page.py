@@ -17,6 +17,7 @@ from shardplan.search.report.tradeoffs import (
 from shardplan.search.report.words import (
     certificate_sentences,
     command,
+    limit_time,
     number,
     percent,
     strategy_sentences,
@@ -92,11 +93,11 @@ def _summary_section(plan: Plan) -> Html:
     """What the deployment does and how it is split."""
     does, asked = plan.performance, plan.request
     limits = asked.limits
-    ttft = "" if limits.ttft_s is None else f"limit {time(limits.ttft_s)}"
-    tpot = "" if limits.tpot_s is None else f"limit {time(limits.tpot_s)}"
+    ttft = "" if limits.ttft_s is None else f"limit {limit_time(limits.ttft_s)}"
+    tpot = "" if limits.tpot_s is None else f"limit {limit_time(limits.tpot_s)}"
     tiles = (
         ("Output tokens/s", number(does.output_tokens_per_s), "whole deployment"),
-        ("Output tokens/s per card", number(does.output_tokens_per_s_per_card), ""),
+        ("Tokens/s per card", number(does.output_tokens_per_s_per_card), "output tokens"),
         ("Time to first token", time(does.ttft_s), ttft),
         ("Time per output token", time(does.tpot_s), tpot),
         ("End to end", time(does.end_to_end_s), "mean of one request"),
@@ -107,7 +108,7 @@ def _summary_section(plan: Plan) -> Html:
             "div",
             tag("dt", name),
             tag("dd", value, class_="big"),
-            tag("dd", note or "\N{NO-BREAK SPACE}", class_="soft"),
+            tag("dd", note or "no limit", class_="soft"),
         )
         for name, value, note in tiles
     ]
@@ -193,7 +194,7 @@ def _notes_section(plan: Plan) -> Html:
     if not plan.notes:
         return Html("")
     items = [tag("li", note) for note in plan.notes]
-    return tag("section", tag("h2", "Notes"), tag("ul", *items))
+    return tag("section", tag("h2", "Notes"), tag("ul", *items, class_="notes"))
 
 
 def _making_section(plan: Plan) -> Html:
@@ -203,7 +204,9 @@ def _making_section(plan: Plan) -> Html:
         ("Model from", plan.model.source),
         ("Model digest", plan.model.digest),
     )
-    parts = [tag("h2", "How it was made"), tag("pre", tag("code", command(plan))), _pairs(pairs)]
+    words = [tag("span", words, class_="option") for words in command(plan)]
+    line = tag("pre", tag("code", Html(" ".join(words))))
+    parts = [tag("h2", "How it was made"), line, _pairs(pairs)]
     if plan.request.workload.prefix_hit:
         hit = percent(plan.request.workload.prefix_hit)
         parts.append(

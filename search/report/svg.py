@@ -133,13 +133,13 @@ def scatter(
         parts.append(tag("line", tag("title", limit[1]), class_="limit", **ends))
     parts += [_dot(point, x, y, "cloud", 2.5) for point in cloud]
     for left, right in itertools.pairwise(line):
-        ends: dict[str, Attribute] = {
+        step: dict[str, Attribute] = {
             "x1": _share(x.at(left.x)),
             "y1": _height(y, left.y),
             "x2": _share(x.at(right.x)),
             "y2": _height(y, right.y),
         }
-        parts.append(tag("line", class_="front-line", **ends))
+        parts.append(tag("line", class_="front-line", **step))
     parts += [_dot(point, x, y, "front", 4.0) for point in front]
     parts.append(_dot(chosen, x, y, "chosen-ring", 10.0))
     parts.append(_dot(chosen, x, y, "chosen", 5.5))

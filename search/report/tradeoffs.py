@@ -13,7 +13,7 @@ from shardplan.search.analyze import row_name
 from shardplan.search.plan import Candidate, Performance, Plan, StrategyInfo
 from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.svg import Point, scale, scatter
-from shardplan.search.report.words import gib, number, signed_percent, time
+from shardplan.search.report.words import gib, limit_time, number, signed_percent, time
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -47,7 +47,7 @@ def tradeoff_section(plan: Plan, trials: DataFrame) -> Html:
         front=front,
         line=_outline(front),
         chosen=chosen,
-        limit=None if limit is None else (limit * _MS, f"TPOT limit {time(limit)}"),
+        limit=None if limit is None else (limit * _MS, f"TPOT limit {limit_time(limit)}"),
     )
     return tag(
         "section",
@@ -146,7 +146,15 @@ def _candidate_rows(plan: Plan, items: Sequence[Candidate]) -> list[list[str]]:
     return rows
 
 
-_HEADINGS = ("Strategy", "Tokens/s per card", "To plan", "TTFT", "TPOT", "End to end", "Memory")
+_HEADINGS = (
+    "Strategy",
+    "Tokens/s per card",
+    "Against plan",
+    "TTFT",
+    "TPOT",
+    "End to end",
+    "Memory",
+)
 
 
 def _front_details(plan: Plan) -> Html:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
-from shardplan.search.plan import Certificate, Plan, StrategyInfo
+from shardplan.search.plan import Plan, StrategyInfo
 
 __all__ = [
     "certificate_sentences",
     "command",
     "gib",
+    "limit_time",
+    "milliseconds",
     "number",
     "percent",
     "signed_percent",
@@ -23,26 +25,34 @@ _OBJECTIVES = {
     "latency": "the lowest latency",
     "cards": "the fewest cards",
 }
-_KILO = 1e3
 _MODEL_FILES = (".json", ".onnx")
 
 
 def number(value: float) -> str:
-    """At least three significant digits, thousands apart: 0.0123, 12.3, 677, 21,665."""
+    """Three significant digits, all of them from a hundred on: 0.0123, 12.3, 677, 21,665."""
     size = abs(value)
-    for limit, digits in ((100.0, 0), (10.0, 1), (1.0, 2)):
+    for limit, digits in ((100.0, 0), (10.0, 1), (1.0, 2), (0.1, 3)):
         if size >= limit:
             return f"{value:,.{digits}f}"
     return f"{value:.3g}"
 
 
 def time(seconds: float) -> str:
-    """Seconds in the unit that suits: 24.2 s, 798 ms, 3.1 µs."""
+    """Seconds in the unit that suits, three digits: 24.2 s, 798 ms, 3.10 µs."""
     for unit_s, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= unit_s:
-            value = seconds / unit_s
-            return f"{value:.3g} {unit}" if value < _KILO else f"{number(value)} {unit}"
-    return f"{seconds / 1e-6:.3g} µs" if seconds else "0"
+            return f"{number(seconds / unit_s)} {unit}"
+    return f"{number(seconds / 1e-6)} µs" if seconds else "0"
+
+
+def limit_time(seconds: float) -> str:
+    """A limit as it was asked for: 2 s, 50 ms, 1.25 s."""
+    return f"{seconds:.6g} s" if seconds >= 1 else f"{seconds * 1e3:.6g} ms"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds in ms for a column of a table; an en dash for none at all."""
+    return number(seconds * 1e3) if seconds else "\N{EN DASH}"
 
 
 def gib(size_bytes: float) -> str:
@@ -132,17 +142,20 @@ def certificate_sentences(plan: Plan) -> list[str]:
     sentences = [searched]
     if refused:
         sentences.append(f"{refused:,} of those priced were refused{_listed(held.infeasible)}.")
-    sentences.append(_verdict(held))
+    sentences.append(_verdict(plan))
     sentences.append(f"The search took less than {held.wall_s:,.0f} s.")
     return sentences
 
 
-def _verdict(held: Certificate) -> str:
+def _verdict(plan: Plan) -> str:
+    held = plan.certificate
     if held.gap is None or held.bound is None:
         return "This engine samples and proves no bound: a better strategy may exist in the space."
-    bound = f"the objective's proven bound is {held.bound:,.6g}"
+    bound = f"no strategy of it can serve more than {number(held.bound)} output tokens/s"
+    if plan.request.objective == "latency" and held.bound > 0:
+        bound = f"no strategy of it can finish a request within less than {time(1 / held.bound)}"
     if held.gap == 0:
-        return f"Nothing in this space is better: {bound}, and the plan reaches it (gap 0)."
+        return f"Nothing in this space is better: {bound}, and the plan reaches that (gap 0)."
     return f"Nothing in this space is more than {percent(held.gap)} better: {bound}."
 
 
@@ -151,12 +164,13 @@ def _listed(counts: Mapping[str, int]) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def command(plan: Plan) -> str:
-    """The command line that makes this plan again."""
-    return shlex.join(["shardplan", "search", *_options(plan)])
+def command(plan: Plan) -> list[str]:
+    """The command line that makes this plan again: the command, then each option with its value."""
+    pairs = [shlex.join(pair) for pair in _options(plan)]
+    return ["shardplan search", *pairs]
 
 
-def _options(plan: Plan) -> Iterable[str]:
+def _options(plan: Plan) -> Iterator[tuple[str, str]]:
     """Every option of the request; a model read from a file by its path, a preset by its name."""
     asked, workload, limits = plan.request, plan.request.workload, plan.request.limits
     from_file = plan.model.source.endswith(_MODEL_FILES) and " " not in plan.model.source
@@ -182,5 +196,4 @@ def _options(plan: Plan) -> Iterable[str]:
     }
     for option, value in pairs.items():
         if value is not None:
-            yield option
-            yield f"{value:.12g}" if isinstance(value, float) else str(value)
+            yield option, f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -40,6 +40,8 @@ _PLAIN_DECODE = {
     "l2_none": 1.0,
     "hbm_shift": 0.0,
     "l2_hidden": 0.0,
+    "l2_hidden_g": 0.0,
+    "floor_g": 0.0,
     "hbm_waves": 0.0,
     "keys_min": 1.0,
     "keys_max": 1e6,

@@ -163,7 +163,7 @@ def _breakdown(performance: Performance) -> tuple[BreakdownRow, ...]:
 def _request() -> Request:
     return Request(
         objective="throughput",
-        workload=Workload(input_len=INPUT_LEN, output_len=OUTPUT_LEN, concurrency=512),
+        workload=Workload(input_len=INPUT_LEN, output_len=OUTPUT_LEN, concurrency=1024),
         limits=Limits(ttft_s=TTFT_LIMIT_S, tpot_s=TPOT_LIMIT_S),
         cards=CARDS,
         weight_dtype="bf16",
@@ -329,14 +329,14 @@ def _priced(frame: pd.DataFrame) -> pd.DataFrame:
     fits = frame["memory_free_bytes"] >= 0
     frame["feasible"] = fits & ~late & ~slow
     frame["limit"] = np.select([~fits, late, slow], ["memory", "ttft", "tpot"], "")
-    frame["objective"] = frame["output_tokens_per_s_per_card"].where(frame["feasible"])
+    frame["objective"] = frame["output_tokens_per_s"].where(frame["feasible"])
     return frame.sort_values("objective", ascending=False, kind="stable", na_position="last")
 
 
 def make_trials(rows: int = 200, seed: int = 0) -> pd.DataFrame:
     """A trial table, best first, refused strategies last; the first is the plan's own.
 
-    Rows are drawn from the toy space with repetition. Objective: output tokens/s per card.
+    Rows are drawn from the toy space with repetition. Objective: output tokens/s.
     """
     space = _toy_space()
     places = np.random.default_rng(seed).integers(0, len(space), rows)

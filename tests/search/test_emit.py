@@ -1,0 +1,169 @@
+"""Emitting: targets are found by name, and a folder gets all of a target's files or none."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import pytest
+
+from shardplan.models.errors import InputError, UnknownNameError
+from shardplan.search import emit as module
+from shardplan.search.emit import BUILT_IN, GROUP, emit, target_names
+from shardplan.search.emit.common import table
+from tests.search.emit_cases import emit_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _register(monkeypatch: pytest.MonkeyPatch, value: str, name: str = "toy") -> None:
+    found = EntryPoints([EntryPoint(name=name, value=value, group=GROUP)])
+    monkeypatch.setattr(module, "entry_points", lambda group: found.select(group=group))
+
+
+def test_files_are_written_sorted_and_scripts_can_be_run(tmp_path: Path) -> None:
+    """The plan's own method does the same as the function."""
+    paths = emit_plan().emit("atc", tmp_path / "new" / "folder")
+    assert paths == sorted(paths)
+    assert {path.name for path in paths} == set(os.listdir(tmp_path / "new" / "folder"))
+    for path in paths:
+        assert os.access(path, os.X_OK) is (path.suffix == ".sh"), path.name
+
+
+def test_the_same_plan_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Nothing of the day, the machine or the folder gets into the files."""
+    for target in BUILT_IN:
+        first, second = (
+            {path.name: path.read_bytes() for path in emit(emit_plan(), target, tmp_path / name)}
+            for name in (f"{target}-1", f"{target}-2")
+        )
+        assert first == second
+
+
+def test_a_folder_in_use_is_kept_unless_forced(tmp_path: Path) -> None:
+    """Without force nothing in it changes; with force other files stay."""
+    (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
+    with pytest.raises(InputError, match="must be empty.*force"):
+        emit(emit_plan(), "atc", tmp_path)
+    assert os.listdir(tmp_path) == ["mine.txt"]
+    emit(emit_plan(), "atc", tmp_path, force=True)
+    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "keep"
+    assert (tmp_path / "atc.sh").is_file()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A folder stands where a later file should go: the earlier files are taken back."""
+    (tmp_path / "parallel_option.json").mkdir()
+    (tmp_path / "parallel_option.json" / "inner").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be written"):
+        emit(emit_plan(), "atc", tmp_path, force=True)
+    assert os.listdir(tmp_path) == ["parallel_option.json"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_file_in_the_way_is_an_error(tmp_path: Path, inside: bool) -> None:
+    """The output is no folder, or lies below something that is none."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    out = tmp_path / "file" / "deeper" if inside else tmp_path / "file"
+    with pytest.raises(InputError):
+        emit(emit_plan(), "atc", out)
+
+
+def test_a_null_byte_in_the_folder_is_an_error() -> None:
+    """Python raises ValueError for it, which a user must not see."""
+    with pytest.raises(InputError, match="folder"):
+        emit(emit_plan(), "atc", Path("a\0b"))
+
+
+def test_unknown_targets_and_options_name_what_there_is(tmp_path: Path) -> None:
+    """Close names are proposed, options are listed."""
+    with pytest.raises(UnknownNameError, match="did you mean vllm-ascend"):
+        emit(emit_plan(), "vllm_ascend", tmp_path)
+    with pytest.raises(InputError, match=r"no such option \(can\); options: cann, soc_version"):
+        emit(emit_plan(), "atc", tmp_path, can=8)
+    with pytest.raises(InputError, match="options: none"):
+        emit(emit_plan(), "vllm-ascend", tmp_path, cann=8)
+
+
+def test_another_package_can_add_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found through the entry-point group, with its own options."""
+    _register(monkeypatch, "tests.search.emit_cases:toy_target")
+    assert target_names() == ("atc", "toy", "vllm-ascend")
+    script, text = emit(emit_plan(tp=4), "toy", tmp_path, greeting="good-day")
+    assert "echo good-day" in script.read_text(encoding="utf-8")
+    assert text.read_text(encoding="utf-8") == "4\n"
+
+
+def test_a_built_in_name_cannot_be_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that registers `atc` changes nothing."""
+    _register(monkeypatch, "tests.search.emit_cases:toy_target", name="atc")
+    assert target_names() == tuple(sorted(BUILT_IN))
+
+
+def test_a_target_that_does_not_load_is_told_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken package is no traceback."""
+    _register(monkeypatch, "no.such.module:target")
+    with pytest.raises(InputError, match="toy: ModuleNotFoundError"):
+        emit(emit_plan(), "toy", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../up.sh", "/etc/x", "a/b", ".hidden", "", "a\nb"])
+def test_no_file_leaves_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever a third party's target calls its files."""
+    monkeypatch.setattr("tests.search.emit_cases.toy_target", lambda plan: {name: "text"})
+    _register(monkeypatch, "tests.search.emit_cases:toy_target")
+    with pytest.raises(InputError, match="plain file name"):
+        emit(emit_plan(), "toy", tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 0}, {"dp": -1}, {"batch": 0}, {"dp": 10**9}, {"pp": 2, "stage_layers": (80,)}]
+)
+@pytest.mark.parametrize("target", sorted(BUILT_IN))
+def test_a_plan_with_impossible_sizes_is_refused(
+    tmp_path: Path, target: str, sizes: dict[str, int]
+) -> None:
+    """A plan.json edited by hand ends in one clear line."""
+    with pytest.raises(InputError):
+        emit(emit_plan(**sizes), target, tmp_path)
+
+
+def test_the_installed_package_registers_the_built_in_targets() -> None:
+    """So that other tools which read the group see ours too."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"][GROUP] == dict(BUILT_IN)
+
+
+def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]:
+    """Tables of a data file that hold something besides other tables."""
+    if isinstance(value, dict):
+        if any(not isinstance(item, dict | list) for item in value.values()):
+            yield where, value
+        for key, item in value.items():
+            yield from _facts(item, f"{where}.{key}")
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _facts(item, f"{where}[{index}]")
+
+
+@pytest.mark.parametrize("name", ["ascend_families", "atc", "vllm_ascend"])
+def test_every_fact_has_a_source_and_every_number_a_kind(name: str) -> None:
+    """In the tables that the targets are written from."""
+    kinds = {"datasheet", "measured", "derived", "assumed"}
+    seen = 0
+    for where, facts in _facts(dict(table(name)), name):
+        prefix = "" if "source" in facts else "families_"
+        assert str(facts[f"{prefix}source"]).strip(), where
+        numbers = [key for key, item in facts.items() if isinstance(item, int | float)]
+        if numbers:
+            assert facts[f"{prefix}kind"] in kinds, where
+        seen += 1
+    assert seen > 3
