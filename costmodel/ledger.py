@@ -14,8 +14,8 @@ Left out: allocator fragmentation; static scales of an int8 cache (one per chann
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -120,6 +120,10 @@ class Ledger:
     device: Device
     engine: EngineProfile
     peaks: Mapping[str, list[tuple[float, float]]]
+    known: dict[tuple[str, tuple[tuple[str, int], ...]], float] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Bytes of stages that were asked for: stages of the same templates hold the same."""
 
     @classmethod
     def of(cls, graph: ShardedGraph, device: Device, engine: EngineProfile) -> Ledger:
@@ -147,11 +151,18 @@ class Ledger:
 
     def kv_bytes_per_token(self, stage: Stage, kv_dtype: str) -> float:
         """Cache bytes that one token of one sequence takes on one rank of a stage."""
-        return state_elements_per_token(self.graph, stage) * kv_element_bytes(kv_dtype)
+        elements = self._known("kv", stage, lambda: state_elements_per_token(self.graph, stage))
+        return elements * kv_element_bytes(kv_dtype)
 
     def weights_bytes(self, stage: Stage, dtype: str) -> float:
         """Weight bytes on one rank of a stage."""
-        return _weights(self.graph, stage, dtype)
+        return self._known(dtype, stage, lambda: _weights(self.graph, stage, dtype))
+
+    def _known(self, what: str, stage: Stage, count: Callable[[], float]) -> float:
+        key = (what, tuple(stage.counts.items()))
+        if key not in self.known:
+            self.known[key] = count()
+        return self.known[key]
 
     def activations_bytes(
         self, machine: Machine, tokens: ArrayLike, context: ArrayLike, attention: AttentionKernel

@@ -15,8 +15,9 @@ Left out: overlap of collectives with compute (the published A3 profiles show un
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ from shardplan.costmodel.kernels.matmul import matmul
 from shardplan.costmodel.kernels.mla import mla_decode, mla_prefill
 from shardplan.costmodel.kernels.moe import grouped_matmul
 from shardplan.costmodel.kernels.pointwise import pointwise
+from shardplan.costmodel.memo import FEW_POINTS, Memo, Points
 from shardplan.costmodel.optable import (
     Group,
     Row,
@@ -81,6 +83,20 @@ class Parts(NamedTuple):
             self.collective_s * count,
             self.overhead_s * count,
             self.kernels * count,
+        )
+
+    def at(self, points: Points) -> Parts:
+        """Spread from the different points over the grid that they stand for."""
+
+        def spread(values: Array) -> Array:
+            return values if values.ndim == 0 else values[points.inverse]
+
+        return Parts(
+            spread(self.compute_s),
+            spread(self.memory_s),
+            spread(self.collective_s),
+            spread(self.overhead_s),
+            self.kernels,
         )
 
 
@@ -133,6 +149,26 @@ class Load:
             launch="graph" if graph else "host",
         )
 
+    @property
+    def points(self) -> int:
+        """Points of the grid that the arrays span."""
+        return math.prod(np.broadcast_shapes(*(one.shape for one in self._arrays)))
+
+    @property
+    def _arrays(self) -> tuple[Array, Array, Array, Array]:
+        return self.tokens, self.batch, self.new, self.prefix
+
+    def at_points(self, memo: Memo[Parts]) -> tuple[Load, Points]:
+        """The same load at its different points alone."""
+        points = memo.different(self._arrays)
+        tokens, batch, new, prefix = points.arrays
+        return replace(self, tokens=tokens, batch=batch, new=new, prefix=prefix), points
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All that a price depends on beside the arrays."""
+        return self.phase, self.weight_dtype, self.kv_dtype, self.attention, self.launch
+
 
 def kernel_dtype(row: Row, weight_dtype: str) -> str:
     """Linear and expert weights take the strategy's dtype, everything else stays 16-bit."""
@@ -153,12 +189,20 @@ class StepModel:
     engine: EngineProfile
     rows: Mapping[Phase, Mapping[str, tuple[Row, ...]]]
     """Template -> rows, by phase."""
+    memo: Memo[Parts] = field(default_factory=Memo, compare=False, repr=False)
+    """Prices of rows at points; may be shared by models of one machine and engine."""
+    sums: dict[Hashable, list[Parts]] = field(default_factory=dict, compare=False, repr=False)
+    """Prices of this model's groups over whole grids."""
 
     @classmethod
     def of(
-        cls, graphs: Mapping[Phase, ShardedGraph], cluster: Cluster, engine: EngineProfile
+        cls,
+        graphs: Mapping[Phase, ShardedGraph],
+        cluster: Cluster,
+        engine: EngineProfile,
+        memo: Memo[Parts] | None = None,
     ) -> StepModel:
-        """The op tables of both phases."""
+        """The op tables of both phases; `memo`: that of another model of this machine and engine."""
         rows = {
             phase: {
                 name: block_rows(graph, block, cluster, engine)
@@ -167,7 +211,13 @@ class StepModel:
             }
             for phase, graph in graphs.items()
         }
-        return cls(graphs=graphs, machine=Machine.of(cluster.device), engine=engine, rows=rows)
+        return cls(
+            graphs=graphs,
+            machine=Machine.of(cluster.device),
+            engine=engine,
+            rows=rows,
+            memo=Memo() if memo is None else memo,
+        )
 
     @property
     def groups(self) -> int:
@@ -176,19 +226,41 @@ class StepModel:
 
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """Per stage, the rows of one group under a load."""
+        if load.points < FEW_POINTS:
+            return self._stages(group, load, None)
+        own, points = load.at_points(self.memo)
+        key = (group, points.number, own.kinds)
+        found = self.sums.get(key)
+        if found is None:
+            found = self.sums[key] = self._stages(group, own, points)
+        return found
+
+    def _stages(self, group: Group, load: Load, points: Points | None) -> list[Parts]:
+        """Per stage, the rows of one group, spread over the grid where `points` stand for it."""
         prices: dict[str, Parts] = {}
         for name, rows in self.rows[load.phase].items():
-            own = [self._price(row, load) for row in rows if row.group == group]
+            own = [self._known(row, load, points) for row in rows if row.group == group]
             if own:
                 prices[name] = functools.reduce(Parts.plus, own)
         stages, seen = [], {}
         for stage in self.graphs[load.phase].stages:
             key = tuple(sorted((n, c) for n, c in stage.counts.items() if n in prices))
             if key not in seen:
-                own = [prices[name].times(count) for name, count in key]
-                seen[key] = functools.reduce(Parts.plus, own, ZERO)
+                times = [prices[name].times(count) for name, count in key]
+                total = functools.reduce(Parts.plus, times, ZERO)
+                seen[key] = total if points is None else total.at(points)
             stages.append(seen[key])
         return stages
+
+    def _known(self, row: Row, load: Load, points: Points | None) -> Parts:
+        """A row's price, from the memo where it was priced at these points before."""
+        if points is None:
+            return self._price(row, load)
+        key = (row, self.groups, points.number, load.kinds)
+        found = self.memo.prices.get(key)
+        if found is None:
+            found = self.memo.prices[key] = self._price(row, load)
+        return found
 
     def by_kind(self, group: Group, load: Load) -> Iterator[tuple[str, Parts]]:
         """(kind, parts) of every row of a group, summed over all stages."""

@@ -30,7 +30,7 @@ from shardplan.costmodel.step import Load
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InfeasibleError
 from shardplan.models.graph import Phase
-from shardplan.search.evaluate import LayoutScorer, Question
+from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice, Space, batch_grid, build_space, chunk_grid
 
@@ -44,7 +44,8 @@ _SAMPLES = 17
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AblationRow:
-    """One step. Bytes are of the fullest card; times are of one request."""
+    """One step. Weights and cache are of all cards together, `fullest_bytes` of the fullest one;
+    times are of one request."""
 
     step: str
     split: str
@@ -52,7 +53,8 @@ class AblationRow:
     batch: int
     weights_bytes: float
     kv_cache_bytes: float
-    total_bytes: float
+    fullest_bytes: float
+    capacity_bytes: float
     ttft_s: float
     tpot_s: float
     end_to_end_s: float
@@ -155,30 +157,40 @@ def _single(
     return first, float(each.mean())
 
 
-def _row(scorer: LayoutScorer, features: _Features, base_s: float | None) -> AblationRow:
-    work, choice = scorer.question.workload, features.choice
-    first, each = _single(scorer, features, work.input_len, work.output_len)
-    total_s = first + (work.output_len - 1) * each
-    context = work.input_len + work.output_len
-    tokens = work.input_len if features.cache else context
+def _memory(
+    scorer: LayoutScorer, choice: Choice, batch: float, tokens: float
+) -> dict[str, float]:
+    """Weights and cache over all cards, and the fullest card against its capacity."""
     stages = scorer.ledger.stages(
         scorer.model.machine,
         weight_dtype=choice.weight_dtype,
         kv_dtype=choice.kv_dtype,
         attention=choice.attention,
-        batch=1.0 if features.cache else 0.0,
-        tokens=float(tokens),
-        context=float(context),
+        batch=batch,
+        tokens=tokens,
+        context=float(context_tokens(scorer.question.workload)),
     )
-    full = max(stages, key=lambda one: float(one.total_bytes))
+    cards = scorer.parallel.tp * scorer.parallel.dp
+    return {
+        "weights_bytes": cards * sum(stage.weights_bytes for stage in stages),
+        "kv_cache_bytes": cards * sum(float(stage.kv_cache_bytes) for stage in stages),
+        "fullest_bytes": max(float(stage.total_bytes) for stage in stages),
+        "capacity_bytes": scorer.ledger.capacity_bytes,
+    }
+
+
+def _row(scorer: LayoutScorer, features: _Features, base_s: float | None) -> AblationRow:
+    work, choice = scorer.question.workload, features.choice
+    first, each = _single(scorer, features, work.input_len, work.output_len)
+    total_s = first + (work.output_len - 1) * each
+    tokens = work.input_len + (0 if features.cache else work.output_len)
+    memory = _memory(scorer, choice, 1.0 if features.cache else 0.0, float(tokens))
     return AblationRow(
         step=features.step,
         split=scorer.parallel.describe(),
-        fits=float(full.total_bytes) <= scorer.ledger.capacity_bytes,
+        fits=memory["fullest_bytes"] <= memory["capacity_bytes"],
         batch=1,
-        weights_bytes=full.weights_bytes,
-        kv_cache_bytes=float(full.kv_cache_bytes),
-        total_bytes=float(full.total_bytes),
+        **memory,
         ttft_s=first,
         tpot_s=each,
         end_to_end_s=total_s,
@@ -205,25 +217,12 @@ def _batched(
     if best is None:
         raise InfeasibleError("no strategy of the ablation fits", hint="use more cards")
     speed_s, scorer, columns, slots, step = best
-    work, choice = scorer.question.workload, features.choice
-    stages = scorer.ledger.stages(
-        scorer.model.machine,
-        weight_dtype=choice.weight_dtype,
-        kv_dtype=choice.kv_dtype,
-        attention=choice.attention,
-        batch=float(slots),
-        tokens=float(step),
-        context=float(work.input_len + work.output_len),
-    )
-    full = max(stages, key=lambda one: float(one.total_bytes))
     return AblationRow(
         step=features.step,
         split=scorer.parallel.describe(),
         fits=True,
         batch=slots * scorer.parallel.dp,
-        weights_bytes=full.weights_bytes,
-        kv_cache_bytes=float(full.kv_cache_bytes),
-        total_bytes=float(full.total_bytes),
+        **_memory(scorer, features.choice, float(slots), float(step)),
         ttft_s=columns["ttft_s"],
         tpot_s=columns["tpot_s"],
         end_to_end_s=columns["end_to_end_s"],
@@ -360,7 +359,7 @@ def _rows(
             continue
         found = [_row(s, features, base_s) for s in whole]
         fitting = [row for row in found if row.fits] or found
-        rows.append(min(fitting, key=lambda row: (row.end_to_end_s, row.total_bytes)))
+        rows.append(min(fitting, key=lambda row: (row.end_to_end_s, row.fullest_bytes)))
     return rows
 
 

@@ -118,14 +118,16 @@ def price_columns(
     rows: int,
     *,
     defaults: Mapping[str, Any] | None = None,
+    refused: Mapping[int, ShardplanError] | None = None,
     progress: Progress | None = None,
 ) -> Prices:
     """Price `rows` points given column by column; columns that are not inputs are ignored.
 
     `defaults` stand in for missing columns and empty cells (`InputError` where one of them breaks
-    its rule). `progress` is called with the number of rows done after each group.
+    its rule); `refused` rows keep the error they come with. `progress` is called with the number of rows done after each group.
     """
     points = read_points(columns, rows, defaults or {})
+    points.errors.update(refused or {})
     prices = Prices.empty(rows)
     phases = _resolve_phase(points)
     good = np.ones(rows, dtype=np.bool_)
@@ -237,6 +239,9 @@ def _priced(
 def _chosen(points: Points, layout: Layout, kinds: Mapping[str, str], row: int) -> Iterator[str]:
     """What the row left open, or what was changed in it."""
     yield from layout.notes
+    own = layout.spec.dtype
+    if not points.cell("weight_dtype", row) and own != kinds["weight_dtype"]:
+        yield f"weight_dtype={kinds['weight_dtype']}: {layout.device.name} does not run {own}"
     for name in ("weight_dtype", "kv_dtype"):
         asked = points.cell(name, row)
         if asked and asked != kinds[name]:

@@ -166,14 +166,11 @@ def kv_dtype_for(asked: str, device: Device) -> str:
 
 
 def _notes(
-    spec: ModelSpec, cluster: Cluster, engine: EngineProfile, ranks: int, chosen: str
+    cluster: Cluster, engine: EngineProfile, ranks: int, chosen: str
 ) -> tuple[str, ...]:
     notes = []
     if not chosen:
         notes.append(f"engine_profile={engine.name}, the first of {cluster.device.name}")
-    if spec.dtype not in cluster.device.weight_dtypes:
-        other = default_weight_dtype(spec, cluster.device)
-        notes.append(f"{cluster.device.name} does not run {spec.dtype} weights: {other} by default")
     try:
         resolve_cards(cluster, ranks)
     except InputError as error:
@@ -212,7 +209,7 @@ def make_layout(
         parallel=par,
         model=StepModel.of(graphs, found, engine),
         ledger=Ledger.of(graphs["prefill"], found.device, engine),
-        notes=_notes(spec, found, engine, par.ranks, engine_profile),
+        notes=_notes(found, engine, par.ranks, engine_profile),
     )
 
 

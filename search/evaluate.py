@@ -22,8 +22,9 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.serving import ServingInput, serve
-from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.step import Parts, StepModel
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.parallel import Parallelism
@@ -69,15 +70,17 @@ def context_tokens(workload: Workload) -> int:
 
 
 class LayoutScorer:
-    """One layout of a question, ready to be priced."""
+    """One layout of a question, ready to be priced; `memo` is shared by layouts of one question."""
 
-    def __init__(self, question: Question, par: Parallelism) -> None:
+    def __init__(
+        self, question: Question, par: Parallelism, memo: Memo[Parts] | None = None
+    ) -> None:
         self.question, self.parallel = question, par
         graphs = {
             phase: apply(build_graph(question.spec, phase), par)
             for phase in ("prefill", "decode")
         }
-        self.model = StepModel.of(graphs, question.cluster, question.engine)  # type: ignore[arg-type]  # phases are literals
+        self.model = StepModel.of(graphs, question.cluster, question.engine, memo)  # type: ignore[arg-type]  # phases are literals
         self.ledger = Ledger.of(graphs["prefill"], question.cluster.device, question.engine)
 
     def least_bytes(self, choice: Choice) -> float:
@@ -135,7 +138,10 @@ class LayoutScorer:
             "prefill_step_s": served.prefill_s,
             "decode_step_s": served.decode_step_s,
         }
-        columns = {name: np.broadcast_to(value, shape) for name, value in columns.items()}
+        columns = {
+            name: value if value.shape == shape else np.broadcast_to(value, shape)
+            for name, value in columns.items()
+        }
         columns["objective"] = (
             1.0 / columns["end_to_end_s"]
             if question.objective == "latency"

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.step import Parts
 from shardplan.models.parallel import Parallelism
 from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, Scores
 from shardplan.search.space import Choice, Space
@@ -107,20 +109,22 @@ def keep_best(
     scores: Scores, par: Parallelism, choice: Choice, batch: Array, chunk: Array
 ) -> list[Kept]:
     """The strategies of one grid that are worth remembering."""
-    shape = scores.limit.shape
-    batches, chunks = np.broadcast_to(batch, shape).ravel(), np.broadcast_to(chunk, shape).ravel()
-    flat = {name: values.ravel() for name, values in scores.columns.items()}
-    limit = scores.limit.ravel()
+    at = np.unravel_index(_positions(scores), scores.limit.shape)
+    batches, chunks = (np.broadcast_to(g, scores.limit.shape)[at].tolist() for g in (batch, chunk))
+    names = tuple(scores.columns)
+    rows = zip(*(values[at].tolist() for values in scores.columns.values()), strict=True)
     return [
         Kept(
             parallel=par,
             choice=choice,
-            batch=int(batches[i]),
-            chunk=int(chunks[i]),
-            limit=int(limit[i]),
-            columns={name: float(values[i]) for name, values in flat.items()},
+            batch=int(slots),
+            chunk=int(tokens),
+            limit=limit,
+            columns=dict(zip(names, row, strict=True)),
         )
-        for i in _positions(scores)
+        for slots, tokens, limit, row in zip(
+            batches, chunks, scores.limit[at].tolist(), rows, strict=True
+        )
     ]
 
 
@@ -166,12 +170,14 @@ def search_exact(
     batch = np.array(space.batches, dtype=np.float64)[:, None]
     chunk = np.array(space.chunks, dtype=np.float64)[None, :]
     tally, kept = Tally(), []
+    memo: Memo[Parts] = Memo()
     complete = True
     for index, par in enumerate(space.layouts):
         if time_limit_s is not None and time.perf_counter() - start > time_limit_s:
             complete = False
             break
-        scorer = LayoutScorer(question, par)
+        memo.make_room()
+        scorer = LayoutScorer(question, par, memo)
         for choice in space.choices:
             if scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
                 tally.pruned_by["memory"] += batch.size * chunk.size
@@ -179,9 +185,10 @@ def search_exact(
                 continue
             scores = scorer.score(choice, batch, chunk)
             tally.evaluated += scores.limit.size
-            for number, count in zip(*np.unique(scores.limit, return_counts=True), strict=True):
-                if number >= 0:
-                    tally.infeasible[LIMITS[number]] += int(count)
+            counts = np.bincount(scores.limit.ravel() + 1, minlength=len(LIMITS) + 1)[1:]
+            for name, count in zip(LIMITS, counts.tolist(), strict=True):
+                if count:
+                    tally.infeasible[name] += count
             note_nearest(tally, scores, par, choice, (batch, chunk))
             kept += keep_best(scores, par, choice, batch, chunk)
         if progress is not None:

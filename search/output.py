@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FILES", "MOST_ROWS", "check_out", "trial_frame", "write_result"]
 
 FILES = ("plan.json", "trials.csv", "pareto.csv", "report.html", "timing.json")
-MOST_ROWS = 5000
+MOST_ROWS = 2000
 """Rows of trials.csv; the best ones where more were remembered."""
 
 

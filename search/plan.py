@@ -300,8 +300,8 @@ class Plan(_Part):
             ) from None
 
     def dumps(self) -> str:
-        """The bytes of plan.json."""
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=False) + "\n"
+        """The bytes of plan.json; floats with ten significant digits, beyond which machines differ."""
+        return json.dumps(_rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write plan.json, whole or not at all."""
@@ -318,6 +318,17 @@ class Plan(_Part):
         from shardplan.search.proof import verify_plan
 
         return verify_plan(self, level=level)
+
+
+def _rounded(value: Any) -> Any:
+    """The same data with every float rounded to ten significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value
 
 
 def plan_schema() -> dict[str, Any]:

@@ -120,8 +120,9 @@ def _lines(frame: DataFrame) -> str:
         if name in SWITCH_COLUMNS:
             values = [_TRUE if value else _FALSE for value in values]
         elif name in WORD_COLUMNS:
-            quoted = {value: _quoted(str(value)) for value in set(values) - {None}}
-            values = [quoted.get(value, "") for value in values]
+            words = frame[name].astype(object).where(frame[name].notna(), "").tolist()
+            quoted = {word: _quoted(str(word)) for word in set(words)}
+            values = [quoted[word] for word in words]
         elif name in INTEGER_COLUMNS:
             form = "%d"
         elif not np.isfinite(frame[name].to_numpy(float)).all():
@@ -159,7 +160,6 @@ def read_trials(path: Path) -> DataFrame:
             keep_default_na=False,
             na_values={name: [""] for name in ("rank", *NUMBER_COLUMNS)},
             encoding="utf-8",
-            float_precision="round_trip",
             chunksize=_CHUNK_ROWS,
         )
         with chunks:

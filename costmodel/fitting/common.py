@@ -120,7 +120,7 @@ def robust_fit(
     towards its start, which keeps surface terms that the rows do not fix near zero;
     `penalty(coefficients)` gives further residuals that should vanish.
     """
-    from scipy.optimize import least_squares  # noqa: PLC0415  (heavy, only for fits)
+    from scipy.optimize import least_squares
 
     target = np.log(measured_s)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from shardplan.costmodel.kernels.base import Array
 
-__all__ = ["Knots", "Formula", "Sizes", "SurfaceProblem", "knot_weights"]
+__all__ = ["Formula", "Knots", "Sizes", "SurfaceProblem", "knot_weights"]
 
 Knots = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Sizes = tuple[Array, Array, Array]
@@ -70,7 +70,7 @@ class SurfaceProblem:
     measured_s: Array
     grid: Sizes
     doubled: tuple[Sizes, ...]
-    hinge: float = 30.0
+    hinge: float = 10.0
     smooth: float = 0.2
     ridge: float = 0.05
     pull: float = 0.3
@@ -78,7 +78,7 @@ class SurfaceProblem:
 
     def solve(self) -> tuple[Array, Array]:
         """Physical coefficients and surface values (flat, m slowest) of the least sum."""
-        from scipy.optimize import least_squares  # noqa: PLC0415  (heavy, only for fits)
+        from scipy.optimize import least_squares
 
         groups = [self.sizes, self.grid, *self.doubled]
         weights = [knot_weights(sizes, self.knots) for sizes in groups]

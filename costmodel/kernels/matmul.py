@@ -56,6 +56,7 @@ _FRACTAL = 16.0
 _OUTPUT_BYTES = 2.0
 _CHUNK = 1 << 14
 
+
 def _pad(size: Array) -> Array:
     return np.ceil(size / _FRACTAL) * _FRACTAL
 

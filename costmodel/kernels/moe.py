@@ -130,8 +130,8 @@ def grouped_matmul(
 
     rows: routed rows on this rank (may be a fraction: an expectation), >= 0. groups: local
     experts. n, k: one expert's features. active: experts with at least one row, by
-    default what uniform routing expects. ep: ranks that share the experts. All broadcast; the result has their shape. dtype as for
-    `matmul`. Raises `UnknownNameError`, `InputError`, `CalibrationError` as `matmul` does.
+    default what uniform routing expects. ep: ranks that share the experts. All
+    broadcast; the result has their shape. dtype as for `matmul`. Raises `UnknownNameError`, `InputError`, `CalibrationError` as `matmul` does.
     """
     rule = precision_of(dtype)
     coef = merged_coefficients(machine.calibration, MOE_FAMILY, rule)

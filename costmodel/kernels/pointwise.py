@@ -1,7 +1,8 @@
 """Time of kernels that stream: norms, activations, rotary embedding, quantization, copies.
 
     total  = floor + max(memory, vector)
-    memory = bytes / (L2 * e_l2) + max(0, bytes - L2 bytes) * max(0, 1/(HBM * e_hbm) - 1/(L2 * e_l2))
+    memory = bytes / (L2 * e_l2)
+             + max(0, bytes - L2 bytes) * max(0, 1 / (HBM * e_hbm) - 1 / (L2 * e_l2))
     vector = elements * flop_per_element * width / vector rate
 
 bytes read and written together; what exceeds L2 goes at the HBM's rate. HBM and L2 in bytes/s and

@@ -12,6 +12,7 @@ writes over stay there; the README that each target writes lists its own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -119,12 +120,13 @@ def _write(texts: Mapping[str, str], out: Path, *, force: bool) -> list[Path]:
             write_atomically(path, texts[name])
             if name.endswith(".sh"):
                 path.chmod(0o755)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, ValueError) as error:
         for path in new:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, ValueError):
+                path.unlink(missing_ok=True)
         if isinstance(error, InputError):
             raise
-        raise InputError("the folder cannot be written", got=f"{out}: {error.strerror}") from None
+        raise InputError("the folder cannot be written", got=f"{str(out)!r}: {error}") from None
     return list(paths.values())
 
 

@@ -9,7 +9,8 @@ experts over ep >= tp    d = ep / tp: vLLM's expert group is the tp * d ranks of
 
 Servers beyond one are independent: each its own port, a balancer before them. A copy that fills
 several nodes uses `--nnodes`; a server of several nodes otherwise uses `--data-parallel-*`.
-Source: vllm 0.23.0 docs/serving/data_parallel_deployment.md, vllm/config/parallel.py.
+Source: vllm-project/vllm@01e4fce docs/serving/data_parallel_deployment.md; vllm 0.23.0
+vllm/config/parallel.py and vllm/engine/arg_utils.py.
 Left out: experts split both ways (1 < ep < tp), and expert groups of copies that each fill
 several nodes: AscendMultiprocExecutor of vllm-ascend 0.23.0 binds every group's queue to the
 address of node 0.

@@ -84,7 +84,7 @@ def _flash(
         kv,
         128,
         kernel="flash",
-        kv_dtype="bf16",  # type: ignore[arg-type]
+        kv_dtype="bf16",
     )
 
 
@@ -262,7 +262,7 @@ def test_prefill_is_finite_and_its_parts_sum(
             1,
             128,
             kernel=kernel,
-            kv_dtype="int8",  # type: ignore[arg-type]
+            kv_dtype="int8",
         )
         assert np.isfinite(time.total_s)
         assert time.total_s > 0

@@ -216,7 +216,7 @@ def test_more_bytes_are_never_faster_and_the_parts_sum(
             spans,
             np.asarray([small, small + more]),
             calibration,
-            launch=launch,  # type: ignore[arg-type]
+            launch=launch,
         )
         assert np.isfinite(time.total_s).all()
         assert time.total_s[0] <= time.total_s[1] * (1 + 1e-12)

@@ -53,7 +53,7 @@ def test_prefill_grows_with_the_square_and_with_the_prefix(npu: Machine) -> None
 @pytest.mark.parametrize("tokens", [1024, 4096, 16384])
 def test_flash_beats_naive(npu: Machine, tokens: int) -> None:
     flash, naive = (
-        mla_prefill(npu, 4, tokens, 0, 16, 128, 64, 128, kernel=kernel)  # type: ignore[arg-type]
+        mla_prefill(npu, 4, tokens, 0, 16, 128, 64, 128, kernel=kernel)
         for kernel in ("flash", "naive")
     )
     assert flash.total_s < naive.total_s

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.search.plan_factory import make_plan
+
 from shardplan.search.emit.common import table
 from shardplan.search.plan import ClusterInfo, ModelInfo, Plan, StrategyInfo
-from tests.search.plan_factory import make_plan
 
 __all__ = ["CLUSTERS", "Call", "emit_plan", "moe", "parser_of", "run_script", "toy_target"]
 
@@ -31,9 +32,10 @@ CLUSTERS: dict[str, tuple[str, int, int]] = {
 }
 
 _TOOL = """#!{python}
-import json, os, sys
+import json, os, sys, time
 with open(os.environ["RECORD"], "a", encoding="utf-8") as file:
     file.write(json.dumps([sys.argv[1:], dict(os.environ)]) + "\\n")
+time.sleep(float(os.environ.get("LINGER", 0)))
 """
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.search.emit_cases import emit_plan, moe, parser_of, run_script
 
 from shardplan.models.errors import InputError
 from shardplan.search.emit import emit
 from shardplan.search.emit.rank_table import RankDevice, Server, rank_table
-from tests.search.emit_cases import emit_plan, moe, parser_of, run_script
 
 SPLIT = {
     "--distributed_cluster_build": "1",
@@ -93,9 +93,7 @@ def test_the_script_builds_both_phases_with_the_plans_shapes(tmp_path: Path) -> 
     )
     prefill, decode = (vars(parser_of("atc", "atc").parse_args(call.words)) for call in calls)
     assert prefill["model"] == "a b.onnx"
-    assert prefill["input_shape"] == (
-        "input_ids:4,1024;attention_mask:4,1024;position_ids:4,1024"
-    )
+    assert prefill["input_shape"] == ("input_ids:4,1024;attention_mask:4,1024;position_ids:4,1024")
     assert decode["model"] == "d.onnx"
     assert decode["input_shape"] == "input_ids:24,1;attention_mask:24,1408;position_ids:24,1"
     for name, build in (("prefill", prefill), ("decode", decode)):
@@ -204,15 +202,16 @@ def test_options_are_checked(tmp_path: Path) -> None:
         texts.append((tmp_path / str(cann) / "README.md").read_text(encoding="utf-8"))
     assert "CANN 7.0" in texts[0]
     assert "CANN 8.0 to 8.3" in texts[1]
-    for option, value, rule in (
-        ("cann", 9, "try 7"),
-        ("soc_version", "Ascend910B1; rm -rf", "names of the plan's device"),
-        ("addresses", "not-an-address", "IP address"),
-        ("addresses", ["10.0.0.1", "10.0.0.2"], "1 different addresses"),
-        ("device_addresses", ["10.0.0.1"] * 8, "8 different addresses"),
-    ):
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"cann": 9}, "try 7"),
+        ({"soc_version": "Ascend910B1; rm -rf"}, "names of the plan's device"),
+        ({"addresses": "not-an-address"}, "IP address"),
+        ({"addresses": ["10.0.0.1", "10.0.0.2"]}, "1 different addresses"),
+        ({"device_addresses": ["10.0.0.1"] * 8}, "8 different addresses"),
+    ]
+    for option, rule in wrong:
         with pytest.raises(InputError, match=rule):
-            emit(emit_plan(), "atc", tmp_path / "bad", **{option: value})
+            emit(emit_plan(), "atc", tmp_path / "bad", **option)
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -282,9 +281,7 @@ def test_ranks_count_up_through_the_servers(counts: list[int]) -> None:
     servers = [
         Server(
             server_id=f"node_{s}",
-            devices=tuple(
-                RankDevice(device_id=d, device_ip=f"10.0.{s}.{d}") for d in range(count)
-            ),
+            devices=tuple(RankDevice(device_id=d, device_ip=f"10.0.{s}.{d}") for d in range(count)),
         )
         for s, count in enumerate(counts)
     ]

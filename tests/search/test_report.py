@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.search.plan_factory import make_plan, make_strategy, make_trials
 
 from shardplan.models.errors import InputError
 from shardplan.search.plan import Plan
@@ -26,7 +27,6 @@ from shardplan.search.report.words import (
     strategy_sentences,
     time,
 )
-from tests.search.plan_factory import make_plan, make_strategy, make_trials
 
 VOID = {"meta"}
 
@@ -130,7 +130,7 @@ HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
 def test_hostile_names_stay_text() -> None:
     """Names come from files of others: none of them may become markup, wherever it stands."""
     plan = make_plan()
-    model = {name: HOSTILE for name in ("name", "architecture", "source", "digest")}
+    model = dict.fromkeys(("name", "architecture", "source", "digest"), HOSTILE)
     rows = [row.model_copy(update={"kind": HOSTILE, "basis": HOSTILE}) for row in plan.breakdown]
     hostile = make_plan(
         model=plan.model.model_copy(update=model),
