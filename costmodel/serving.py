@@ -26,6 +26,7 @@ them for a closed-loop benchmark of a given number of prompts).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,9 +101,14 @@ def _rotate(model: StepModel, stages: list[Parts], phase: Phase) -> Array:
 
 
 def _sum(*groups: list[Parts]) -> list[Parts]:
-    out = groups[0]
-    for group in groups[1:]:
-        out = [one.plus(two) for one, two in zip(out, group, strict=True)]
+    """Stage by stage; stages that share their parts share the sum."""
+    sums: dict[tuple[int, ...], Parts] = {}
+    out = []
+    for parts in zip(*groups, strict=True):
+        key = tuple(map(id, parts))
+        if key not in sums:
+            sums[key] = functools.reduce(Parts.plus, parts)
+        out.append(sums[key])
     return out
 
 

@@ -276,11 +276,13 @@ class StepModel:
         graph = self.engine.decode_graph if phase == "decode" else self.engine.prefill_graph
         gap = self.engine.launch_gap_s
         device = self.machine.device
-        out = []
+        known: dict[int, Array] = {}
         for parts in stages:
-            busy = parts.total_s + gap * parts.kernels
-            out.append(busy if graph else np.maximum(busy, parts.kernels * device.host_launch_s))
-        return out
+            if id(parts) not in known:
+                busy = parts.total_s + gap * parts.kernels
+                floor = parts.kernels * device.host_launch_s
+                known[id(parts)] = busy if graph else np.maximum(busy, floor)
+        return [known[id(parts)] for parts in stages]
 
     def host_s(self, phase: Phase) -> float:
         """Host time of a step that the device waits for."""

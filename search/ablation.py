@@ -316,7 +316,7 @@ def run_ablation(
         cards=count,
         choices=(steps[0].choice,),
         batches=batch_grid(512),
-        chunks=chunk_grid(engine, input_len),
+        chunks=chunk_grid(engine, input_len, output_len),
     )
     scorers = [LayoutScorer(question, par) for par in space.layouts]
     rows = _rows(scorers, steps, space, spec.layers)

@@ -121,7 +121,7 @@ def _front_table(front: tuple[Row, ...]) -> Table:
         f"{left_out} slower ones left out" if left_out > 0 else None,
     )
     table.add_column("strategy")
-    for heading in (*_SHOWN_PERFORMANCE, "GiB a card"):
+    for heading in (*_SHOWN_PERFORMANCE, "GiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in front[:MAX_FRONT]:
         memory = _scaled(row["memory_bytes"], 1 / _GIB)

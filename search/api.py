@@ -135,7 +135,7 @@ def _space(resolved: Resolved, cards: int) -> Space:
         cards=cards,
         choices=resolved.choices,
         batches=batch_grid(work.concurrency or _MOST_SLOTS),
-        chunks=chunk_grid(resolved.engine, work.input_len),
+        chunks=chunk_grid(resolved.engine, work.input_len, work.output_len),
     )
 
 

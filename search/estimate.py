@@ -31,6 +31,7 @@ from shardplan.models.errors import InputError, ShardplanError
 from shardplan.search.estimate_layout import (
     LAYOUT_COLUMNS,
     Layout,
+    attention_for,
     kv_dtype_for,
     make_layouts,
     weight_dtype_for,
@@ -212,7 +213,7 @@ def dtypes_of(points: Points, layout: Layout, row: int) -> dict[str, str]:
     return {
         "weight_dtype": weight_dtype_for(points.cell("weight_dtype", row), layout.spec, device),
         "kv_dtype": kv_dtype_for(points.cell("kv_dtype", row), device),
-        "attention": points.cell("attention", row),
+        "attention": attention_for(points.cell("attention", row), layout.engine),
     }
 
 

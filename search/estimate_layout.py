@@ -4,8 +4,10 @@ Names are resolved and graphs applied once for all rows that share them. Default
 the machine are settled here, and every one that is taken is said in a note:
 
     engine_profile   the first that the device's file lists
-    weight_dtype     the checkpoint's own; 16-bit where the device cannot multiply that (fp8)
+    weight_dtype     the checkpoint's own; one as wide where the device cannot multiply that
+                     (fp8 -> w8a8, bf16 -> fp16)
     kv_dtype         16-bit
+    attention        the first kernel that the engine runs
     exchange         how tokens reach experts of other ranks: gathered everywhere or sent where
                      needed, whichever is faster for the row
     nodes            the fewest that hold the strategy's ranks, not below the cluster's default
@@ -34,6 +36,7 @@ from shardplan.models.spec import ModelSpec
 __all__ = [
     "LAYOUT_COLUMNS",
     "Layout",
+    "attention_for",
     "default_weight_dtype",
     "find_cluster",
     "find_engine",
@@ -58,6 +61,8 @@ LAYOUT_COLUMNS = (
 """What fixes a layout."""
 
 _SIXTEEN_BIT = ("bf16", "fp16")
+_NATIVE = {"fp32": "bf16"}
+_SAME_WIDTH = {"bf16": "fp16", "fp16": "bf16", "fp8": "w8a8"}
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
@@ -136,10 +141,19 @@ def find_engine(name: str, device: Device) -> EngineProfile:
 
 
 def default_weight_dtype(spec: ModelSpec, device: Device) -> str:
-    """The checkpoint's own dtype where the device multiplies it, else a 16-bit one."""
-    if spec.dtype in device.weight_dtypes:
-        return spec.dtype
-    return next(dtype for dtype in _SIXTEEN_BIT if dtype in device.weight_dtypes)
+    """The checkpoint's own dtype, or one as wide where the device does not multiply that."""
+    native = _NATIVE.get(spec.dtype, str(spec.dtype))
+    if native in device.weight_dtypes:
+        return native
+    other = _SAME_WIDTH.get(native, "")
+    if other not in device.weight_dtypes:
+        raise UnknownNameError(f"weight_dtype on {device.name}", native, device.weight_dtypes)
+    return other
+
+
+def attention_for(asked: str, engine: EngineProfile) -> str:
+    """The attention kernel to price: as asked, or the first that the engine runs."""
+    return engine.attention[0] if asked == "auto" else asked
 
 
 def _sixteen_bit(asked: str, known: tuple[str, ...]) -> str:

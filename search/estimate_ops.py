@@ -21,11 +21,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from shardplan.costmodel.kernels.attention import (
-    AttentionKernel,
-    attention_decode,
-    attention_prefill,
-)
+from shardplan.costmodel.kernels.attention import attention_decode, attention_prefill
 from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective
 from shardplan.costmodel.kernels.matmul import matmul
@@ -197,7 +193,8 @@ def price_ops(points: Points, rows: Indices) -> tuple[Indices, KernelTime | None
     machine = Machine.of(cluster.device)
     chosen["dtype"] = chosen["dtype"] or "bf16"
     chosen["kv_dtype"] = kv_dtype_for(chosen["kv_dtype"], cluster.device)
-    chosen["attention"] = cast("AttentionKernel", chosen["attention"])
+    if chosen["attention"] == "auto":
+        chosen["attention"] = "flash"
     given = {name: points.floats(name, rows) for name in OP_COLUMNS[op]}
     if op in COLLECTIVE_OPS:
         spans = group_tiers(cluster, group=ranks, stride=1)

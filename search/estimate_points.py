@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
+from shardplan.search.request import DEFAULT_INPUT, DEFAULT_OUTPUT
 
 __all__ = [
     "INPUT_COLUMNS",
@@ -148,7 +149,7 @@ INPUT_COLUMNS: Mapping[str, Column] = _columns(
     ("engine_profile", _word, ""),
     ("weight_dtype", _dtype, ""),
     ("kv_dtype", _dtype, ""),
-    ("attention", _one_of("flash", "naive"), "flash"),
+    ("attention", _one_of("flash", "naive", "auto"), "auto"),
     ("tp", _whole(1), 1),
     ("pp", _whole(1), 1),
     ("dp", _whole(1), 1),
@@ -156,9 +157,9 @@ INPUT_COLUMNS: Mapping[str, Column] = _columns(
     ("cp", _whole(1), 1),
     ("phase", _one_of(*PHASES), ""),
     ("batch", _whole(1), 1),
-    ("tokens", _whole(1), 2048),
-    ("input_len", _whole(1), 2048),
-    ("output_len", _whole(1), 512),
+    ("tokens", _whole(1), DEFAULT_INPUT),
+    ("input_len", _whole(1), DEFAULT_INPUT),
+    ("output_len", _whole(1), DEFAULT_OUTPUT),
     ("concurrency", _whole(1), None),
     ("request_rate", _rate, math.inf),
     ("num_prompts", _whole(1), None),

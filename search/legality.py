@@ -45,13 +45,6 @@ class Rule:
     scope: str
 
 
-def _kv_heads(s: Subject) -> bool:
-    if s.spec.mla is not None:
-        return True
-    ways = math.gcd(s.parallel.tp, s.spec.kv_heads)
-    return s.spec.queries_per_kv % (s.parallel.tp // ways) == 0
-
-
 def _width(s: Subject) -> bool:
     tp, moe = s.parallel.tp, s.spec.moe
     dense = s.spec.dense_layers == 0 or s.spec.ffn % tp == 0
@@ -86,7 +79,6 @@ def _tp_tier(s: Subject) -> bool:
 RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
     {
         "tp-heads": lambda s: s.spec.heads % s.parallel.tp == 0,
-        "tp-kv-heads": _kv_heads,
         "tp-vocabulary": lambda s: s.spec.vocab % s.parallel.tp == 0,
         "pp-layers": lambda s: s.parallel.pp <= s.spec.layers,
         "sp-tp": lambda s: s.parallel.tp > 1 or not s.parallel.sp,

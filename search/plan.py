@@ -281,7 +281,7 @@ class Plan(_Part):
             data = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number too long
             raise InputError("a plan.json is JSON in UTF-8", got=f"{file}: {error}") from None
         if not isinstance(data, dict) or data.get("schema_version") != PLAN_VERSION:
             version = data.get("schema_version") if isinstance(data, dict) else None

@@ -66,7 +66,7 @@ _AXES_RULE = "axes"
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """A drawn strategy, made canonical: exchange means nothing without expert parallelism."""
+    """A drawn strategy, made canonical: a switch that changes nothing is off."""
 
     parallel: Parallelism
     choice: Choice
@@ -140,11 +140,8 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
     """
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
-    axes = divisors(space.cards)
     numbers: dict[str, tuple[int, ...]] = {
-        "tp": axes,
-        "pp": axes,
-        "ep": axes if space.spec.moe is not None else (1,),
+        **{name: _sizes(space, name) for name in ("tp", "pp", "ep")},
         "batch": space.batches,
         "chunk": space.chunks,
     }
@@ -161,10 +158,16 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
     }
 
 
+def _sizes(space: Space, axis: str) -> tuple[int, ...]:
+    """Sizes of an axis that some legal layout has; all divisors of the cards where none is."""
+    legal = tuple(sorted({getattr(par, axis) for par in space.layouts}))
+    return legal or divisors(space.cards)
+
+
 def point_of(space: Space, params: Mapping[str, Any]) -> _Point:
     """The strategy that drawn parameters stand for; those left out take their only value."""
-    axes, first = divisors(space.cards), space.choices[0]
-    tp, pp, ep = (axes[params.get(name, 0)] for name in ("tp", "pp", "ep"))
+    first = space.choices[0]
+    tp, pp, ep = (_sizes(space, name)[params.get(name, 0)] for name in ("tp", "pp", "ep"))
     sent = ep > 1 and params.get("exchange") == "alltoall"
     return _Point(
         parallel=Parallelism(
@@ -172,7 +175,7 @@ def point_of(space: Space, params: Mapping[str, Any]) -> _Point:
             pp=pp,
             dp=max(space.cards // (tp * pp), 1),
             ep=ep,
-            sp=bool(params.get("sp", False)),
+            sp=tp > 1 and bool(params.get("sp", False)),
             exchange="alltoall" if sent else "allgather",
         ),
         choice=Choice(

@@ -118,14 +118,20 @@ def batch_grid(limit: int) -> tuple[int, ...]:
     return tuple(sorted(b for b in found if 1 <= b <= limit))
 
 
-def chunk_grid(engine: EngineProfile, input_len: int) -> tuple[int, ...]:
-    """Step sizes to try, tokens: four an octave, the engine's default, and the whole prompt."""
+def chunk_grid(engine: EngineProfile, input_len: int, output_len: int) -> tuple[int, ...]:
+    """Step sizes to try, tokens: four an octave, the engine's default, and the whole prompt.
+
+    None is larger than the prompts that can start in one step of the most slots
+    (slots / output_len, at least two): a larger step has nothing to fill it.
+    """
     steps = np.arange(
         math.log2(_MIN_CHUNK), math.log2(_MAX_CHUNK) + 1e-9, 1.0 / _CHUNKS_PER_OCTAVE
     )
+    useful = input_len * max(2, -(-_MAX_BATCH // output_len))
+    limit = max(engine.max_num_batched_tokens, min(useful, _MAX_CHUNK))
     found = {round(2.0**x / 16) * 16 for x in steps}
     found |= {engine.max_num_batched_tokens, max(_MIN_CHUNK, min(input_len, _MAX_CHUNK))}
-    return tuple(sorted(found))
+    return tuple(sorted(size for size in found if size <= limit))
 
 
 def raw_layouts(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:

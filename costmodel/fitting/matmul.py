@@ -275,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = markdown_errors(errors)
     if options.report is not None:
         options.report.parent.mkdir(parents=True, exist_ok=True)
-        command = f"python -m shardplan.costmodel.fitting.matmul DATA_DIR --calibration {options.calibration}"
+        module = "python -m shardplan.costmodel.fitting.matmul"
+        command = f"{module} DATA_DIR --calibration {options.calibration}"
         options.report.write_text(f"# Matrix products\n\n`{command}`\n\n{report}", encoding="utf-8")
     print(report)
 

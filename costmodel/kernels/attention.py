@@ -110,13 +110,17 @@ def attention_prefill(
 
 
 def naive_attention(machine: Machine, work: PrefillWork) -> KernelTime:
-    """Time of the kernels of eager attention, every intermediate through HBM, no causal skip."""
+    """Time of the kernels of eager attention, every intermediate through HBM, no causal skip.
+
+    Keys and values stream no faster than the fused decode kernel streams them.
+    """
     device = machine.device
     section = machine.calibration.section("attention.naive")
     context = work.new_tokens + work.prefix_tokens
     sequences = work.batch * work.heads
     scores = sequences * work.new_tokens * context
     hbm = device.hbm_bytes_per_s * section["hbm_efficiency"]
+    streamed = section["hbm_efficiency"] / section["kv_efficiency"]
     cube = matrix_flop_per_s(device) * section["cube_efficiency"]
     vector = device.vector_flop_per_s * section["vector_efficiency"]
     row_scores = FRACTAL / np.minimum(work.new_tokens, FRACTAL)
@@ -126,7 +130,7 @@ def naive_attention(machine: Machine, work: PrefillWork) -> KernelTime:
     copied = kv_elements * (work.kv_heads * work.kv_bytes + repeats * work.heads * ELEMENT_BYTES)
     stored = np.where((repeats > 0.0) | (work.kv_bytes < ELEMENT_BYTES), copied, 0.0)
     ends = sequences * work.new_tokens * ELEMENT_BYTES
-    keys = sequences * context * ELEMENT_BYTES
+    keys = sequences * context * ELEMENT_BYTES * streamed
     steps = (
         (write + (ends + keys) * work.qk_dim, 2.0 * scores * work.qk_dim * row_scores, 0.0),
         (scale, 0.0, scores),
@@ -143,8 +147,9 @@ def naive_attention(machine: Machine, work: PrefillWork) -> KernelTime:
         compute = compute + arithmetic
         memory = memory + traffic
         body = body + np.maximum(arithmetic, traffic)
-    kernels = 6.0 + 2.0 * np.where(stored > 0.0, 1.0, 0.0)
-    return split_time(kernels * device.launch_s, compute, memory, body)
+    copies = 2.0 * np.where(stored > 0.0, 1.0, 0.0)
+    floor = 2.0 * section["matmul_floor_s"] + (4.0 + copies) * section["vector_floor_s"]
+    return split_time(floor, compute, memory, body)
 
 
 def attention_decode(

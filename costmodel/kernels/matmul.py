@@ -12,9 +12,10 @@ m rows (tokens), n output features, k input features; sizes padded to the 16 x 1
 before tiling. peak in FLOP/s, HBM and L2 in bytes/s are the device's; b_w and b_x are bytes per
 weight and activation, b_w' those of the weight as the cube unit reads it. Three tile shapes of
 `tile_elements` outputs (what L0C holds in fp32) compete; the cheapest is taken. `waves` is
-the rounds in which all cores work one tile each. The e_* are fractions of peak, and `surface` is a correction of log(time), linear between the logs of its
-knots and constant outside them: all of it is without unit and moves to a device with other
-core counts and rates. Weights quantized for a wider product (w8a16, w4a16, w4a8) also pay
+the rounds in which all cores work one tile each. The e_* are fractions of peak, and `surface` is a
+correction of log(time), linear between the logs of its knots and constant outside them: all of
+it is without unit and moves to a device with other core counts and rates. Weights quantized for
+a wider product (w8a16, w4a16, w4a8) also pay
     unpack  = n*k * max(vector_flop_per_weight / vector rate, passes * b_w' / (L2 * e_l2))
 as a third limit of the body: vector cores unpack beside the cube, through L2 (passes = 1) or
 in registers (0).
@@ -24,6 +25,9 @@ the coefficients come from, which cycles through `copies` of them:
 warm = 1 / (1 + (copies * b_w*n*k / L2 bytes)^8), steep because a cyclic walk over more than
 a cache holds finds nothing in it. `cold` weights (a whole model streams between
 two uses) have warm = 0.
+
+The body counts as compute where `compute` exceeds one pass over the operands (`hbm`): fetching
+tiles again from L2 is part of feeding the cube.
 
 Sources of the coefficients: the calibration's own `matmul.*` sections. Left out: bank
 conflicts of particular strides, biases, transposes, fused all-reduce.
@@ -103,7 +107,7 @@ def _body(
     rule: Precision,
     state: WeightState,
 ) -> tuple[Array, Array]:
-    """Seconds of the cheapest tile shape, and where its arithmetic takes longer than memory."""
+    """Seconds of the cheapest tile shape, and where arithmetic binds rather than memory."""
     m, n, k = sizes
     memory_s = _memory_s(sizes, coef, device, rule, state)
     side = math.sqrt(coef["tile_elements"] / 2.0)
@@ -122,7 +126,7 @@ def _body(
         l2_s = columns * (m * rule.input_bytes) + rows * (n * rule.cube_bytes)
         moved_s = np.maximum(memory_s, l2_s * (k * l2_byte_s))
         sums.append(_fourth(cube_s) + _fourth(moved_s))
-        bound.append(cube_s >= moved_s)
+        bound.append(cube_s >= memory_s)
     least = np.minimum(np.minimum(sums[0], sums[1]), sums[2])
     compute = np.where(sums[0] == least, bound[0], np.where(sums[1] == least, bound[1], bound[2]))
     return np.sqrt(np.sqrt(least)), np.asarray(compute, dtype=np.bool_)

@@ -14,8 +14,9 @@ expert's rows are padded to 16, half of it wasted on average. `again` is how man
 over its weights an expert needs on average, one for each `tile_rows` of its rows: with a mean of
 one tile half of the experts have more, and a Poisson spread of 128 rows is 9 % of them; a further
 pass costs `reread` of the first. `imbalance` (>= 1, and 1 without expert parallelism) is how many
-rows a rank of an expert-parallel group computes over the mean of the group. `quantize` and the unpacking of
-narrow weights are those of `kernels.matmul`, whose dtype section they come from.
+rows a rank of an expert-parallel group computes over the mean of the group. `quantize` is the
+pass that narrows the rows, (2 + b_x) bytes an element at e_quant of HBM; weights that vector
+cores unpack add their time as `kernels.matmul` has it.
 
 The block of `moe_block` is gate and up as one grouped product, SwiGLU, and down, as measured:
 
@@ -131,7 +132,8 @@ def grouped_matmul(
     rows: routed rows on this rank (may be a fraction: an expectation), >= 0. groups: local
     experts. n, k: one expert's features. active: experts with at least one row, by
     default what uniform routing expects. ep: ranks that share the experts. All
-    broadcast; the result has their shape. dtype as for `matmul`. Raises `UnknownNameError`, `InputError`, `CalibrationError` as `matmul` does.
+    broadcast; the result has their shape. dtype as for `matmul`. Raises
+    `UnknownNameError`, `InputError`, `CalibrationError` as `matmul` does.
     """
     rule = precision_of(dtype)
     coef = merged_coefficients(machine.calibration, MOE_FAMILY, rule)

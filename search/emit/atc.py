@@ -11,9 +11,9 @@ the same build loaded once a replica. Sources: the tables in `search/data/atc.to
 tables in `rank_table`.
 
 Left out, and refused: pipeline stages (parallel_option.json documents no key for them, and a
-`--shard_model_dir` build needs shards that a plan does not hold), expert, context and sequence
-parallelism, replicas of several nodes each. The compiler's solver chooses which operators it
-splits; the plan fixes only how many ways.
+`--shard_model_dir` build needs shards that a plan does not hold), expert and context parallelism,
+replicas of several nodes each. The compiler's solver chooses which operators it splits, and
+whether tokens are split between them (sequence parallelism); the plan fixes only how many ways.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def files(
     family = family_of(plan, _TARGET, facts["families"], _device_hint(plan))
     release = _release(cann)
     soc = _soc(plan, soc_version)
-    _check_strategy(plan)
+    _check_strategy(plan, family)
     way = plan.strategy
     groups = place(_TARGET, groups=way.dp, ranks=way.tp, per_node=plan.cluster.ranks_per_node)
     hosts = _addresses(addresses, "addresses", groups[-1][-1].node + 1)
@@ -117,25 +117,25 @@ def _soc(plan: Plan, asked: str | None) -> str:
     return asked or known[0]
 
 
-def _check_strategy(plan: Plan) -> None:
+def _check_strategy(plan: Plan, family: str) -> None:
     """`InputError` for an axis that the compiler has no option for."""
     way = plan.strategy
-    wider = f"search with pp=1, for example tp={way.tp * way.pp}, or {_ELSEWHERE}"
+    wider = way.tp * way.pp
+    example = f", for example tp={wider}" if wider <= plan.cluster.ranks_per_node else ""
     rules = (
-        (way.pp > 1, "parallel_option.json has no key for pipeline stages", f"pp={way.pp}", wider),
-        (way.ep > 1, "the compiler does not split experts", f"ep={way.ep}", "search with ep=1"),
-        (way.cp > 1, "the compiler does not split contexts", f"cp={way.cp}", "search with cp=1"),
-        (
-            way.sp,
-            "parallel_option.json has no key for sequence parallelism",
-            "sp=True",
-            "search with sp off",
-        ),
+        ("pp", way.pp, "parallel_option.json has no key for pipeline stages", example),
+        ("ep", way.ep, "the compiler does not split experts", ""),
+        ("cp", way.cp, "the compiler does not split contexts", ""),
     )
-    for broken, rule, got, hint in rules:
-        if broken:
-            other = "" if _ELSEWHERE in hint else f", or {_ELSEWHERE}"
-            raise refuse(_TARGET, rule, got=got, hint=hint + other)
+    for axis, size, rule, more in rules:
+        if size > 1:
+            hint = f"search with {axis}=1{more}{_or_elsewhere(family)}"
+            raise refuse(_TARGET, rule, got=f"{axis}={size}", hint=hint)
+
+
+def _or_elsewhere(family: str) -> str:
+    """The other target, where it knows the device."""
+    return f", or {_ELSEWHERE}" if family in table("vllm_ascend")["families"] else ""
 
 
 def _addresses(given: Sequence[str] | str, what: str, count: int) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ def _check_groups(groups: Sequence[Sequence[Slot]], family: str, hosts: tuple[st
             _TARGET,
             "one build serves replicas of one node each",
             got=f"tp={ranks}, dp={len(groups)}",
-            hint=f"plan one replica (dp=1), or {_ELSEWHERE}",
+            hint=f"plan one replica (dp=1){_or_elsewhere(family)}",
         )
     if not hosts:
         raise InputError(
@@ -323,7 +323,8 @@ def _readme(
         "## Steps",
         "",
         f"1. Export the model to ONNX twice, prompt phase and decode phase, holding {held}. ATC "
-        "keeps the precision of the file; quantize before exporting.",
+        "quantizes nothing: do that before exporting, and set --precision_mode where its default "
+        "is not the precision of the plan.",
         "2. Load the CANN environment (`source set_env.sh` of the toolkit).",
         "3. `PREFILL_MODEL=prefill.onnx DECODE_MODEL=decode.onnx ./atc.sh` writes the offline "
         "models `prefill` and `decode` beside it. Names of files and folders hold letters, "
@@ -332,14 +333,7 @@ def _readme(
         "",
         "## Assumed",
         "",
-        "- The ONNX inputs are `input_ids` and `position_ids` [batch, tokens] and "
-        "`attention_mask` [batch, context]; KV-cache inputs have static shapes in the file. Other "
-        "names or inputs: set PREFILL_SHAPE and DECODE_SHAPE.",
-        f"- Shapes are static: prefill {_shapes(plan)['prefill']}, decode "
-        f"{_shapes(plan)['decode']}. Prompts are padded to the prefill length.",
-        "- The compiler's solver chooses the split of each operator; the plan priced Megatron's.",
-        f"- Attention is what the ONNX file and the compiler's fusion make it; the plan priced "
-        f"{way.attention} attention.",
+        *_assumed(plan),
         *left,
         "- Not run on a device by the tool that wrote this.",
         "",
@@ -349,6 +343,21 @@ def _readme(
         f"- priced for engine profile {printable(plan.request.engine_profile)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _assumed(plan: Plan) -> list[str]:
+    way = plan.strategy
+    return [
+        "- The ONNX inputs are `input_ids` and `position_ids` [batch, tokens] and "
+        "`attention_mask` [batch, context]; KV-cache inputs have static shapes in the file. Other "
+        "names or inputs: set PREFILL_SHAPE and DECODE_SHAPE.",
+        f"- Shapes are static: prefill {_shapes(plan)['prefill']}, decode "
+        f"{_shapes(plan)['decode']}. Prompts are padded to the prefill length.",
+        "- The compiler's solver chooses the split of each operator; the plan priced Megatron's "
+        + ("with sequence parallelism." if way.sp else "without sequence parallelism."),
+        f"- Attention is what the ONNX file and the compiler's fusion make it; the plan priced "
+        f"{way.attention} attention.",
+    ]
 
 
 def _loading(tp: int, dp: int) -> list[str]:
@@ -363,7 +372,7 @@ def _loading(tp: int, dp: int) -> list[str]:
         return [load]
     return [
         load,
-        f"5. Repeat step 4 in {dp} processes, one a replica, each with its own "
-        "ASCEND_RT_VISIBLE_DEVICES (the device_id list of its rank_table_replica file) and spread "
-        "the requests over them.",
+        f"5. Repeat step 4 in {dp} processes, one a replica, each with "
+        f"ASCEND_RT_VISIBLE_DEVICES set to its own {tp} devices of one node (consecutive, from "
+        "device 0 of node 0 on), and spread the requests over them.",
     ]

@@ -40,7 +40,7 @@ def memory_section(plan: Plan) -> Html:
         *[_stage(name, row, full) for name, row in groups],
         tag("ul", *keys, class_="legend"),
         _memory_table(groups),
-        tag("p", "Largest lever: ", plan.largest_lever, "."),
+        tag("p", "Largest lever: ", plan.largest_lever.rstrip("."), "."),
     )
 
 

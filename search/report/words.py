@@ -52,6 +52,8 @@ def limit_time(seconds: float) -> str:
 
 def milliseconds(seconds: float) -> str:
     """Seconds in ms for a column of a table; an en dash for none at all."""
+    if 0 < seconds < 1e-6:  # noqa: PLR2004
+        return "<0.001"
     return number(seconds * 1e3) if seconds else "\N{EN DASH}"
 
 
@@ -62,8 +64,10 @@ def gib(size_bytes: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1: 12 %, 3.4 %, 0.5 %."""
+    """A share of 1: 12 %, 3.4 %, 0.5 %, <0.1 %."""
     value = 100 * share
+    if 0 < value < 0.05:  # noqa: PLR2004
+        return "<0.1 %"
     return f"{value:.0f} %" if abs(value) >= 10 or not value else f"{value:.1f} %"  # noqa: PLR2004
 
 
@@ -173,9 +177,10 @@ def command(plan: Plan) -> list[str]:
 def _options(plan: Plan) -> Iterator[tuple[str, str]]:
     """Every option of the request; a model read from a file by its path, a preset by its name."""
     asked, workload, limits = plan.request, plan.request.workload, plan.request.limits
-    from_file = plan.model.source.endswith(_MODEL_FILES) and " " not in plan.model.source
+    source = plan.model.source
+    from_file = source.endswith(_MODEL_FILES) and "://" not in source
     pairs: dict[str, str | float | None] = {
-        "--model": plan.model.source if from_file else plan.model.name,
+        "--model": source if from_file else plan.model.name,
         "--cluster": plan.cluster.name,
         "--nodes": plan.cluster.nodes,
         "--cards": asked.cards,

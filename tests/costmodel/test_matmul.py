@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardplan.costmodel.calibration import load_calibration
-from shardplan.costmodel.catalog import load_device
+from shardplan.costmodel.catalog import device_names, load_device
 from shardplan.costmodel.fitting.common import held_out
 from shardplan.costmodel.fitting.surface_fit import knot_weights
 from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.kernels.matmul import matmul
+from shardplan.costmodel.kernels.moe import grouped_matmul
 from shardplan.costmodel.kernels.surface import knot_name, surface_of
 from shardplan.models.errors import InputError, UnknownNameError
 
@@ -71,7 +72,7 @@ def test_cold_weights_explain_kernels_inside_a_network(n: int, k: int, measured_
     machine = Machine.of(load_device("a3-die"))
     cold = matmul(machine, 16, n, k, "bf16", weights="cold").total_s * 1e6
     warm = matmul(machine, 16, n, k, "bf16").total_s * 1e6
-    assert cold == pytest.approx(measured_us, rel=0.15)
+    assert cold == pytest.approx(measured_us, rel=0.2)
     assert warm < cold
 
 
@@ -91,11 +92,12 @@ def test_narrow_weights_pay_off_where_weights_are_streamed_and_not_in_prefill() 
     assert prefill["w8a8"] < 0.75 * prefill["bf16"]
 
 
-def test_dynamic_quantization_costs_more_than_static() -> None:
-    dynamic = matmul(ASCEND, 2048, 4096, 4096, "w8a8")
-    static = matmul(ASCEND, 2048, 4096, 4096, "w8a8_static")
-    assert dynamic.overhead_s > static.overhead_s
-    assert dynamic.total_s > static.total_s
+def test_the_quantization_kernel_is_overhead_that_grows_with_rows() -> None:
+    few, many = (matmul(ASCEND, rows, 4096, 4096, "w8a8").overhead_s for rows in (16, 4096))
+    plain = matmul(ASCEND, 4096, 4096, 4096, "bf16").overhead_s
+    # 4096 x 4096 read in 2 bytes and written in 1, at the HBM's rate or slower.
+    assert many - few > 0.5 * 3 * 4096 * 4096 / ASCEND.device.hbm_bytes_per_s
+    assert few > plain
 
 
 def test_half_the_cores_and_bandwidth_never_help() -> None:
@@ -143,6 +145,15 @@ def test_a_doubled_size_is_hardly_ever_faster(dtype: str) -> None:
         drop = np.where(kept, 1.0 - matmul(ASCEND, *larger, dtype).total_s / here, 0.0)
         assert (drop > 0.011).mean() < 0.003
         assert drop.max() < 0.2
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_every_device_prices_the_dtypes_it_declares(name: str) -> None:
+    device = load_device(name)
+    for dtype in device.weight_dtypes:
+        dense = matmul(Machine.of(device), 64, 4096, 4096, dtype).total_s
+        routed = grouped_matmul(Machine.of(device), 64, 8, 4096, 4096, dtype).total_s
+        assert 0 < dense < routed
 
 
 def test_broadcast_shape_and_one_element_is_the_same_as_many() -> None:

@@ -31,6 +31,30 @@ CLUSTERS: dict[str, tuple[str, int, int]] = {
     "": ("h200", 8, 4),
 }
 
+_STRATEGY: dict[str, Any] = {
+    "tp": 8,
+    "pp": 1,
+    "dp": 1,
+    "ep": 1,
+    "cp": 1,
+    "sp": False,
+    "exchange": "allgather",
+    "stage_layers": (),
+    "attention": "flash",
+    "weight_dtype": "bf16",
+    "kv_dtype": "bf16",
+    "batch": 24,
+    "chunk": 4096,
+}
+
+_WORKLOAD: dict[str, Any] = {
+    "input_len": 1000,
+    "output_len": 300,
+    "concurrency": 24,
+    "request_rate": None,
+    "prefix_hit": 0.0,
+}
+
 _TOOL = """#!{python}
 import json, os, sys, time
 with open(os.environ["RECORD"], "a", encoding="utf-8") as file:
@@ -57,24 +81,22 @@ def emit_plan(
 ) -> Plan:
     """Llama-3.1-70B, 1000 tokens in and 300 out, tp 8 on one A2 node unless said otherwise."""
     base = make_plan()
-    sizes: dict[str, Any] = {
-        "tp": 8,
-        "pp": 1,
-        "dp": 1,
-        "ep": 1,
-        "cp": 1,
-        "sp": False,
-        "exchange": "allgather",
-        "stage_layers": (),
-        "attention": "flash",
-        "weight_dtype": "bf16",
-        "kv_dtype": "bf16",
-        "batch": 24,
-        "chunk": 4096,
-        **strategy,
-    }
+    work = {**_WORKLOAD, **(workload or {})}
+    asked = {"engine_profile": "vllm-ascend", **(request or {})}
+    asked["workload"] = base.request.workload.model_copy(update=work)
+    return base.model_copy(
+        update={
+            "strategy": StrategyInfo(**{**_STRATEGY, **strategy}),
+            "cluster": _cluster(soc),
+            "model": ModelInfo(**{**base.model.model_dump(), **(model or {})}),
+            "request": base.request.model_copy(update=asked),
+        }
+    )
+
+
+def _cluster(soc: str) -> ClusterInfo:
     device, per_node, nodes = CLUSTERS[soc]
-    cluster = ClusterInfo(
+    return ClusterInfo(
         name="test",
         title="a test server",
         device=device,
@@ -83,24 +105,6 @@ def emit_plan(
         nodes=nodes,
         ranks=per_node * nodes,
         hbm_bytes=64.0 * 2**30,
-    )
-    work = {
-        "input_len": 1000,
-        "output_len": 300,
-        "concurrency": 24,
-        "request_rate": None,
-        "prefix_hit": 0.0,
-        **(workload or {}),
-    }
-    asked = {"engine_profile": "vllm-ascend", **(request or {})}
-    asked["workload"] = base.request.workload.model_copy(update=work)
-    return base.model_copy(
-        update={
-            "strategy": StrategyInfo(**sizes),
-            "cluster": cluster,
-            "model": ModelInfo(**{**base.model.model_dump(), **(model or {})}),
-            "request": base.request.model_copy(update=asked),
-        }
     )
 
 

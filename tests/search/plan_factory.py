@@ -180,7 +180,7 @@ def _model() -> ModelInfo:
     return ModelInfo(
         name="llama-3.1-70b",
         architecture="LlamaForCausalLM",
-        source="meta-llama/Llama-3.1-70B config.json",
+        source="https://huggingface.co/meta-llama/Llama-3.1-70B/blob/main/config.json",
         digest="sha256:" + "0123456789abcdef" * 4,
         parameters=70_553_706_496,
         active_parameters=70_553_706_496,
