@@ -15,9 +15,9 @@ Prefill first (an engine that stops decoding for a prompt): mixed steps are pure
     t = decode(b) + r' prefill(I),  r' = b / O requests a decode step.
 
 wait, in closed loop, is that of a queue with deterministic service: rho / (2 (1 - rho)) services,
-rho = r I / (c - d), never more than the other slots' prompts. A pipeline of p stages runs p microbatches of
-slots at once: a step takes max(sum of stages, p * slowest stage at b / p); a prompt of several
-chunks flows through it with (chunks - 1) bubbles of the slowest stage.
+rho = r I / (c - d), never more than the other slots' prompts. A pipeline of p stages runs p
+microbatches of slots at once: a step takes max(sum of stages, p * slowest stage at b / p); a prompt
+of several chunks flows through it with (chunks - 1) bubbles of the slowest stage.
 With `offered` requests a second, slots fill by Little's law: b = rate * latency.
 
 Left out: length distributions, bursts, preemption, the start and end of a run (`run_out` adds
@@ -184,26 +184,31 @@ def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
     piece = np.minimum(room, prompt * np.maximum(per_step, 1.0))
     mixed = np.minimum(per_step * prompt / piece, 1.0)
     return _Shares(
-        slots=slots,
-        per_step=per_step, decoding=decoding, piece=piece, mixed=mixed, prompt=prompt)
+        slots=slots, per_step=per_step, decoding=decoding, piece=piece, mixed=mixed, prompt=prompt
+    )
 
 
 def _decode_stages(model: StepModel, given: ServingInput, sequences: Array) -> list[Parts]:
     """A decode step of `sequences` of one microbatch at the mean context."""
     engine = model.engine
-    context = as_array(given.input_len) + as_array(given.output_len) / 2.0
     token = Load.of("decode", engine, tokens=sequences, weight_dtype=given.weight_dtype)
-    seen = Load.of(
+    return _sum(
+        model.parts("token", token),
+        model.parts("attention", _cached(model, given, sequences)),
+        model.parts("logits", token),
+    )
+
+
+def _cached(model: StepModel, given: ServingInput, sequences: Array) -> Load:
+    """One new token of each sequence at the mean context."""
+    return Load.of(
         "decode",
-        engine,
+        model.engine,
         batch=sequences,
         new=1.0,
-        prefix=context,
+        prefix=as_array(given.input_len) + as_array(given.output_len) / 2.0,
         kv_dtype=given.kv_dtype,
         attention=given.attention,
-    )
-    return _sum(
-        model.parts("token", token), model.parts("attention", seen), model.parts("logits", token)
     )
 
 
@@ -213,15 +218,17 @@ def _mixed_stages(
     """A step of `sequences` decoding beside one piece of a prompt."""
     engine = model.engine
     piece, prompt = shares.piece, shares.prompt
-    context = as_array(given.input_len) + as_array(given.output_len) / 2.0
     kept = as_array(given.input_len) - prompt
-    kinds = {"kv_dtype": given.kv_dtype, "attention": given.attention}
-    tokens = Load.of(
-        "prefill", engine, tokens=sequences + piece, weight_dtype=given.weight_dtype
-    )
+    tokens = Load.of("prefill", engine, tokens=sequences + piece, weight_dtype=given.weight_dtype)
     many, new = np.maximum(piece / prompt, 1.0), np.minimum(piece, prompt)
     chunk = Load.of(
-        "prefill", engine, batch=many, new=new, prefix=kept + (prompt - new) / 2.0, **kinds
+        "prefill",
+        engine,
+        batch=many,
+        new=new,
+        prefix=kept + (prompt - new) / 2.0,
+        kv_dtype=given.kv_dtype,
+        attention=given.attention,
     )
     rows = Load.of("prefill", engine, tokens=sequences + many, weight_dtype=given.weight_dtype)
     parts = _sum(
@@ -229,8 +236,7 @@ def _mixed_stages(
     )
     if engine.prefill_first:
         return parts
-    seen = Load.of("decode", engine, batch=sequences, new=1.0, prefix=context, **kinds)
-    return _sum(parts, model.parts("attention", seen))
+    return _sum(parts, model.parts("attention", _cached(model, given, sequences)))
 
 
 def serve(model: StepModel, given: ServingInput) -> Serving:

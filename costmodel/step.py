@@ -18,7 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from shardplan.costmodel.kernels.attention import (
     attention_prefill,
 )
 from shardplan.costmodel.kernels.base import Array, ArrayLike, KernelTime, Machine, as_array
-from shardplan.costmodel.kernels.collectives import collective
+from shardplan.costmodel.kernels.collectives import CollectiveKind, collective
 from shardplan.costmodel.kernels.matmul import matmul
 from shardplan.costmodel.kernels.mla import mla_decode, mla_prefill
 from shardplan.costmodel.kernels.moe import grouped_matmul
@@ -202,7 +202,7 @@ class StepModel:
         engine: EngineProfile,
         memo: Memo[Parts] | None = None,
     ) -> StepModel:
-        """The op tables of both phases; `memo`: that of another model of this machine and engine."""
+        """The op tables of both phases; `memo`: shared with models of this machine and engine."""
         rows = {
             phase: {
                 name: block_rows(graph, block, cluster, engine)
@@ -292,7 +292,7 @@ class StepModel:
     def _price(self, row: Row, load: Load) -> Parts:
         if row.is_collective:
             time = collective(
-                row.kind,
+                cast("CollectiveKind", row.kind),
                 row.spans,
                 2.0 * row.n * _tokens(row, load, self.groups),
                 self.machine.calibration,

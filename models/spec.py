@@ -2,8 +2,8 @@
 
 Symbols used across the project (named dims): B batch, T new tokens, S context, H hidden,
 K kv heads, G query heads per kv head, D head dim, F ffn, V vocabulary, E experts,
-I expert ffn, X shared-expert ffn, Q query latent (MLA), C kv latent (MLA), N no-position head part (MLA),
-R rotary head part (MLA).
+I expert ffn, X shared-expert ffn, Q query latent, C kv latent, N no-position head part and R
+rotary head part (the last four of multi-head latent attention, MLA).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["MlaSpec", "ModelSpec", "MoeSpec", "CHECKPOINT_DTYPES", "CheckpointDtype"]
+__all__ = ["CHECKPOINT_DTYPES", "CheckpointDtype", "MlaSpec", "ModelSpec", "MoeSpec"]
 
 CheckpointDtype = Literal["bf16", "fp16", "fp32", "fp8", "w8a8", "w8a16", "w4a16"]
 CHECKPOINT_DTYPES: tuple[CheckpointDtype, ...] = (

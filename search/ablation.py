@@ -24,6 +24,7 @@ import numpy as np
 
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.serving import step_seconds
 from shardplan.costmodel.step import Load
@@ -40,6 +41,7 @@ _ATTENTION_LENGTHS = (1024, 2048, 4096, 8192)
 _PROMPTS = (128, 256, 512, 1024)
 _GOAL_S = 8.0
 _SAMPLES = 17
+_KERNELS: tuple[AttentionKernel, ...] = ("naive", "flash")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +159,7 @@ def _single(
     return first, float(each.mean())
 
 
-def _memory(
-    scorer: LayoutScorer, choice: Choice, batch: float, tokens: float
-) -> dict[str, float]:
+def _memory(scorer: LayoutScorer, choice: Choice, batch: float, tokens: float) -> dict[str, float]:
     """Weights and cache over all cards, and the fullest card against its capacity."""
     stages = scorer.ledger.stages(
         scorer.model.machine,
@@ -237,7 +237,7 @@ def _attention(scorer: LayoutScorer, sixteen: str) -> Iterator[AttentionRow]:
     for tokens in _ATTENTION_LENGTHS:
         own: dict[str, float] = {}
         whole: dict[str, float] = {}
-        for kernel in ("naive", "flash"):
+        for kernel in _KERNELS:
             load = Load.of(
                 "prefill",
                 engine,
@@ -245,12 +245,12 @@ def _attention(scorer: LayoutScorer, sixteen: str) -> Iterator[AttentionRow]:
                 new=float(tokens),
                 prefix=0.0,
                 kv_dtype=sixteen,
-                attention=kernel,  # type: ignore[arg-type]  # one of two
+                attention=kernel,
             )
             own[kernel] = sum(
                 float(parts.total_s) for _, parts in scorer.model.by_kind("attention", load)
             )
-            choice = Choice(attention=kernel, weight_dtype=sixteen, kv_dtype=sixteen)  # type: ignore[arg-type]  # one of two
+            choice = Choice(attention=kernel, weight_dtype=sixteen, kv_dtype=sixteen)
             new = np.array([float(tokens)])
             whole[kernel] = float(_seconds(scorer, choice, "prefill", new, np.zeros(1))[0])
         yield AttentionRow(

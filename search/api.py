@@ -19,7 +19,7 @@ from shardplan.models.errors import ProofError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.evaluate import Question
-from shardplan.search.exact import Kept, Outcome, search_exact
+from shardplan.search.exact import Outcome, search_exact
 from shardplan.search.failure import nothing_feasible
 from shardplan.search.output import MOST_ROWS, trial_frame
 from shardplan.search.plan import Plan

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from collections.abc import Mapping
 
 import numpy as np
 
-from shardplan.costmodel.ledger import StageMemory
-from shardplan.costmodel.serving import Load, Parts
-from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.costmodel.basis import basis_of
+from shardplan.costmodel.ledger import StageMemory
+from shardplan.costmodel.step import Load, Parts
+from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.exact import Kept, Outcome, pareto_mask
 from shardplan.search.plan import (
@@ -44,10 +46,9 @@ def candidate(outcome: Outcome, kept: Kept) -> Candidate:
     )
 
 
-def performance(columns: dict[str, float] | Kept | object) -> Performance:
+def performance(columns: Mapping[str, float]) -> Performance:
     """The columns of a score that a plan tells."""
-    table = columns.columns if isinstance(columns, Kept) else columns
-    return Performance(**{name: table[name] for name in Performance.model_fields})  # type: ignore[index]  # a mapping
+    return Performance(**{name: columns[name] for name in Performance.model_fields})
 
 
 def pareto_front(outcome: Outcome) -> list[Kept]:
@@ -119,18 +120,20 @@ def memory_rows(scorer: LayoutScorer, best: Kept) -> tuple[MemoryRow, ...]:
 def _loads(scorer: LayoutScorer, best: Kept, phase: str) -> list[tuple[str, Load]]:
     """What one prefill of one prompt, or one decode step of every slot, asks of each group."""
     work, choice, engine = scorer.question.workload, best.choice, scorer.question.engine
-    kinds = {"kv_dtype": choice.kv_dtype, "attention": choice.attention}
+    cached = functools.partial(
+        Load.of, engine=engine, kv_dtype=choice.kv_dtype, attention=choice.attention
+    )
     if phase == "prefill":
         new = float(min(work.input_len, best.chunk))
         return [
             ("token", Load.of("prefill", engine, tokens=new, weight_dtype=choice.weight_dtype)),
-            ("attention", Load.of("prefill", engine, batch=1.0, new=new, prefix=0.0, **kinds)),
+            ("attention", cached("prefill", batch=1.0, new=new, prefix=0.0)),
             ("logits", Load.of("prefill", engine, tokens=1.0, weight_dtype=choice.weight_dtype)),
         ]
     slots = float(-(-best.batch // scorer.parallel.pp))
     context = work.input_len + work.output_len / 2.0
     token = Load.of("decode", engine, tokens=slots, weight_dtype=choice.weight_dtype)
-    seen = Load.of("decode", engine, batch=slots, new=1.0, prefix=context, **kinds)
+    seen = cached("decode", batch=slots, new=1.0, prefix=context)
     return [("token", token), ("attention", seen), ("logits", token)]
 
 

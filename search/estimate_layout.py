@@ -105,9 +105,7 @@ def _alone(device: Device) -> Cluster:
     )
 
 
-def find_cluster(
-    name: str | None, *, nodes: int | None, device: str | None, ranks: int
-) -> Cluster:
+def find_cluster(name: str | None, *, nodes: int | None, device: str | None, ranks: int) -> Cluster:
     """The cluster that holds `ranks` ranks; a device alone stands for a cluster of one rank.
 
     `InputError` when both are missing, `LayoutError` when the ranks do not fit.
@@ -179,9 +177,7 @@ def kv_dtype_for(asked: str, device: Device) -> str:
     return dtype
 
 
-def _notes(
-    cluster: Cluster, engine: EngineProfile, ranks: int, chosen: str
-) -> tuple[str, ...]:
+def _notes(cluster: Cluster, engine: EngineProfile, ranks: int, chosen: str) -> tuple[str, ...]:
     notes = []
     if not chosen:
         notes.append(f"engine_profile={engine.name}, the first of {cluster.device.name}")

@@ -72,9 +72,7 @@ def _kv_heads(given: Sizes) -> Array:
 
 
 def _matmul(machine: Machine, given: Sizes, chosen: Choices) -> KernelTime:
-    return matmul(
-        machine, given["m"], given["n"], given["k"], chosen["dtype"], weights="rotated"
-    )
+    return matmul(machine, given["m"], given["n"], given["k"], chosen["dtype"], weights="rotated")
 
 
 def _attention_prefill(machine: Machine, given: Sizes, chosen: Choices) -> KernelTime:
@@ -150,7 +148,9 @@ def _refuse_sizes(points: Points, op: str, rows: Indices) -> Indices:
     """Rows whose sizes are all there and legal; the others are refused."""
     for name in OP_COLUMNS[op]:
         missing = rows[np.isnan(points.floats(name, rows))]
-        points.refuse(missing, InputError(f"`{name}` is needed for op {op}", got=f"{name} is empty"))
+        points.refuse(
+            missing, InputError(f"`{name}` is needed for op {op}", got=f"{name} is empty")
+        )
     rules: list[tuple[str, str, Callable[[Array, Array], Any]]] = []
     if op.startswith("attention"):
         rules.append(("heads", "kv_heads", lambda a, b: (b > 0) & (a % np.maximum(b, 1) != 0)))

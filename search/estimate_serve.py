@@ -53,7 +53,13 @@ class Served:
 
 
 def memory_slots(
-    layout: Layout, *, weight_dtype: str, kv_dtype: str, attention: str, chunk: Array, context: Array
+    layout: Layout,
+    *,
+    weight_dtype: str,
+    kv_dtype: str,
+    attention: str,
+    chunk: Array,
+    context: Array,
 ) -> Array:
     """Sequences of `context` tokens that fit beside steps of `chunk` tokens; below 1 for none."""
     none = np.zeros_like(context)

@@ -77,8 +77,7 @@ class LayoutScorer:
     ) -> None:
         self.question, self.parallel = question, par
         graphs = {
-            phase: apply(build_graph(question.spec, phase), par)
-            for phase in ("prefill", "decode")
+            phase: apply(build_graph(question.spec, phase), par) for phase in ("prefill", "decode")
         }
         self.model = StepModel.of(graphs, question.cluster, question.engine, memo)  # type: ignore[arg-type]  # phases are literals
         self.ledger = Ledger.of(graphs["prefill"], question.cluster.device, question.engine)
@@ -149,9 +148,7 @@ class LayoutScorer:
         )
         return Scores(columns=columns, limit=self._limit(columns, batch, chunk))
 
-    def _limit(
-        self, columns: Mapping[str, Array], batch: Array, chunk: Array
-    ) -> NDArray[np.int8]:
+    def _limit(self, columns: Mapping[str, Array], batch: Array, chunk: Array) -> NDArray[np.int8]:
         question, work = self.question, self.question.workload
         longest = question.spec.max_context or math.inf
         broken = {

@@ -80,7 +80,7 @@ class Request(_Part):
     weight_dtype: str
     kv_dtype: str
     attention: str
-    engine: str
+    engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
     """Search engine."""
     engine_profile: str
     serving: Literal["agg"]
@@ -253,7 +253,7 @@ class Certificate(_Part):
 class Plan(_Part):
     """`plan.json`."""
 
-    schema_version: Literal[1] = PLAN_VERSION
+    schema_version: Literal[1] = 1
     shardplan_version: str
     request: Request
     model: ModelInfo
@@ -300,7 +300,7 @@ class Plan(_Part):
             ) from None
 
     def dumps(self) -> str:
-        """The bytes of plan.json; floats with ten significant digits, beyond which machines differ."""
+        """The bytes of plan.json; floats have ten digits, beyond which machines differ."""
         return json.dumps(_rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:

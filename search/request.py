@@ -90,9 +90,7 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
 
 def _whole(name: str, value: object, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InputError(
-            f"`{name}` is a whole number from 1 to {most:,}", got=f"{name}={value!r}"
-        )
+        raise InputError(f"`{name}` is a whole number from 1 to {most:,}", got=f"{name}={value!r}")
     return value
 
 
@@ -145,12 +143,16 @@ def _workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
     if hit is not None and not (isinstance(hit, int | float) and 0 <= hit < 1):
         raise InputError("`prefix_hit` is from 0 to below 1", got=f"prefix_hit={hit!r}")
     limits = {
-        f"{name}_s": None if said(f"{name}_ms") is None else _positive(name, said(f"{name}_ms")) / 1e3
+        f"{name}_s": None
+        if said(f"{name}_ms") is None
+        else _positive(name, said(f"{name}_ms")) / 1e3
         for name in ("ttft", "tpot")
     }
     work = Workload(
         **lengths,
-        concurrency=None if concurrency is None else _whole("concurrency", concurrency, _MOST_REQUESTS),
+        concurrency=None
+        if concurrency is None
+        else _whole("concurrency", concurrency, _MOST_REQUESTS),
         request_rate=None if rate is None else _positive("rate", rate),
         prefix_hit=float(hit or 0.0),
     )
@@ -162,7 +164,7 @@ def _workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
 def _soft_limits(
     work: Workload, limits: Limits, objective: str, notes: list[str]
 ) -> tuple[Limits, bool]:
-    """Limits for a question that sets no bound at all: throughput alone would let requests queue."""
+    """Limits for a question that sets no bound: throughput alone would let requests queue."""
     open_ended = work.concurrency is None and work.request_rate is None
     if objective != "throughput" or not open_ended or any(limits.model_dump().values()):
         return limits, False
@@ -261,9 +263,7 @@ def resolve(asked: Asked) -> Resolved:
     cluster = (
         asked.cluster
         if isinstance(asked.cluster, Cluster)
-        else load_cluster(
-            asked.cluster, nodes=asked.nodes, device=asked.device, cards=asked.cards
-        )
+        else load_cluster(asked.cluster, nodes=asked.nodes, device=asked.device, cards=asked.cards)
     )
     cards = resolve_cards(cluster, asked.cards)
     work, limits = _workload(asked, notes)
@@ -286,7 +286,7 @@ def resolve(asked: Asked) -> Resolved:
         weight_dtype=asked.weight_dtype,
         kv_dtype=asked.kv_dtype,
         attention=asked.attention,
-        engine="exact" if engine_name == "auto" else engine_name,
+        engine="exact" if engine_name == "auto" else engine_name,  # type: ignore[arg-type]  # checked
         engine_profile=engine.name,
         serving="agg",
         seed=asked.seed,

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import math
 import time
 import warnings
@@ -41,7 +42,7 @@ from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, context_to
 from shardplan.search.exact import Kept, Outcome, Tally, keep_best, note_nearest, rank_key
 from shardplan.search.legality import Subject, first_broken_rule
 from shardplan.search.space import Choice, Space, divisors
-from shardplan.search.storage import open_study, quiet_optuna
+from shardplan.search.storage import Direction, open_study, quiet_optuna
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -246,13 +247,11 @@ def make_sampler(engine: SampledEngine, seed: int) -> BaseSampler:
 
 
 def _require_cmaes() -> None:
-    try:
-        import cmaes  # noqa: F401  # Optuna imports it only when it samples
-    except ImportError:
+    if importlib.util.find_spec("cmaes") is None:  # Optuna imports it only when it samples
         raise InputError(
             "the engine cmaes needs the package cmaes, which Optuna's sampler runs on",
             hint="pip install cmaes, or take tpe",
-        ) from None
+        )
 
 
 def _tell(run: _Run, study: Study, trial: Trial, engine: SampledEngine) -> None:
@@ -317,7 +316,9 @@ def search_sampled(
     start = time.perf_counter()
     scorer = functools.lru_cache(maxsize=_SCORERS)(functools.partial(LayoutScorer, question))
     run = _Run(question=question, space=space, scorer=scorer)
-    directions = ("maximize", "minimize") if engine == "nsga2" else ("maximize",)
+    directions: list[Direction] = ["maximize"]
+    if engine == "nsga2":
+        directions.append("minimize")
     dimensions = distributions(space)
     sampler = make_sampler(engine, seed)
     with quiet_optuna():

@@ -73,14 +73,15 @@ class Space:
 
     def dimensions(self) -> dict[str, list[object]]:
         """Values of each dimension, for the certificate."""
+
         def values(name: str) -> list[object]:
             return sorted({getattr(layout, name) for layout in self.layouts})
 
         return {
             **{name: values(name) for name in ("tp", "pp", "dp", "ep", "sp", "exchange")},
-            "attention": sorted({c.attention for c in self.choices}),
-            "weight_dtype": sorted({c.weight_dtype for c in self.choices}),
-            "kv_dtype": sorted({c.kv_dtype for c in self.choices}),
+            "attention": [*sorted({c.attention for c in self.choices})],
+            "weight_dtype": [*sorted({c.weight_dtype for c in self.choices})],
+            "kv_dtype": [*sorted({c.kv_dtype for c in self.choices})],
             "batch": list(self.batches),
             "chunk": list(self.chunks),
         }
@@ -124,9 +125,7 @@ def chunk_grid(engine: EngineProfile, input_len: int, output_len: int) -> tuple[
     None is larger than the prompts that can start in one step of the most slots
     (slots / output_len, at least two): a larger step has nothing to fill it.
     """
-    steps = np.arange(
-        math.log2(_MIN_CHUNK), math.log2(_MAX_CHUNK) + 1e-9, 1.0 / _CHUNKS_PER_OCTAVE
-    )
+    steps = np.arange(math.log2(_MIN_CHUNK), math.log2(_MAX_CHUNK) + 1e-9, 1.0 / _CHUNKS_PER_OCTAVE)
     useful = input_len * max(2, -(-_MAX_BATCH // output_len))
     limit = max(engine.max_num_batched_tokens, min(useful, _MAX_CHUNK))
     found = {round(2.0**x / 16) * 16 for x in steps}

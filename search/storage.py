@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shardplan.models.errors import InputError
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.study import Study
 
-__all__ = ["open_storage", "open_study", "quiet_optuna"]
+__all__ = ["Direction", "open_storage", "open_study", "quiet_optuna"]
 
+Direction = Literal["maximize", "minimize"]
 _DIGEST = "shardplan_question"
 _GRPC_PORT = 13000
 _HINT = "try sqlite:///study.db or journal:study.log"
@@ -68,7 +69,7 @@ def open_study(
     name: str | None,
     digest: str,
     sampler: BaseSampler,
-    directions: Sequence[str],
+    directions: Sequence[Direction],
 ) -> Study:
     """The study of a question: made anew, or the one that the storage holds.
 

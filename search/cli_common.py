@@ -1,0 +1,113 @@
+"""What the commands share: options, strict JSON, consoles, progress on stderr.
+
+With `--json` stdout holds JSON alone; tables go there otherwise. Notes, warnings and progress go to
+stderr. Rich is imported only when something is printed with it, so that `--help` stays instant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shardplan.models.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = [
+    "Cluster",
+    "Device",
+    "EngineProfile",
+    "Force",
+    "Json",
+    "Nodes",
+    "OptionalCluster",
+    "OptionalModel",
+    "check_file_out",
+    "note",
+    "print_json",
+    "progress",
+    "stdout_console",
+]
+
+WIDTH = 100
+
+OptionalModel = Annotated[
+    str | None, typer.Option("--model", help="Preset name, config.json, or model.onnx.")
+]
+OptionalCluster = Annotated[
+    str | None, typer.Option("--cluster", help="Cluster name or TOML file.")
+]
+Cluster = Annotated[str, typer.Option("--cluster", help="Cluster name or TOML file.")]
+Nodes = Annotated[int | None, typer.Option("--nodes", help="Nodes of the cluster.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Device in place of the cluster's own.")
+]
+EngineProfile = Annotated[
+    str | None,
+    typer.Option("--engine-profile", help="Serving engine, such as vllm-ascend or mindie."),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what --out holds.")]
+
+
+def strict(value: Any) -> Any:
+    """The value with what JSON cannot hold (NaN, infinities) as null, tuples as lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [strict(item) for item in value]
+    return value
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout."""
+    sys.stdout.write(json.dumps(strict(value), indent=2, allow_nan=False, default=str) + "\n")
+
+
+def stdout_console() -> Console:
+    """A console on stdout: as wide as the terminal, at most 120; 100 where there is none."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=False)
+    width = min(console.width, 120) if console.is_terminal else WIDTH
+    return Console(highlight=False, width=width)
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function of (done, total) that draws a bar on stderr, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def check_file_out(path: Path) -> None:
+    """`InputError` unless the file can be written; nothing is left behind."""
+    if path.is_dir():
+        raise InputError("`--out` is a file here", got=f"{path} is a folder")
+    place = next(p for p in path.resolve().parents if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise InputError("`--out` cannot be written", got=str(path), hint=f"{place} is read-only")

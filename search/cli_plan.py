@@ -1,0 +1,110 @@
+"""`shardplan verify` and `shardplan emit`: prove a plan again, and write it for an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shardplan.models.errors import InputError, ProofError
+from shardplan.search.cli_common import Force, Json, OptionalModel, print_json, stdout_console
+
+if TYPE_CHECKING:
+    from shardplan.search.plan import ProofInfo
+
+__all__ = ["emit", "verify"]
+
+PlanFile = Annotated[Path, typer.Argument(help="plan.json of a search.")]
+
+
+def verify(
+    plan: Annotated[Path | None, typer.Argument(help="plan.json of a search.")] = None,
+    model: OptionalModel = None,
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", help="Data-parallel groups.")] = 1,
+    ep: Annotated[int, typer.Option("--ep", help="Ranks that share the experts.")] = 1,
+    cp: Annotated[int, typer.Option("--cp", help="Context-parallel ranks.")] = 1,
+    sp: Annotated[bool, typer.Option("--sp", help="Tokens split over tp between matmuls.")] = False,
+    exchange: Annotated[
+        str, typer.Option("--exchange", help="allgather or alltoall, for experts over ranks.")
+    ] = "allgather",
+    stage_layers: Annotated[
+        str | None, typer.Option("--stage-layers", help="Layers of each stage, as 40,40.")
+    ] = None,
+    level: Annotated[int, typer.Option("--level", help="0: shapes; 1: arithmetic too.")] = 1,
+    json: Json = False,
+) -> None:
+    """Prove that a plan, or a strategy on a model, computes what the model computes."""
+    if level not in (0, 1):
+        raise InputError("`--level` is 0 or 1", got=f"level={level}")
+    if plan is not None:
+        proof, what = _prove_plan(plan, model, level)
+    elif model is not None:
+        strategy = {"tp": tp, "pp": pp, "dp": dp, "ep": ep, "cp": cp, "sp": sp}
+        strategy |= _graph_options(exchange, stage_layers)
+        proof, what = _prove_strategy(model, strategy, level)
+    else:
+        raise InputError("nothing to verify", hint="name a plan.json, or --model with --tp, --pp")
+    _show(proof, what, json)
+    if not proof.passed:
+        raise ProofError("the proof failed", got=what, hint="this plan must not be deployed")
+
+
+def _graph_options(exchange: str, stage_layers: str | None) -> dict[str, Any]:
+    if exchange not in ("allgather", "alltoall"):
+        raise InputError("`--exchange` is allgather or alltoall", got=f"exchange={exchange!r}")
+    try:
+        layers = tuple(int(part) for part in stage_layers.split(",")) if stage_layers else ()
+    except ValueError:
+        raise InputError(
+            "`--stage-layers` holds whole numbers", got=f"stage_layers={stage_layers!r}"
+        ) from None
+    return {"exchange": exchange, "stage_layers": layers}
+
+
+def _prove_plan(path: Path, model: str | None, level: int) -> tuple[ProofInfo, str]:
+    from shardplan.search.plan import Plan
+    from shardplan.search.proof import verify_plan
+
+    plan = Plan.load(path)
+    what = f"{plan.model.name}, {plan.strategy.parallelism().describe()}"
+    return verify_plan(plan, level=level, model=model), what
+
+
+def _prove_strategy(model: str, strategy: dict[str, Any], level: int) -> tuple[ProofInfo, str]:
+    from shardplan.models.catalog import load_model
+    from shardplan.models.parallel import Parallelism
+    from shardplan.search.proof import prove_strategy
+
+    spec, par = load_model(model), Parallelism(**strategy)
+    return prove_strategy(spec, par, level=level), f"{spec.name}, {par.describe()}"
+
+
+def _show(proof: ProofInfo, what: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"strategy": what, **proof.model_dump()})
+        return
+    from shardplan.search.tables import print_proof
+
+    print_proof(proof, what, stdout_console())
+
+
+def emit(
+    plan: PlanFile,
+    target: Annotated[str, typer.Option("--target", help="atc, vllm-ascend, or a plug-in's.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write a plan's files for a compiler or a serving engine."""
+    from shardplan.search.emit import emit as write
+    from shardplan.search.plan import Plan
+
+    paths = write(Plan.load(plan), target, out, force=force)
+    if json:
+        print_json({"target": target, "files": [str(path) for path in paths]})
+        return
+    for path in paths:
+        typer.echo(path)

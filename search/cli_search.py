@@ -1,0 +1,152 @@
+"""`shardplan search`: the best plan for a model on a cluster, with its proof."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shardplan.models.errors import InputError
+from shardplan.search.cli_common import (
+    Cluster,
+    Device,
+    EngineProfile,
+    Force,
+    Json,
+    Nodes,
+    note,
+    print_json,
+    progress,
+    stdout_console,
+)
+
+__all__ = ["search"]
+
+_RUNS = Path("results") / "runs"
+
+
+def search(
+    model: Annotated[str, typer.Option("--model", help="Preset, config.json, or model.onnx.")],
+    cluster: Cluster,
+    nodes: Nodes = None,
+    cards: Annotated[int | None, typer.Option("--cards", help="Cards to use.")] = None,
+    device: Device = None,
+    input_len: Annotated[int | None, typer.Option("--input-len", help="Prompt tokens.")] = None,
+    output_len: Annotated[int | None, typer.Option("--output-len", help="Output tokens.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", help="Requests in flight.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="Requests a second.")] = None,
+    workload: Annotated[
+        str | None, typer.Option("--workload", help="TOML file with the above and limits.")
+    ] = None,
+    ttft_ms: Annotated[
+        float | None, typer.Option("--ttft-ms", help="Most mean time to first token.")
+    ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option("--tpot-ms", help="Most mean time per output token.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option("--objective", help="throughput, latency or cards.")
+    ] = "throughput",
+    weight_dtype: Annotated[
+        str, typer.Option("--weight-dtype", help="auto (the checkpoint's), bf16, w8a16, w8a8, ...")
+    ] = "auto",
+    kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="auto, bf16 or int8.")] = "auto",
+    attention: Annotated[str, typer.Option("--attention", help="auto, flash or naive.")] = "auto",
+    engine: Annotated[
+        str, typer.Option("--engine", help="auto, exact, tpe, nsga2, cmaes or random.")
+    ] = "auto",
+    trials: Annotated[int | None, typer.Option("--trials", help="Of a sampling engine.")] = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="Optuna storage URL of a sampling engine.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of a sampling engine.")] = 0,
+    engine_profile: EngineProfile = None,
+    serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
+    top: Annotated[int, typer.Option("--top", help="Alternatives to keep.")] = 5,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for plan.json, trials.csv, report.html.")
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Find, price and prove the best plan for a model on a cluster."""
+    asked = dict(locals())
+    for name in ("out", "force", "json", "ablation"):
+        del asked[name]
+    if ablation:
+        _ablation(asked, out, json)
+        return
+    folder, overwrite = _folder(asked, out, force)
+    from shardplan.search.api import search as run
+
+    with progress("searching") as show:
+        result = run(**asked, progress=show)
+    _write(result, folder, overwrite, named=out is not None)
+    if json:
+        print_json(result.plan.model_dump(mode="json"))
+        return
+    from shardplan.search.tables_plan import print_plan
+
+    print_plan(result.plan, folder, result.timing, stdout_console())
+
+
+def _slug(text: str) -> str:
+    """A folder name from a model or cluster; paths keep their last part."""
+    last = Path(text).stem if "/" in text else text
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-.")[:60] or "run"
+
+
+def _folder(asked: dict[str, Any], out: Path | None, force: bool) -> tuple[Path, bool]:
+    """(folder of the results, whether to overwrite); a folder that was named is checked first."""
+    from shardplan.search.output import check_out
+
+    if out is not None:
+        check_out(out, force=force)
+        return out, force
+    words = [_slug(asked["model"]), _slug(asked["cluster"])]
+    words += [str(asked["cards"])] if asked["cards"] is not None else []
+    return _RUNS / "-".join(words), True
+
+
+def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
+    """Write the files; a default folder that cannot be written is said, not fatal."""
+    from shardplan.search.output import write_result
+
+    try:
+        write_result(result, folder, force=overwrite)
+    except (InputError, OSError) as error:
+        if named:
+            raise
+        note(f"note: results were not written: {error}")
+
+
+def _ablation(asked: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from shardplan.search.ablation import run_ablation
+    from shardplan.search.tables_plan import print_ablation
+
+    names = ("nodes", "cards", "device", "input_len", "output_len", "engine_profile")
+    given = {name: asked[name] for name in names if asked[name] is not None}
+    if out is not None:
+        from shardplan.search.cli_common import check_file_out
+
+        check_file_out(out)
+    found = run_ablation(asked["model"], asked["cluster"], **given)
+    if out is not None:
+        import json
+
+        from shardplan.search.cli_common import strict
+        from shardplan.search.plan import write_atomically
+
+        write_atomically(out, json.dumps(strict(found.to_json()), indent=2) + "\n")
+        note(f"wrote {out}")
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_ablation(found, stdout_console())

@@ -1,0 +1,140 @@
+"""The command line: `shardplan COMMAND ...`.
+
+Exit codes: 0 done, 1 a bug or a failed proof, 2 bad input, 3 nothing feasible, 130 interrupted. An
+error is one line on stderr (`error: rule (values); what to try`); with `--json` the same stands on
+stdout as {"error": {code, rule, got, hint, message}}. Only a bug shows a traceback: a short one,
+the whole with SHARDPLAN_DEBUG=1.
+
+Everything heavy is imported inside the commands, so that `shardplan --help` stays instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from shardplan.models.errors import ShardplanError
+from shardplan.search.cli_analyze import analyze
+from shardplan.search.cli_common import note, print_json
+from shardplan.search.cli_estimate import estimate
+from shardplan.search.cli_list import clusters, devices, models
+from shardplan.search.cli_plan import emit, verify
+from shardplan.search.cli_search import search
+
+__all__ = ["app", "main"]
+
+_GUIDE = """\
+shardplan finds and proves the best way to deploy a large language model on an Ascend cluster.
+
+  the best plan     shardplan search --model llama-65b --cluster atlas-800t-a2
+  a given strategy  shardplan estimate --model llama-65b --cluster atlas-800t-a2 --tp 8 \\
+                        --phase decode --batch 32 --tokens 4096
+  what there is     shardplan models | devices | clusters
+
+All commands: shardplan --help. Options of one: shardplan COMMAND --help."""
+
+_UsageError = typer.BadParameter.__mro__[1]
+_ClickError = typer.BadParameter.__mro__[2]
+"""Typer's own bases of a usage error: Click's, or since 0.17 those of its own copy of Click."""
+
+_BUG_FRAMES = 4
+
+app = typer.Typer(
+    name="shardplan",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Finds and proves the best way to deploy a large language model on an Ascend cluster.",
+)
+for _command in (search, estimate, verify, emit, analyze, devices, clusters, models):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from shardplan import __version__
+
+        typer.echo(f"shardplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(_GUIDE)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; its exit code."""
+    as_json = "--json" in arguments
+    try:
+        code = app(args=arguments, prog_name="shardplan", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except ShardplanError as error:
+        return _tell(error, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        note("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
+    except Exception as error:
+        if isinstance(error, _ClickError):
+            return _tell_usage(error, as_json)
+        return _tell_bug(error, as_json)
+
+
+def _report(code: str, rule: str, got: str, hint: str, message: str, as_json: bool) -> None:
+    note(f"error: {message}")
+    if as_json:
+        fields = {"code": code, "rule": rule, "got": got, "hint": hint, "message": message}
+        print_json({"error": fields})
+
+
+def _tell(error: ShardplanError, as_json: bool) -> int:
+    message = " ".join(str(error).split())
+    _report(error.code, error.rule, error.got, error.hint, message, as_json)
+    return error.exit_code
+
+
+def _tell_usage(error: Exception, as_json: bool) -> int:
+    """What is wrong with the command line itself."""
+    message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    context = getattr(error, "ctx", None)
+    hint = f"see `{context.command_path} --help`" if context is not None else ""
+    _report("usage", message, "", hint, f"{message} {hint}".strip(), as_json)
+    return 2
+
+
+def _tell_bug(error: Exception, as_json: bool) -> int:
+    """A traceback for us, as short as it can be unless SHARDPLAN_DEBUG asks for all of it."""
+    if os.environ.get("SHARDPLAN_DEBUG"):
+        traceback.print_exception(error)
+    else:
+        for frame in traceback.extract_tb(error.__traceback__)[-_BUG_FRAMES:]:
+            note(f"  {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}")
+    hint = "set SHARDPLAN_DEBUG=1 for the whole traceback and report it"
+    text = f"{type(error).__name__}: {error}"
+    _report("bug", "this is a bug", text, hint, f"this is a bug: {text}; {hint}", as_json)
+    return 1
