@@ -6,7 +6,7 @@ with another kernel's coefficients, assumed from a published constant or a guess
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from shardplan.costmodel.calibration import Calibration
 
@@ -28,10 +28,40 @@ def _candidates(kind: str, weight_dtype: str, phase: str) -> Iterator[str]:
         yield f"pointwise.{kind}"
 
 
-def basis_of(calibration: Calibration, kind: str, weight_dtype: str, phase: str) -> str:
-    """measured, fitted, derived or assumed; the weakest of a collective's sections."""
-    for name in _candidates(kind, weight_dtype, phase):
-        if name in calibration.sections:
-            return calibration.sections[name].kind
-    across = [s.kind for n, s in calibration.sections.items() if n.endswith(f".{kind}")]
-    return max(across, key=_ORDER.index) if across else "derived"
+def basis_of(
+    calibration: Calibration,
+    kind: str,
+    weight_dtype: str,
+    phase: str,
+    *,
+    topologies: Collection[str] = (),
+    launch: str = "graph",
+) -> str:
+    """measured, fitted, derived or assumed.
+
+    A collective names the `topologies` that it crosses and how it is launched; the weakest of
+    their sections counts.
+    """
+    sections = calibration.sections
+    if topologies:
+        names = (
+            next(
+                (
+                    f"collectives.{topology}.{launch}.{one}"
+                    for one in (kind, "any")
+                    if f"collectives.{topology}.{launch}.{one}" in sections
+                ),
+                "",
+            )
+            for topology in topologies
+        )
+        found = [sections[name].kind if name else "assumed" for name in names]
+        return max(found, key=_ORDER.index)
+    return next(
+        (
+            sections[name].kind
+            for name in _candidates(kind, weight_dtype, phase)
+            if name in sections
+        ),
+        "derived",
+    )

@@ -165,7 +165,39 @@ def _breakdown_row(
         collective_s=add("collective_s"),
         overhead_s=add("overhead_s"),
         total_s=add("total_s"),
-        basis=basis_of(scorer.model.machine.calibration, kind, best.choice.weight_dtype, phase),
+        basis=_basis(scorer, best, phase, kind),
+    )
+
+
+def _basis(scorer: LayoutScorer, best: Kept, phase: str, kind: str) -> str:
+    """What the price of a kind rests on, for the tiers that this layout crosses."""
+    model, engine = scorer.model, scorer.question.engine
+    rows = model.rows["decode" if phase == "decode" else "prefill"].values()
+    crossed = {
+        span.tier.topology
+        for table in rows
+        for row in table
+        if row.kind == kind
+        for span in row.spans
+    }
+    graph = engine.decode_graph if phase == "decode" else engine.prefill_graph
+    return basis_of(
+        model.machine.calibration,
+        kind,
+        best.choice.weight_dtype,
+        phase,
+        topologies=sorted(crossed),
+        launch="graph" if graph else "host",
+    )
+
+
+def _mean_note(best: Kept) -> str:
+    """Why TPOT is not the time of a decode step."""
+    columns = best.columns
+    return (
+        f"TPOT is a mean over steps: {columns['mixed_share']:.0%} of them also carry prompt tokens "
+        f"and take {columns['mixed_step_s'] * 1e3:.1f} ms, the others "
+        f"{columns['decode_step_s'] * 1e3:.1f} ms"
     )
 
 
@@ -275,7 +307,7 @@ def build_plan(
         pareto=tuple(candidate(outcome, one) for one in pareto_front(outcome)[:_PARETO_KEPT]),
         alternatives=tuple(_distinct(others, chosen, top)),
         quantization=_quantization(beside, best),
-        notes=notes,
+        notes=(*notes, _mean_note(best)),
     )
 
 

@@ -136,6 +136,8 @@ class LayoutScorer:
             "concurrency": served.concurrency,
             "prefill_step_s": served.prefill_s,
             "decode_step_s": served.decode_step_s,
+            "mixed_step_s": served.mixed_step_s,
+            "mixed_share": served.mixed_share,
         }
         columns = {
             name: value if value.shape == shape else np.broadcast_to(value, shape)

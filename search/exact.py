@@ -97,7 +97,8 @@ def _positions(scores: Scores) -> NDArray[np.int64]:
     if not where.size:
         refused = np.flatnonzero(~feasible)
         return refused[np.argsort(-objective[refused], kind="stable")[:2]]
-    top = where[np.argsort(-objective[where], kind="stable")[:KEPT_PER_GRID]]
+    memory = scores.columns["memory_bytes"].ravel()
+    top = where[np.lexsort((memory[where], -objective[where]))[:KEPT_PER_GRID]]
     front = pareto_mask(
         scores.columns["output_tokens_per_s"].ravel()[where],
         scores.columns["tpot_s"].ravel()[where],

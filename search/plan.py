@@ -167,6 +167,10 @@ class Performance(_Part):
     """Requests in flight over the whole deployment."""
     prefill_step_s: float
     decode_step_s: float
+    mixed_step_s: float = 0.0
+    """A step that carries prompt tokens beside the decoding requests."""
+    mixed_share: float = 0.0
+    """Share of steps that do."""
 
 
 class MemoryRow(_Part):

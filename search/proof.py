@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict
 
-from shardplan.models.catalog import load_model
+from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
@@ -42,7 +42,8 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
 
     `InputError` when the model found is not the one the plan was made for.
     """
-    spec = load_model(model or plan.model.name)
+    known = plan.model.name if plan.model.name in model_names() else plan.model.source
+    spec = load_model(model or known)
     if model_digest(spec) != plan.model.digest:
         raise InputError(
             "the plan was made for a model of other sizes",

@@ -28,11 +28,11 @@ from shardplan.search.plan import StrategyInfo
 __all__ = ["Choice", "Space", "batch_grid", "build_space", "chunk_grid", "divisors"]
 
 _FINE = 16
-_PER_OCTAVE = 8
+_PER_OCTAVE = 16
 _MAX_BATCH = 1024
 _MIN_CHUNK = 256
 _MAX_CHUNK = 16384
-_CHUNKS_PER_OCTAVE = 4
+_CHUNKS_PER_OCTAVE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ def divisors(n: int) -> tuple[int, ...]:
 
 
 def batch_grid(limit: int) -> tuple[int, ...]:
-    """Slots to try: every number to 16, then eight an octave, and the limit itself."""
+    """Slots to try: every number to 16, then sixteen an octave, and the limit itself."""
     limit = min(limit, _MAX_BATCH)
     octaves = np.arange(math.log2(_FINE), math.log2(max(limit, 2)) + 1e-9, 1.0 / _PER_OCTAVE)
     found = {*range(1, min(_FINE, limit) + 1), *(round(2.0**x) for x in octaves), limit}
@@ -120,7 +120,7 @@ def batch_grid(limit: int) -> tuple[int, ...]:
 
 
 def chunk_grid(engine: EngineProfile, input_len: int, output_len: int) -> tuple[int, ...]:
-    """Step sizes to try, tokens: four an octave, the engine's default, and the whole prompt.
+    """Step sizes to try, tokens: eight an octave, the engine's default, and the whole prompt.
 
     None is larger than the prompts that can start in one step of the most slots
     (slots / output_len, at least two): a larger step has nothing to fill it.

@@ -1,0 +1,266 @@
+"""The oracle of the search: every strategy by plain loops, one price at a time.
+
+It shares the scorer of single points with the search and nothing else: it has its own
+enumeration, its own legality (whether the layout can be applied, and the engine's and cluster's
+own limits), its own limits and its own idea of what is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from shardplan.costmodel.catalog import load_cluster
+from shardplan.costmodel.engines import load_engine
+from shardplan.models.apply import apply
+from shardplan.models.build import build_graph
+from shardplan.models.errors import LayoutError
+from shardplan.models.parallel import Exchange, Parallelism, make_mesh
+from shardplan.models.spec import MlaSpec, ModelSpec, MoeSpec
+from shardplan.search.evaluate import LayoutScorer, Question
+from shardplan.search.plan import Limits, Workload
+from shardplan.search.space import Choice, Space, build_space
+
+__all__ = ["Case", "Found", "brute_force", "cases", "dense", "latent", "sparse", "specs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One question and the choices and grid that it is asked over."""
+
+    question: Question
+    choices: tuple[Choice, ...]
+    batches: tuple[int, ...]
+    chunks: tuple[int, ...]
+
+    def space(self) -> Space:
+        """As the search sees it."""
+        question = self.question
+        return build_space(
+            question.spec,
+            question.cluster,
+            question.engine,
+            cards=question.cards,
+            choices=self.choices,
+            batches=self.batches,
+            chunks=self.chunks,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A strategy and what the oracle knows of it."""
+
+    parallel: Parallelism
+    choice: Choice
+    batch: int
+    chunk: int
+    objective: float
+    memory_bytes: float
+    feasible: bool
+
+
+def _layouts(question: Question) -> Iterator[Parallelism]:
+    """Every split of the cards, legal or not."""
+    cards, exchanges = question.cards, ("allgather", "alltoall")
+    for tp in range(1, cards + 1):
+        for pp in range(1, cards + 1):
+            for dp in (d for d in range(1, cards + 1) if tp * pp * d == cards):
+                for ep in range(1, tp * dp + 1 if question.spec.moe else 2):
+                    for sp in (False, True):
+                        for exchange in exchanges if ep > 1 else exchanges[:1]:
+                            way: Exchange = "alltoall" if exchange == "alltoall" else "allgather"
+                            yield Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp, exchange=way)
+
+
+def _legal(question: Question, par: Parallelism) -> bool:
+    """Whether a layout can be applied and both engine and cluster allow it."""
+    if par.sp and par.tp == 1:
+        return False
+    if "vllm" in question.engine.name and par.ep not in (1, par.tp * par.dp):
+        return False
+    if question.engine.name == "mindie" and par.pp > 1:
+        return False
+    node = question.cluster.ranks_per_node
+    if any(t.topology == "roce" for t in question.cluster.tiers) and par.tp > node:
+        return False
+    try:
+        make_mesh(question.spec, par)
+        for phase in ("prefill", "decode"):
+            apply(build_graph(question.spec, phase), par)
+    except LayoutError:
+        return False
+    return True
+
+
+def _holds(question: Question, columns: dict[str, float], batch: int, chunk: int) -> bool:
+    """Whether one strategy satisfies every limit."""
+    work, limits = question.workload, question.limits
+    most = question.engine.memory_fraction * question.cluster.device.hbm_bytes
+    length = work.input_len + work.output_len
+    return all(
+        (
+            columns["memory_bytes"] <= most,
+            not question.spec.max_context or length <= question.spec.max_context,
+            chunk >= batch,
+            limits.ttft_s is None or columns["ttft_s"] <= limits.ttft_s,
+            limits.tpot_s is None or columns["tpot_s"] <= limits.tpot_s,
+            work.request_rate is None or columns["requests_per_s"] >= work.request_rate,
+        )
+    )
+
+
+def brute_force(case: Case) -> list[Found]:
+    """Every legal strategy, one at a time, in the order of the space."""
+    question, found = case.question, []
+    for par in _layouts(question):
+        if not _legal(question, par):
+            continue
+        scorer = LayoutScorer(question, par)
+        for choice in case.choices:
+            for batch in case.batches:
+                for chunk in case.chunks:
+                    at = np.array([float(batch)]), np.array([float(chunk)])
+                    scores = scorer.score(choice, *at)
+                    columns = {name: float(one[0]) for name, one in scores.columns.items()}
+                    value = (
+                        1.0 / columns["end_to_end_s"]
+                        if question.objective == "latency"
+                        else columns["output_tokens_per_s"]
+                    )
+                    found.append(
+                        Found(
+                            parallel=par,
+                            choice=choice,
+                            batch=batch,
+                            chunk=chunk,
+                            objective=value,
+                            memory_bytes=columns["memory_bytes"],
+                            feasible=_holds(question, columns, batch, chunk),
+                        )
+                    )
+    return found
+
+
+def best_of(found: list[Found]) -> Found | None:
+    """Largest objective, then least memory, then the first."""
+    best = None
+    for one in found:
+        if one.feasible and (
+            best is None
+            or one.objective > best.objective
+            or (one.objective == best.objective and one.memory_bytes < best.memory_bytes)
+        ):
+            best = one
+    return best
+
+
+def dense(**changes: Any) -> ModelSpec:
+    """A dense model of four layers, eight heads on four kv heads."""
+    base = ModelSpec(
+        name="small",
+        architecture="SmallForCausalLM",
+        hidden=256,
+        layers=4,
+        heads=8,
+        kv_heads=4,
+        head_dim=32,
+        ffn=768,
+        vocab=1024,
+    )
+    return replace(base, **changes)
+
+
+def sparse(**changes: Any) -> ModelSpec:
+    """The same with eight experts, two a token."""
+    moe = MoeSpec(experts=8, experts_per_token=2, ffn=128)
+    return dense(name="small-moe", moe=replace(moe, **changes))
+
+
+def latent(**changes: Any) -> ModelSpec:
+    """The same with latent attention."""
+    mla = MlaSpec(
+        q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+    )
+    return dense(name="small-mla", kv_heads=8, mla=mla, **changes)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ModelSpec:
+    """Small dense, expert and latent-attention models that some splits fit and some do not."""
+    kind = draw(st.sampled_from(["dense", "sparse", "latent", "both"]))
+    experts = MoeSpec(
+        experts=draw(st.sampled_from([4, 8, 6])),
+        experts_per_token=2,
+        ffn=draw(st.sampled_from([64, 96, 128])),
+        shared_ffn=draw(st.sampled_from([0, 128])),
+        dense_layers=draw(st.sampled_from([0, 1])),
+    )
+    layers, vocab = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([1000, 1024]))
+    heads = draw(st.sampled_from([4, 8, 12]))
+    base = latent if kind in ("latent", "both") else dense
+    spec = base(
+        layers=layers,
+        vocab=vocab,
+        heads=heads,
+        ffn=draw(st.sampled_from([512, 768, 516])),
+        max_context=draw(st.sampled_from([0, 4096])),
+    )
+    kv_heads = heads if spec.mla else draw(st.sampled_from([1, 2, 4]))
+    return replace(spec, kv_heads=kv_heads, moe=experts if kind in ("sparse", "both") else None)
+
+
+_CLUSTERS = {
+    "atlas-800t-a2": ("vllm-ascend", "vllm-ascend-eager", "mindie", "torch-graph"),
+    "atlas-800i-a3": ("vllm-ascend", "torch-graph"),
+    "hgx-h100": ("vllm", "torch-graph"),
+}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A question over 1 to 16 cards whose memory and limits bind about as often as not."""
+    spec = draw(specs())
+    cards = draw(st.sampled_from([1, 2, 4, 4, 8, 8, 16]))
+    name = draw(st.sampled_from(sorted(_CLUSTERS)))
+    cluster = load_cluster(name, cards=cards)
+    engine = load_engine(draw(st.sampled_from(_CLUSTERS[name])))
+    engine = replace(engine, reserve_bytes=2.0**20, communicator_bytes=2.0**18)
+    memory = draw(st.sampled_from([8e6, 16e6, 32e6, 64e6, 1e9]))
+    cluster = replace(cluster, device=replace(cluster.device, hbm_bytes=memory))
+    workload = Workload(
+        input_len=draw(st.sampled_from([16, 300, 2000])),
+        output_len=draw(st.sampled_from([1, 2, 64, 500])),
+        concurrency=draw(st.sampled_from([None, None, 1, 12])),
+        request_rate=draw(st.sampled_from([None, None, None, 5.0])),
+        prefix_hit=draw(st.sampled_from([0.0, 0.5])),
+    )
+    limits = Limits(
+        ttft_s=draw(st.sampled_from([None, None, 0.02, 0.5])),
+        tpot_s=draw(st.sampled_from([None, None, 0.003, 0.02])),
+    )
+    every = [
+        Choice(attention=attention, weight_dtype=weight, kv_dtype=kv)
+        for attention in ("flash", "naive")
+        for weight in ("bf16", "w8a8")
+        for kv in ("bf16", "int8")
+    ]
+    picked = draw(st.lists(st.sampled_from(every), min_size=1, max_size=2, unique=True))
+    return Case(
+        question=Question(
+            spec=spec,
+            cluster=cluster,
+            engine=engine,
+            workload=workload,
+            limits=limits,
+            objective=draw(st.sampled_from(["throughput", "latency"])),
+            cards=cards,
+        ),
+        choices=tuple(picked),
+        batches=draw(st.sampled_from([(1,), (1, 8), (4, 64)])),
+        chunks=draw(st.sampled_from([(256,), (64, 2048)])),
+    )
