@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from shardplan.costmodel.calibration import Calibration
+from shardplan.costmodel.optable import Row, pointwise_kernel
 
 __all__ = ["basis_of"]
 
@@ -25,7 +26,7 @@ def _candidates(kind: str, weight_dtype: str, phase: str) -> Iterator[str]:
     elif kind in ("mla_attention", "mla_absorbed"):
         yield f"mla.{phase}"
     else:
-        yield f"pointwise.{kind}"
+        yield f"pointwise.{pointwise_kernel(Row(kind=kind, group='token'))}"
 
 
 def basis_of(

@@ -205,10 +205,12 @@ def _pointwise(graph: ShardedGraph, node: ShardedOp, kind: str) -> Row:
 
 def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer) -> Row:
     spans = group_tiers(cluster, group=one.ranks, stride=one.stride)
+    free = dict(one.elements.free)
+    last = block == "head" and (graph.model.phase == "decode" or "T" not in free)
     return Row(
         kind=one.kind,
-        group="logits" if block == "head" and one.kind == "all_gather" else "token",
-        ways=math.prod(ways for _, ways in one.elements.free),
+        group="logits" if last else "token",
+        ways=math.prod(free.values()),
         n=one.elements.factor,
         spans=spans,
     )

@@ -10,7 +10,8 @@ Closed loop (all prompts wait at time 0, a new one starts as one ends), n = w b 
     late       = max(min(n, b) P / c - ceil(P / c), 0) t_d     the first prompts start one by one,
                  so the last ones end that many decode steps later (not where prompts go first:
                  there they all start together)
-    TTFT mean  = (1 - s) steady + s (min(n, b) + 1) / 2 * P / c * t_m,     s = min(n, b) / n
+    TTFT mean  = (1 - s) steady + s (min(n, b) + 1) / 2 * t_1,     s = min(n, b) / n, with t_1
+                 the seconds that full steps of c tokens take for one prompt
 
 Offered rate R below capacity r: slots are the b in [1, slots] with r(b) = R / dp, which is Little's
 law (bisection; r rises with b); makespan = N / R + latency. At or above it the slots are full and
@@ -19,30 +20,34 @@ the queue grows: makespan = N / r + latency, wait = N / 2 (1 / r - 1 / R).
 Percentiles (99th):
     TTFT   wait of a queue with an exponential tail: mean wait * ln 100, at most (b - 1) prompts;
            with N given, the 99th percentile of the first b prompts if that is longer
-    TPOT   prompts that a request's O - 1 steps meet are binomial with share f of mixed steps
-           (Poisson where prompts go first, each adding its whole prefill T_p):
+    TPOT   mixed steps among a request's O - 1 are binomial with share f:
            t_d + min(f + z sqrt(f (1 - f) / (O - 1)), 1) (t_m - t_d)       z = 2.33, bound t_m
-           t_d + (f + z sqrt(f / (O - 1))) T_p
+           where prompts go first, those met are Poisson, each adding its prefill T_p to the mean
+           TPOT t:     t + z sqrt((t - t_d) T_p / (O - 1))
 
 Left out: length distributions, client and tokenizer time, preemption.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
-from shardplan.costmodel.serving import Serving, ServingInput, serve
+from shardplan.costmodel.serving import Serving, ServingInput, serve, step_seconds
 from shardplan.costmodel.step import StepModel
 
 __all__ = ["Run", "run_out"]
 
 _NORMAL_P99 = 2.326
-_TAIL_P99 = math.log(100.0)
+_TAIL = 0.01
+_TAIL_P99 = math.log(1.0 / _TAIL)
 _BISECTIONS = 24
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +84,7 @@ def _at(model: StepModel, given: ServingInput, slots: Array) -> Serving:
     return serve(model, replace(given, batch=slots, in_flight=None))
 
 
-def _slots_for_rate(model: StepModel, case: _Case, most: Array) -> tuple[Array, Array]:
+def _slots_for_rate(model: StepModel, case: _Case, most: Array) -> tuple[Array, Bools]:
     """(slots at which a dp group serves what is offered, whether even `most` do not)."""
     offered = case.rate * model.groups
     if not np.isfinite(offered).any():
@@ -107,15 +112,29 @@ def _rest_s(model: StepModel, case: _Case, slots: Array) -> Array:
     return np.where(rest > 0.0, np.maximum(rest, 1.0) * model.groups / served.requests_per_s, 0.0)
 
 
-def _burst_s(case: _Case, served: Serving, slots: Array) -> tuple[Array, Array]:
-    """(prompts that start at once, seconds until the first tokens of one more of them)."""
+def _burst_s(model: StepModel, case: _Case, slots: Array) -> tuple[Array, Array]:
+    """(prompts that start at once, seconds in which full prefill steps take one of them)."""
+    given = case.given
     first = np.minimum(slots, case.prompts)
-    steps = np.maximum(case.prompt / np.maximum(case.given.chunk, 1.0), 1e-9)
-    return first, steps * served.mixed_step_s
+    tokens = np.minimum(np.maximum(given.chunk, 1.0), first * case.prompt)
+    new = np.minimum(case.prompt, tokens)
+    kept = as_array(given.input_len) - case.prompt
+    _, stages = step_seconds(
+        model,
+        "prefill",
+        batch=tokens / new,
+        new=new,
+        prefix=kept + (case.prompt - new) / 2.0,
+        weight_dtype=given.weight_dtype,
+        kv_dtype=given.kv_dtype,
+        attention=given.attention,
+    )
+    slowest = functools.reduce(np.maximum, model.step_s(stages, "prefill"))
+    return first, (slowest + model.host_s("prefill")) * case.prompt / tokens
 
 
 def _makespan_s(
-    model: StepModel, case: _Case, served: Serving, slots: Array, saturated: Array
+    model: StepModel, case: _Case, served: Serving, slots: Array, saturated: Bools
 ) -> Array:
     """Seconds from the first request to the last token; NaN for a steady state."""
     finite = np.isfinite(case.prompts)
@@ -135,7 +154,7 @@ def _makespan_s(
 
 
 def _ttft(
-    model: StepModel, case: _Case, served: Serving, slots: Array, saturated: Array
+    model: StepModel, case: _Case, served: Serving, slots: Array, saturated: Bools
 ) -> tuple[Array, Array]:
     """(mean, 99th percentile)."""
     waiting = np.zeros_like(slots)
@@ -154,23 +173,24 @@ def _ttft(
     tail = np.minimum(served.wait_s * _TAIL_P99, np.maximum(slots - 1.0, 0.0) * served.prefill_s)
     mean = served.ttft_s + waiting
     worst = served.prefill_s + np.maximum(tail, served.wait_s) + np.maximum(waiting, grown)
-    first, one_s = _burst_s(case, served, slots)
+    first, one_s = _burst_s(model, case, slots)
     closed = finite & ~np.isfinite(case.rate)
     share = np.where(closed, first / prompts, 0.0)
     burst = (first + 1.0) / 2.0 * one_s
     mean = (1.0 - share) * mean + share * np.maximum(burst, served.prefill_s)
-    late = np.where(share > 0.01, (1.0 - 0.01 / np.maximum(share, 0.01)) * first * one_s, 0.0)
+    last = 1.0 - _TAIL / np.maximum(share, _TAIL)
+    late = np.where(share > _TAIL, last * first * one_s, 0.0)
     return mean, np.maximum(np.maximum(worst, late), mean)
 
 
 def _tpot_p99(model: StepModel, case: _Case, served: Serving) -> Array:
     steps = np.maximum(case.later, 1.0)
-    share = served.mixed_share
     decode = served.decode_step_s
     if model.engine.prefill_first:
-        most = share + _NORMAL_P99 * np.sqrt(share / steps)
-        found = decode + most * served.prefill_s
+        extra = np.maximum(served.tpot_s - decode, 0.0)
+        found = decode + extra + _NORMAL_P99 * np.sqrt(extra * served.prefill_s / steps)
     else:
+        share = served.mixed_share
         most = np.minimum(share + _NORMAL_P99 * np.sqrt(share * (1.0 - share) / steps), 1.0)
         found = decode + most * np.maximum(served.mixed_step_s - decode, 0.0)
     return np.where(case.later > 0.0, np.maximum(found, served.tpot_s), 0.0)
@@ -225,7 +245,5 @@ def run_out(
 def _filled(served: Serving, shape: tuple[int, ...]) -> Serving:
     """Every array in the shape of the rows."""
     return Serving(
-        **{
-            one.name: np.broadcast_to(getattr(served, one.name), shape) for one in fields(Serving)
-        }
+        **{one.name: np.broadcast_to(getattr(served, one.name), shape) for one in fields(Serving)}
     )

@@ -3,21 +3,28 @@
 One dp group has `b` slots and steps of at most `c` tokens; a request has I prompt tokens (less
 those found in the prefix cache) and O output tokens. Chunked prefill, prefill mixed with decode:
 
-    s  = ceil(I / c)                      steps that prefill one prompt
-    r  = min(b / (O - 1 + s), c / (I + O - 1))         requests that finish a step
+    r  = min(b / (O - 1 + ceil(I / c)), c / (I + O - 1))     requests that finish a step
+    q  = the same with b - 1 for b: those of the other slots, which a request meets
     d  = r (O - 1)                        sequences decoding in an average step
-    u  = min(I max(r, 1), c - d)          prompt tokens of a step that has any
-    f  = min(1, r I / u)                  share of steps that carry prompt tokens
-    t  = f mixed(d, u) + (1 - f) decode(d)             mean step
-    TPOT = t        TTFT = wait + ceil(I / u) mixed        throughput = r O / t
+    e  = q (O - 1)                        those that decode beside a prompt
+    s  = ceil(I / (c - e))                steps that prefill one prompt
+    u  = min(c - e, max(I / s, r I))      prompt tokens of a step that has any
+    f  = min(1, q I / u)                  share of a request's steps that carry prompt tokens
+    t  = f mixed(e, u) + (1 - f) decode(d)             mean step
+    TPOT = t        TTFT = wait + s mixed        throughput = b O / latency (Little's law)
 
-Prefill first (an engine that stops decoding for a prompt): mixed steps are pure prefill, so
-    t = decode(b) + r' prefill(I),  r' = b / O requests a decode step.
+Prefill first (an engine that stops decoding for a prompt): a request meets every other prompt
+once, while it waits or while it decodes, so
+    (O - 1) t = (O - 1) decode(b) + (b - 1) prefill(I) - wait
 
-wait, in closed loop, is that of a queue with deterministic service: rho / (2 (1 - rho)) services,
-rho = r I / (c - d), never more than the other slots' prompts. A pipeline of p stages runs p
-microbatches of slots at once: a step takes max(sum of stages, p * slowest stage at b / p); a prompt
-of several chunks flows through it with (chunks - 1) bubbles of the slowest stage.
+wait = R - D of a closed loop of b requests around a server that takes D = I / (c - e) mixed
+(prefill first: prefill(I)) a prompt, with Z the rest of a request's time (prefill first:
+(O - 1) decode). Mean-value analysis with deterministic service, R = D (1 + (b - 1) / b (Q - U / 2)),
+Q = b R / (Z + R), U = b D / (Z + R), never below the server's own limit:
+    R = max((g + sqrt(g^2 + 4 D Z - 2 D^2 (b - 1))) / 2, g),   g = b D - Z
+A pipeline of p stages runs p microbatches of slots at once: a step takes
+max(sum of stages, p * slowest stage at b / p); a prompt of several chunks flows through it with
+(chunks - 1) bubbles of the slowest stage.
 With `offered` requests a second, slots fill by Little's law: b = rate * latency.
 
 Left out: length distributions, bursts, preemption, the start and end of a run (`run_out` adds
@@ -28,6 +35,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -150,8 +158,10 @@ class _Shares:
     """How an average step is made up; arrays of the grid."""
 
     slots: Array
-    per_step: Array
     decoding: Array
+    beside: Array
+    room: Array
+    pieces: Array
     piece: Array
     mixed: Array
     prompt: Array
@@ -167,24 +177,35 @@ def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
     if given.in_flight is not None:
         slots = np.minimum(slots, as_array(given.in_flight))
     if prefill_first:
-        piece = np.minimum(chunk, prompt)
-        per_step = slots / np.maximum(later, 1.0)
         zero = np.zeros(np.broadcast_shapes(slots.shape, chunk.shape))
+        piece = np.minimum(chunk, prompt) + zero
+        pieces = np.ceil(prompt / piece)
         return _Shares(
             slots=slots,
-            per_step=per_step + zero,
             decoding=slots + zero,
-            piece=piece + zero,
-            mixed=per_step * np.ceil(prompt / piece),
+            beside=zero,
+            room=piece,
+            pieces=pieces,
+            piece=piece,
+            mixed=zero,
             prompt=prompt,
         )
-    per_step = np.minimum(slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later))
-    decoding = per_step * later
-    room = np.maximum(chunk - decoding, 1.0)
-    piece = np.minimum(room, prompt * np.maximum(per_step, 1.0))
-    mixed = np.minimum(per_step * prompt / piece, 1.0)
+    wanted, most = slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later)
+    per_step = np.minimum(wanted, most)
+    others = np.minimum(wanted * (1.0 - 1.0 / np.maximum(slots, 1.0)), most)
+    beside = others * later
+    room = np.maximum(chunk - beside, 1.0)
+    pieces = np.ceil(prompt / room)
+    piece = np.minimum(room, np.maximum(prompt / pieces, prompt * per_step))
     return _Shares(
-        slots=slots, per_step=per_step, decoding=decoding, piece=piece, mixed=mixed, prompt=prompt
+        slots=slots,
+        decoding=per_step * later,
+        beside=beside,
+        room=room,
+        pieces=pieces,
+        piece=piece,
+        mixed=np.where(later > 0.0, np.minimum(others * prompt / piece, 1.0), 1.0),
+        prompt=prompt,
     )
 
 
@@ -239,34 +260,62 @@ def _mixed_stages(
     return _sum(parts, model.parts("attention", _cached(model, given, sequences)))
 
 
+class _Pace(NamedTuple):
+    """Seconds of one prompt, of its wait and of a request's average step, and what that holds."""
+
+    prefill_s: Array
+    wait_s: Array
+    step_s: Array
+    mixed: Array
+    """Mixed steps in an average step."""
+    pure: Array
+    """Decode steps in an average step; none where nothing is decoded."""
+
+
+def _chunked(shares: _Shares, later: Array, decode_s: Array, mixed_s: Array) -> _Pace:
+    """Prompts share steps with decoding requests."""
+    prefill_s = shares.pieces * mixed_s
+    pure = 1.0 - shares.mixed
+    step_s = shares.mixed * mixed_s + pure * decode_s
+    service_s = shares.prompt / shares.room * mixed_s
+    wait_s = _wait(service_s, prefill_s - service_s + later * step_s, shares.slots)
+    return _Pace(prefill_s, wait_s, step_s, shares.mixed, pure)
+
+
+def _prompts_first(shares: _Shares, later: Array, decode_s: Array, prefill_s: Array) -> _Pace:
+    """A prompt stops decoding until it is done."""
+    others_s = (shares.slots - 1.0) * prefill_s
+    wait_s = np.minimum(_wait(prefill_s, later * decode_s, shares.slots), others_s)
+    met = (others_s - wait_s) / (np.maximum(later, 1.0) * prefill_s) * shares.pieces
+    mixed, pure = np.where(later > 0.0, met, 1.0), np.where(later > 0.0, 1.0, 0.0)
+    step_s = mixed * (prefill_s / shares.pieces) + pure * decode_s
+    return _Pace(prefill_s, wait_s, step_s, mixed, pure)
+
+
 def serve(model: StepModel, given: ServingInput) -> Serving:
     """Steady state of one layout over a grid of slots and step sizes."""
     engine, stages = model.engine, len(model.graphs["decode"].stages)
     shares = _shares(given, engine.prefill_first)
-    micro = np.maximum(np.ceil(shares.decoding / stages), 1.0)
+    micro, others = (
+        np.maximum(np.ceil(n / stages), 1.0) for n in (shares.decoding, shares.beside)
+    )
     decode = _decode_stages(model, given, micro)
-    alone = np.zeros(()) if engine.prefill_first else micro
+    alone = np.zeros(()) if engine.prefill_first else others
     mixed = _mixed_stages(model, given, shares, alone)
     decode_s = _rotate(model, decode, "decode")
     mixed_s = _rotate(model, mixed, "prefill")
-    pieces = np.ceil(shares.prompt / shares.piece)
-    if engine.prefill_first:
-        prefill_s = _flow(model, mixed, "prefill", pieces)
-        step_s = decode_s + shares.per_step * prefill_s
-        busy = shares.per_step * prefill_s / step_s
-    else:
-        prefill_s = pieces * mixed_s
-        step_s = shares.mixed * mixed_s + (1.0 - shares.mixed) * decode_s
-        busy = shares.per_step * shares.prompt / np.maximum(given.chunk - shares.decoding, 1.0)
-    at_once = np.maximum(shares.piece / shares.prompt, 1.0)
-    wait_s = _wait(busy, prefill_s / at_once, shares.slots)
     later = as_array(given.output_len) - 1.0
+    if engine.prefill_first:
+        pace = _prompts_first(shares, later, decode_s, _flow(model, mixed, "prefill", shares.pieces))
+    else:
+        pace = _chunked(shares, later, decode_s, mixed_s)
+    prefill_s, wait_s, step_s = pace.prefill_s, pace.wait_s, pace.step_s
     latency = wait_s + prefill_s + later * step_s
-    each = np.minimum(shares.per_step / step_s, shares.slots / latency)
+    each = shares.slots / latency
     outside = _outside_s(given, each)
     ttft_s, latency = wait_s + prefill_s + outside, latency + outside
     rate = model.groups * each
-    means = _mean_parts(decode, mixed, shares, engine.prefill_first)
+    means = _mean_parts(decode, mixed, pace)
     return Serving(
         ttft_s=ttft_s,
         tpot_s=np.where(later > 0, step_s, 0.0),
@@ -277,7 +326,7 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
         prefill_s=prefill_s,
         decode_step_s=decode_s,
         mixed_step_s=mixed_s,
-        mixed_share=shares.mixed,
+        mixed_share=pace.mixed,
         wait_s=wait_s + outside,
         compute_s=means.compute_s,
         memory_s=means.memory_s,
@@ -286,11 +335,12 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
     )
 
 
-def _wait(busy: Array, service_s: Array, slots: Array) -> Array:
-    """Mean wait of a prompt behind the others'."""
-    busy = np.clip(busy, 0.0, 0.999)
-    queue = busy / (2.0 * (1.0 - busy)) * service_s
-    return np.minimum(queue, (slots - 1.0) / 2.0 * service_s)
+def _wait(service_s: Array, rest_s: Array, slots: Array) -> Array:
+    """Mean wait of a prompt behind the others', of a closed loop of `slots` requests."""
+    ahead = slots * service_s - rest_s
+    inside = ahead * ahead + service_s * (4.0 * rest_s - 2.0 * service_s * (slots - 1.0))
+    stay = np.maximum((ahead + np.sqrt(np.maximum(inside, 0.0))) / 2.0, ahead)
+    return np.maximum(stay - service_s, 0.0)
 
 
 def _outside_s(given: ServingInput, rate: Array) -> Array:
@@ -300,19 +350,16 @@ def _outside_s(given: ServingInput, rate: Array) -> Array:
     return np.maximum(as_array(given.in_flight) - given.batch, 0.0) / rate
 
 
-def _mean_parts(
-    decode: list[Parts], mixed: list[Parts], shares: _Shares, prefill_first: bool
-) -> Parts:
+def _mean_parts(decode: list[Parts], mixed: list[Parts], pace: _Pace) -> Parts:
     """Parts of an average step: the stages a token passes, weighted by how often they run."""
     one, two = decode[0], mixed[0]
     for parts in decode[1:]:
         one = one.plus(parts)
     for parts in mixed[1:]:
         two = two.plus(parts)
-    rest = 1.0 if prefill_first else 1.0 - shares.mixed
 
     def blend(a: Array, b: Array) -> Array:
-        return np.asarray(rest * a + shares.mixed * b)
+        return np.asarray(pace.pure * a + pace.mixed * b)
 
     return Parts(
         blend(one.compute_s, two.compute_s),

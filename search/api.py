@@ -18,7 +18,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import ProofError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.build_plan import build_plan, pareto_front
-from shardplan.search.evaluate import Question
+from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import Outcome, search_exact
 from shardplan.search.failure import nothing_feasible
 from shardplan.search.output import MOST_ROWS, trial_frame
@@ -80,7 +80,8 @@ def search(
         raise nothing_feasible(resolved, question, outcomes[-1])
     beside = _search_beside(resolved, question, outcomes[-1])
     quantized = time.perf_counter()
-    proof = prove_strategy(resolved.spec, best.parallel)
+    scorer = LayoutScorer(question, best.parallel)
+    proof = prove_strategy(resolved.spec, best.parallel, scorer=scorer)
     if not proof.passed:
         raise ProofError(
             "the best strategy does not compute what the model computes",

@@ -33,12 +33,48 @@ __all__ = [
     "OptionalModel",
     "check_file_out",
     "note",
+    "number",
     "print_json",
     "progress",
     "stdout_console",
+    "whole",
 ]
 
 WIDTH = 100
+_MAX_SHOWN = 60
+
+
+def _refuse(name: str, what: str, text: str) -> InputError:
+    return InputError(f"`{name}` is a {what}", got=f"{name} {text[:_MAX_SHOWN]!r}")
+
+
+def whole(name: str, text: str) -> Any:
+    """An option that takes a whole number, in words of ours whatever the version of typer."""
+
+    def read(value: object) -> int:
+        try:
+            if "_" in str(value):
+                raise ValueError
+            return int(str(value))
+        except ValueError:
+            raise _refuse(name, "whole number", str(value)) from None
+
+    return typer.Option(name, help=text, parser=read, metavar="N")
+
+
+def number(name: str, text: str) -> Any:
+    """An option that takes a number."""
+
+    def read(value: object) -> float:
+        try:
+            if "_" in str(value):
+                raise ValueError
+            return float(str(value))
+        except ValueError:
+            raise _refuse(name, "number", str(value)) from None
+
+    return typer.Option(name, help=text, parser=read, metavar="X")
+
 
 OptionalModel = Annotated[
     str | None, typer.Option("--model", help="Preset name, config.json, or model.onnx.")
@@ -47,7 +83,7 @@ OptionalCluster = Annotated[
     str | None, typer.Option("--cluster", help="Cluster name or TOML file.")
 ]
 Cluster = Annotated[str, typer.Option("--cluster", help="Cluster name or TOML file.")]
-Nodes = Annotated[int | None, typer.Option("--nodes", help="Nodes of the cluster.")]
+Nodes = Annotated[int | None, whole("--nodes", "Nodes of the cluster.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="Device in place of the cluster's own.")
 ]

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shardplan.models.errors import InputError, ProofError
-from shardplan.search.cli_common import Force, Json, OptionalModel, print_json, stdout_console
+from shardplan.search.cli_common import (
+    Force,
+    Json,
+    OptionalModel,
+    print_json,
+    stdout_console,
+    whole,
+)
 
 if TYPE_CHECKING:
     from shardplan.search.plan import ProofInfo
@@ -21,11 +28,11 @@ PlanFile = Annotated[Path, typer.Argument(help="plan.json of a search.")]
 def verify(
     plan: Annotated[Path | None, typer.Argument(help="plan.json of a search.")] = None,
     model: OptionalModel = None,
-    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks.")] = 1,
-    pp: Annotated[int, typer.Option("--pp", help="Pipeline stages.")] = 1,
-    dp: Annotated[int, typer.Option("--dp", help="Data-parallel groups.")] = 1,
-    ep: Annotated[int, typer.Option("--ep", help="Ranks that share the experts.")] = 1,
-    cp: Annotated[int, typer.Option("--cp", help="Context-parallel ranks.")] = 1,
+    tp: Annotated[int, whole("--tp", "Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, whole("--pp", "Pipeline stages.")] = 1,
+    dp: Annotated[int, whole("--dp", "Data-parallel groups.")] = 1,
+    ep: Annotated[int, whole("--ep", "Ranks that share the experts.")] = 1,
+    cp: Annotated[int, whole("--cp", "Context-parallel ranks.")] = 1,
     sp: Annotated[bool, typer.Option("--sp", help="Tokens split over tp between matmuls.")] = False,
     exchange: Annotated[
         str, typer.Option("--exchange", help="allgather or alltoall, for experts over ranks.")
@@ -33,7 +40,7 @@ def verify(
     stage_layers: Annotated[
         str | None, typer.Option("--stage-layers", help="Layers of each stage, as 40,40.")
     ] = None,
-    level: Annotated[int, typer.Option("--level", help="0: shapes; 1: arithmetic too.")] = 1,
+    level: Annotated[int, whole("--level", "0: shapes; 1: arithmetic too.")] = 1,
     json: Json = False,
 ) -> None:
     """Prove that a plan, or a strategy on a model, computes what the model computes."""

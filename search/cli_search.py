@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +18,11 @@ from shardplan.search.cli_common import (
     Json,
     Nodes,
     note,
+    number,
     print_json,
     progress,
     stdout_console,
+    whole,
 )
 
 __all__ = ["search"]
@@ -31,22 +34,18 @@ def search(
     model: Annotated[str, typer.Option("--model", help="Preset, config.json, or model.onnx.")],
     cluster: Cluster,
     nodes: Nodes = None,
-    cards: Annotated[int | None, typer.Option("--cards", help="Cards to use.")] = None,
+    cards: Annotated[int | None, whole("--cards", "Cards to use.")] = None,
     device: Device = None,
-    input_len: Annotated[int | None, typer.Option("--input-len", help="Prompt tokens.")] = None,
-    output_len: Annotated[int | None, typer.Option("--output-len", help="Output tokens.")] = None,
-    concurrency: Annotated[
-        int | None, typer.Option("--concurrency", help="Requests in flight.")
-    ] = None,
-    rate: Annotated[float | None, typer.Option("--rate", help="Requests a second.")] = None,
+    input_len: Annotated[int | None, whole("--input-len", "Prompt tokens.")] = None,
+    output_len: Annotated[int | None, whole("--output-len", "Output tokens.")] = None,
+    concurrency: Annotated[int | None, whole("--concurrency", "Requests in flight.")] = None,
+    rate: Annotated[float | None, number("--rate", "Requests a second.")] = None,
     workload: Annotated[
         str | None, typer.Option("--workload", help="TOML file with the above and limits.")
     ] = None,
-    ttft_ms: Annotated[
-        float | None, typer.Option("--ttft-ms", help="Most mean time to first token.")
-    ] = None,
+    ttft_ms: Annotated[float | None, number("--ttft-ms", "Most mean time to first token.")] = None,
     tpot_ms: Annotated[
-        float | None, typer.Option("--tpot-ms", help="Most mean time per output token.")
+        float | None, number("--tpot-ms", "Most mean time per output token.")
     ] = None,
     objective: Annotated[
         str, typer.Option("--objective", help="throughput, latency or cards.")
@@ -59,14 +58,14 @@ def search(
     engine: Annotated[
         str, typer.Option("--engine", help="auto, exact, tpe, nsga2, cmaes or random.")
     ] = "auto",
-    trials: Annotated[int | None, typer.Option("--trials", help="Of a sampling engine.")] = None,
+    trials: Annotated[int | None, whole("--trials", "Of a sampling engine.")] = None,
     storage: Annotated[
         str | None, typer.Option("--storage", help="Optuna storage URL of a sampling engine.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of a sampling engine.")] = 0,
+    seed: Annotated[int, whole("--seed", "Of a sampling engine.")] = 0,
     engine_profile: EngineProfile = None,
     serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
-    top: Annotated[int, typer.Option("--top", help="Alternatives to keep.")] = 5,
+    top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")
     ] = False,
@@ -90,7 +89,7 @@ def search(
         result = run(**asked, progress=show)
     _write(result, folder, overwrite, named=out is not None)
     if json:
-        print_json(result.plan.model_dump(mode="json"))
+        print_json(loads(result.plan.dumps()))
         return
     from shardplan.search.tables_plan import print_plan
 

@@ -125,7 +125,8 @@ def price_columns(
     """Price `rows` points given column by column; columns that are not inputs are ignored.
 
     `defaults` stand in for missing columns and empty cells (`InputError` where one of them breaks
-    its rule); `refused` rows keep the error they come with. `progress` is called with the number of rows done after each group.
+    its rule); `refused` rows keep the error they come with. `progress` is called with the number
+    of rows done after each group.
     """
     points = read_points(columns, rows, defaults or {})
     points.errors.update(refused or {})

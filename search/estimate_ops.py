@@ -130,8 +130,16 @@ def _mla_decode(machine: Machine, given: Sizes, chosen: Choices) -> KernelTime:
 
 
 def _moe(machine: Machine, given: Sizes, chosen: Choices) -> KernelTime:
-    sizes = [given[name] for name in OP_COLUMNS["moe"]]
-    return moe_block(machine, *sizes, chosen["dtype"])
+    return moe_block(
+        machine,
+        given["tokens"],
+        given["hidden"],
+        given["ffn"],
+        given["experts"],
+        given["topk"],
+        given["ep"],
+        chosen["dtype"],
+    )
 
 
 _FORMULAS: Mapping[str, Callable[[Machine, Sizes, Choices], KernelTime]] = {

@@ -36,6 +36,7 @@ __all__ = [
 MAX_WHOLE = 2**31 - 1
 MAX_BYTES = 2**43
 _MAX_SHOWN = 60
+_MAX_WORD = 4096
 PHASES = ("prefill", "decode", "serve", "op")
 OPS = (
     "matmul",
@@ -116,7 +117,7 @@ def _rate(name: str, cell: Cell) -> float:
 
 def _word(name: str, cell: Cell) -> str:
     text = str(cell).strip()
-    if "\0" in text or len(text) > 4096:
+    if "\0" in text or len(text) > _MAX_WORD:
         raise InputError(f"`{name}` must be a name or a path", got=f"{name}={_shown(cell)!r}")
     return text
 

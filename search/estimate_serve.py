@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
@@ -46,7 +47,7 @@ class Served:
 
     step: Step
     slots: Array
-    held_back: Array
+    held_back: NDArray[np.bool_]
     """Whether memory, not the engine or the client, limits the slots."""
     columns: Mapping[str, Array]
     """The output columns of phase serve."""

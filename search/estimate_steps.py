@@ -1,7 +1,7 @@
 """Rows of phase prefill and decode: one forward pass, priced for all rows of a layout at once.
 
     prefill   `batch` sequences a dp group of `tokens` prompt tokens each, in one step
-    decode    one new token of each of `batch` sequences, which sees `tokens` tokens, itself included
+    decode    one new token of each of `batch` sequences, seeing `tokens` tokens with itself
 
     step_s       = sum over stages (+ the engine's host time of a step)
     compute_s    = matrix and vector units plus HBM and L2, whichever binds each kernel

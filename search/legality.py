@@ -54,6 +54,11 @@ def _width(s: Subject) -> bool:
     return dense and moe.ffn % split == 0 and moe.shared_ffn % tp == 0
 
 
+def _ep_experts(s: Subject) -> bool:
+    moe, ep = s.spec.moe, s.parallel.ep
+    return ep == 1 if moe is None else moe.experts % ep == 0
+
+
 def _ep_shape(s: Subject) -> bool:
     tp, dp, ep = s.parallel.tp, s.parallel.dp, s.parallel.ep
     if ep > tp:
@@ -82,7 +87,7 @@ RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
         "tp-vocabulary": lambda s: s.spec.vocab % s.parallel.tp == 0,
         "pp-layers": lambda s: s.parallel.pp <= s.spec.layers,
         "sp-tp": lambda s: s.parallel.tp > 1 or not s.parallel.sp,
-        "ep-experts": lambda s: s.spec.moe is None or s.spec.moe.experts % s.parallel.ep == 0,
+        "ep-experts": _ep_experts,
         "ep-shape": _ep_shape,
         "tp-width": _width,
         "ep-engine": _ep_engine,

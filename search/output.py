@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,9 +39,16 @@ def check_out(out: Path, *, force: bool = False) -> None:
         raise InputError(
             "`--out` is a new or empty folder", got=str(out), hint="name another or add --force"
         )
-    place = next(p for p in (out, *out.resolve().parents) if p.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError("`--out` cannot be written", got=str(out), hint=f"{place} is read-only")
+    missing = [p for p in (out, *out.resolve().parents) if not p.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=out)
+        os.close(handle)
+        os.unlink(name)
+        for made in missing:
+            made.rmdir()
+    except OSError as error:
+        raise InputError("`--out` cannot be written", got=f"{out}: {error.strerror}") from None
 
 
 def trial_frame(outcome: Outcome, kept: Iterable[Kept], engine: str) -> DataFrame:

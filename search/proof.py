@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
+from shardplan.costmodel.audit import audit_collectives, audit_memory
+from shardplan.costmodel.catalog import cluster_names, load_cluster
+from shardplan.costmodel.engines import engine_names, load_engine
 from shardplan.models.catalog import load_model, model_names
-from shardplan.models.errors import InputError
+from shardplan.models.errors import InputError, ProofError
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.models.verify import prove
+from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Plan, ProofInfo
 
 __all__ = ["model_digest", "prove_strategy", "verify_plan"]
@@ -24,17 +29,62 @@ def model_digest(spec: ModelSpec) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def prove_strategy(spec: ModelSpec, par: Parallelism, *, level: int = 1) -> ProofInfo:
-    """Prove one strategy; `LayoutError` where it cannot be laid on the model."""
+def prove_strategy(
+    spec: ModelSpec, par: Parallelism, *, level: int = 1, scorer: LayoutScorer | None = None
+) -> ProofInfo:
+    """Prove one strategy; `LayoutError` where it cannot be laid on the model.
+
+    With a `scorer`, what it charges for collectives and memory is held against the graph (L0).
+    """
     if level not in (0, 1):
         raise InputError("proof levels are 0 and 1", got=f"level={level}")
-    proof = prove(spec, par, level=level)
+    checks = [
+        (check.passed, f"L{check.level} {check.name}: {check.detail}")
+        for check in prove(spec, par, level=level).checks
+    ]
+    if scorer is not None:
+        checks = [*_audit(scorer), *checks]
     return ProofInfo(
         level=level,
-        passed=proof.passed,
-        checks=tuple(f"L{c.level} {c.name}: {c.detail}" for c in proof.checks if c.passed),
-        failures=tuple(f"L{c.level} {c.name}: {c.detail}" for c in proof.checks if not c.passed),
+        passed=all(passed for passed, _ in checks),
+        checks=tuple(text for passed, text in checks if passed),
+        failures=tuple(text for passed, text in checks if not passed),
     )
+
+
+def _audit(scorer: LayoutScorer) -> Iterator[tuple[bool, str]]:
+    """(whether it holds, what was found) of each check of prices against the graph."""
+    model, ledger = scorer.model, scorer.ledger
+    audits: dict[str, Callable[[], str]] = {
+        "prefill: priced collectives are the graph's": lambda: audit_collectives(model, "prefill"),
+        "decode: priced collectives are the graph's": lambda: audit_collectives(model, "decode"),
+        "charged memory is the graph's": lambda: audit_memory(ledger),
+    }
+    for name, audit in audits.items():
+        try:
+            yield True, f"L0 {name}: {audit()}"
+        except ProofError as error:
+            yield False, f"L0 {name}: {error}"
+
+
+def _scorer_of(plan: Plan, spec: ModelSpec) -> LayoutScorer | None:
+    """The scorer of a plan; None where it was made for a cluster or engine from a file."""
+    if (
+        plan.cluster.name not in cluster_names()
+        or plan.request.engine_profile not in engine_names()
+    ):
+        return None
+    cluster = load_cluster(plan.cluster.name, nodes=plan.cluster.nodes, device=plan.cluster.device)
+    question = Question(
+        spec=spec,
+        cluster=cluster,
+        engine=load_engine(plan.request.engine_profile),
+        workload=plan.request.workload,
+        limits=plan.request.limits,
+        objective=plan.request.objective,
+        cards=plan.strategy.ranks,
+    )
+    return LayoutScorer(question, plan.strategy.parallelism())
 
 
 def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
@@ -50,4 +100,5 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
             got=f"{spec.name}: {model_digest(spec)[:12]}, plan: {plan.model.digest[:12]}",
             hint="name the model's config.json with --model",
         )
-    return prove_strategy(spec, plan.strategy.parallelism(), level=level)
+    par = plan.strategy.parallelism()
+    return prove_strategy(spec, par, level=level, scorer=_scorer_of(plan, spec))

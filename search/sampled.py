@@ -28,7 +28,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -101,8 +101,6 @@ class _Run:
         par = point.parallel
         if par.ranks != self.space.cards or (par.tp * par.dp) % par.ep:
             rule: str | None = _AXES_RULE
-        elif point.choice not in self.space.choices:
-            rule = "choice"
         else:
             question = self.question
             rule = first_broken_rule(
@@ -137,24 +135,24 @@ class _Run:
 def distributions(space: Space) -> dict[str, BaseDistribution]:
     """Each dimension of the space as Optuna's: numbers by their place in a list, words as is.
 
-    A dimension of one value is left to its value.
+    A dimension of one value is left to its value. Where kernels and dtypes do not combine
+    freely, their combinations are one dimension, `choice`.
     """
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
-    numbers: dict[str, tuple[int, ...]] = {
-        **{name: _sizes(space, name) for name in ("tp", "pp", "ep")},
-        "batch": space.batches,
-        "chunk": space.chunks,
+    numbers = {
+        **{name: len(_sizes(space, name)) for name in ("tp", "pp", "ep")},
+        "batch": len(space.batches),
+        "chunk": len(space.chunks),
     }
-    words: dict[str, tuple[bool | str, ...]] = {
+    experts = space.spec.moe is not None
+    words: dict[str, Sequence[bool | int | str]] = {
         "sp": (False, True),
-        "exchange": ("allgather", "alltoall") if space.spec.moe is not None else ("allgather",),
-        "attention": tuple(sorted({choice.attention for choice in space.choices})),
-        "weight_dtype": tuple(sorted({choice.weight_dtype for choice in space.choices})),
-        "kv_dtype": tuple(sorted({choice.kv_dtype for choice in space.choices})),
+        "exchange": ("allgather", "alltoall") if experts else ("allgather",),
+        **_choice_words(space),
     }
     return {
-        **{n: IntDistribution(0, len(v) - 1) for n, v in numbers.items() if len(v) > 1},
+        **{n: IntDistribution(0, count - 1) for n, count in numbers.items() if count > 1},
         **{n: CategoricalDistribution(v) for n, v in words.items() if len(v) > 1},
     }
 
@@ -165,11 +163,22 @@ def _sizes(space: Space, axis: str) -> tuple[int, ...]:
     return legal or divisors(space.cards)
 
 
+def _choice_words(space: Space) -> dict[str, Sequence[int | str]]:
+    """Values of the three dimensions of a choice, or the places of the choices there are."""
+    values: dict[str, Sequence[int | str]] = {
+        name: sorted({getattr(choice, name) for choice in space.choices})
+        for name in ("attention", "weight_dtype", "kv_dtype")
+    }
+    if math.prod(len(one) for one in values.values()) == len(set(space.choices)):
+        return values
+    return {"choice": range(len(space.choices))}
+
+
 def point_of(space: Space, params: Mapping[str, Any]) -> _Point:
     """The strategy that drawn parameters stand for; those left out take their only value."""
-    first = space.choices[0]
     tp, pp, ep = (_sizes(space, name)[params.get(name, 0)] for name in ("tp", "pp", "ep"))
     sent = ep > 1 and params.get("exchange") == "alltoall"
+    base = space.choices[params.get("choice", 0)]
     return _Point(
         parallel=Parallelism(
             tp=tp,
@@ -180,9 +189,9 @@ def point_of(space: Space, params: Mapping[str, Any]) -> _Point:
             exchange="alltoall" if sent else "allgather",
         ),
         choice=Choice(
-            attention=params.get("attention", first.attention),
-            weight_dtype=params.get("weight_dtype", first.weight_dtype),
-            kv_dtype=params.get("kv_dtype", first.kv_dtype),
+            attention=params.get("attention", base.attention),
+            weight_dtype=params.get("weight_dtype", base.weight_dtype),
+            kv_dtype=params.get("kv_dtype", base.kv_dtype),
         ),
         batch=space.batches[params.get("batch", 0)],
         chunk=space.chunks[params.get("chunk", 0)],

@@ -27,20 +27,23 @@ __all__ = [
     "rate_text",
     "seconds_text",
     "share_bar",
+    "show",
     "time_table",
 ]
 
 _GIB = 2.0**30
 _BAR = 24
 _MOST_ROWS = 12
+_MILLI = 1e-3
+_PLAIN_RATE = 100.0
 
 
 def seconds_text(seconds: float) -> str:
     """Seconds in the unit that people use for that size."""
     if seconds >= 1.0:
         return f"{seconds:,.2f} s"
-    if seconds >= 1e-3:
-        return f"{seconds * 1e3:.2f} ms"
+    if seconds >= _MILLI:
+        return f"{seconds / _MILLI:.2f} ms"
     return f"{seconds * 1e6:.1f} us"
 
 
@@ -51,7 +54,7 @@ def bytes_text(count: float) -> str:
 
 def rate_text(rate: float) -> str:
     """A rate with three or more digits."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    return f"{rate:,.0f}" if rate >= _PLAIN_RATE else f"{rate:.3g}"
 
 
 def new_table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
@@ -59,11 +62,24 @@ def new_table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.title_style = "bold"
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", no_wrap=name in right)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for place, name in enumerate(columns):
+        number = name in right
+        table.add_column(name, justify="right" if number else "left", no_wrap=number or not place)
     return table
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table and a blank line."""
+    console.print(table)
+    console.print()
 
 
 def add(table: Table, *cells: object) -> None:
@@ -214,27 +230,26 @@ def print_estimate(found: Mapping[str, Any], console: Console) -> None:
     console.print(point, markup=False)
     table = new_table("price", "what", "value", right=("value",))
     for name, label in _LABELS.items():
-        if name in found:
+        if name in found and (found[name] or not label.startswith(" ")):
             add(table, label, seconds_text(found[name]))
-    for name, label in (("output_tokens_per_s", "output tokens/s"), ("requests_per_s", "requests/s")):
+    for name, label in (
+        ("output_tokens_per_s", "output tokens/s"),
+        ("requests_per_s", "requests/s"),
+    ):
         if name in found:
             add(table, label, rate_text(found[name]))
     if "memory_bytes" in found:
         held, capacity = found["memory_bytes"], found["capacity_bytes"]
         add(table, "memory, fullest rank", f"{bytes_text(held)} of {bytes_text(capacity)}")
-    console.print(table)
+    show(console, table)
     if "breakdown" in found:
-        host = {"kind": "engine", "calls": "", "compute_s": 0.0, "memory_s": 0.0}
+        host = {"kind": "engine", "calls": 0, "compute_s": 0.0, "memory_s": 0.0}
         host |= {"collective_s": 0.0, "overhead_s": found["host_s"], "total_s": found["host_s"]}
         rows = sorted([*found["breakdown"], host], key=lambda row: -row["total_s"])
-        console.print(time_table("time of one step", _calls(rows), found["step_s"]))
-        console.print(memory_table(found["memory"]))
+        show(console, time_table("time of one step", rows, found["step_s"]))
+        show(console, memory_table(found["memory"]))
     if found["message"]:
         console.print(f"note: {found['message']}", markup=False)
-
-
-def _calls(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [{**row, "calls": row["calls"] or 0} for row in rows]
 
 
 def print_proof(proof: ProofInfo, what: str, console: Console) -> None:

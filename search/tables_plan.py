@@ -1,4 +1,4 @@
-"""A plan and an ablation for people: strategy, performance, memory, time, certificate, next steps."""
+"""A plan and an ablation for people: what was chosen, what it does, why, and what to run next."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from shardplan.search.tables import (
     new_table,
     rate_text,
     seconds_text,
+    show,
     time_table,
 )
 
@@ -59,7 +60,7 @@ def _print_performance(plan: Plan, console: Console) -> None:
         most = "" if limit is None else f"at most {seconds_text(limit)}"
         add(table, f"{name} mean", seconds_text(value), most)
     add(table, "one request", seconds_text(found.end_to_end_s), "")
-    console.print(table)
+    show(console, table)
 
 
 def _print_quantization(plan: Plan, console: Console) -> None:
@@ -72,7 +73,7 @@ def _print_quantization(plan: Plan, console: Console) -> None:
         words = "" if row.strategy is None else row.strategy.parallelism().describe()
         slots = "" if row.strategy is None else f", batch {row.strategy.batch}"
         add(table, row.weight_dtype, row.kv_dtype, gain, words + slots)
-    console.print(table)
+    show(console, table)
 
 
 def _print_alternatives(plan: Plan, console: Console) -> None:
@@ -86,7 +87,7 @@ def _print_alternatives(plan: Plan, console: Console) -> None:
         words = f"{one.strategy.parallelism().describe()}, batch {one.strategy.batch}"
         rate = rate_text(done.output_tokens_per_s)
         add(table, rate, *times, bytes_text(one.memory_bytes), words)
-    console.print(table)
+    show(console, table)
 
 
 def _print_next(plan: Plan, folder: Path, console: Console) -> None:
@@ -115,7 +116,7 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
     console.print(f"plan: {strategy_words(plan.strategy)}", style="bold green", markup=False)
     console.print()
     _print_performance(plan, console)
-    console.print(memory_table([row.model_dump() for row in plan.memory]))
+    show(console, memory_table([row.model_dump() for row in plan.memory]))
     console.print(plan.largest_lever, markup=False)
     console.print()
     for phase in ("prefill", "decode"):
@@ -123,13 +124,14 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
         rows.sort(key=lambda row: -row["total_s"])
         total = sum(row["total_s"] for row in rows)
         if rows:
-            console.print(time_table(f"one {phase} step: {seconds_text(total)}", rows, total))
+            show(console, time_table(f"one {phase} step: {seconds_text(total)}", rows, total))
     _print_alternatives(plan, console)
     _print_quantization(plan, console)
     verdict = "all hold" if plan.proof.passed else "FAILED"
     console.print(f"certificate: {certificate_sentence(plan.certificate)}", markup=False)
     console.print(f"proof: {len(plan.proof.checks)} checks of level {plan.proof.level}, {verdict}")
-    spent = ", ".join(f"{name.removesuffix('_s')} {took:.2f} s" for name, took in timing.items())
+    took = {name.removesuffix("_s"): s for name, s in timing.items() if "_per_" not in name}
+    spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in took.items())
     console.print(f"time: {spent}", markup=False)
     console.print()
     if plan.notes:
@@ -155,17 +157,17 @@ def print_ablation(found: Ablation, console: Console) -> None:
         times = (seconds_text(s) for s in (row.end_to_end_s, row.ttft_s, row.tpot_s))
         rate = rate_text(row.output_tokens_per_s)
         add(table, row.step, f"{row.speedup:.2f}x", *times, rate, held, row.split)
-    console.print(table)
-    numbers = ("tokens", "naive", "flash", "gain", "whole prefill")
-    table = new_table("attention of one prompt", *numbers, right=numbers)
+    show(console, table)
+    heads = ("tokens", "naive", "flash", "gain", "whole prefill")
+    table = new_table("attention of one prompt", *heads, right=heads)
     for one in found.attention:
         pair = (seconds_text(one.naive_s), seconds_text(one.flash_s))
         add(table, one.tokens, *pair, f"{one.gain:.2f}x", f"{one.prefill_gain:.2f}x")
-    console.print(table)
-    numbers = ("prompt", "output", "one request")
-    table = new_table("lengths of about eight seconds", *numbers, right=numbers)
+    show(console, table)
+    sizes = ("prompt", "output", "one request")
+    table = new_table("lengths of about eight seconds", *sizes, right=sizes)
     for length in found.lengths:
         add(table, length.input_len, length.output_len, seconds_text(length.end_to_end_s))
-    console.print(table)
+    show(console, table)
     for text in found.notes:
         console.print(f"  - {text}", markup=False)

@@ -25,7 +25,18 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice, Space, build_space
 
-__all__ = ["Case", "Found", "brute_force", "cases", "dense", "latent", "sparse", "specs"]
+__all__ = [
+    "Case",
+    "Found",
+    "best_of",
+    "brute_force",
+    "cases",
+    "dense",
+    "latent",
+    "small_case",
+    "sparse",
+    "specs",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +200,31 @@ def latent(**changes: Any) -> ModelSpec:
     return dense(name="small-mla", kv_heads=8, mla=mla, **changes)
 
 
+def small_case(spec: ModelSpec, *, cards: int = 4, hbm_bytes: float = 1e9, **asked: Any) -> Case:
+    """A question on an Atlas 800T A2 of small cards; `asked` are fields of workload and limits."""
+    cluster = load_cluster("atlas-800t-a2", cards=cards)
+    engine = replace(load_engine("vllm-ascend"), reserve_bytes=2.0**20, communicator_bytes=2.0**18)
+    limits = {name: asked.pop(name) for name in ("ttft_s", "tpot_s") if name in asked}
+    objective = asked.pop("objective", "throughput")
+    return Case(
+        question=Question(
+            spec=spec,
+            cluster=replace(cluster, device=replace(cluster.device, hbm_bytes=hbm_bytes)),
+            engine=engine,
+            workload=Workload(**{"input_len": 300, "output_len": 64, **asked}),
+            limits=Limits(**limits),
+            objective=objective,
+            cards=cards,
+        ),
+        choices=(
+            Choice(attention="flash", weight_dtype="bf16", kv_dtype="bf16"),
+            Choice(attention="naive", weight_dtype="w8a8", kv_dtype="int8"),
+        ),
+        batches=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64),
+        chunks=(16, 64, 256, 512, 1024, 2048, 4096, 8192),
+    )
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     """Small dense, expert and latent-attention models that some splits fit and some do not."""
@@ -250,6 +286,7 @@ def cases(draw: st.DrawFn) -> Case:
         for kv in ("bf16", "int8")
     ]
     picked = draw(st.lists(st.sampled_from(every), min_size=1, max_size=2, unique=True))
+    few = cards * (1 if spec.moe is None else 2) > 8  # one price takes milliseconds
     return Case(
         question=Question(
             spec=spec,
@@ -260,7 +297,7 @@ def cases(draw: st.DrawFn) -> Case:
             objective=draw(st.sampled_from(["throughput", "latency"])),
             cards=cards,
         ),
-        choices=tuple(picked),
-        batches=draw(st.sampled_from([(1,), (1, 8), (4, 64)])),
-        chunks=draw(st.sampled_from([(256,), (64, 2048)])),
+        choices=tuple(picked[:1] if few else picked),
+        batches=draw(st.sampled_from([(1,), (8,), (1, 8), (4, 64)])),
+        chunks=(256,) if few else draw(st.sampled_from([(256,), (2048,), (64, 2048)])),
     )

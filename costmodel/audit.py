@@ -1,0 +1,94 @@
+"""Is what is priced what is proven: the op table and the ledger against the applied graph.
+
+The collectives that a step is charged for, and the weights and cache of a rank, are counted
+again by walking the applied graph layer by layer (`shardplan.models.accounting`), stage by stage,
+at real sizes. They must be equal, to the element.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.step import StepModel
+from shardplan.models.accounting import predict_communication
+from shardplan.models.apply import ShardedGraph, Stage
+from shardplan.models.errors import ProofError
+from shardplan.models.graph import FREE_DIMS, Phase
+
+__all__ = ["audit_collectives", "audit_memory"]
+
+_SIXTEEN_BIT_BYTES = 2.0
+Key = tuple[int, str, int]
+
+
+def _charged(model: StepModel, graph: ShardedGraph, batch: int, tokens: int) -> Counter[Key]:
+    """Elements by (stage, kind, ranks) that the op table charges one step."""
+    found: Counter[Key] = Counter()
+    for stage in graph.stages:
+        for name, count in stage.counts.items():
+            for row in model.rows[graph.model.phase][name]:
+                if not row.is_collective:
+                    continue
+                ranks = 1
+                for span in row.spans:
+                    ranks *= span.members
+                whole_step = row.group != "logits" or graph.model.phase == "decode"
+                moved = batch * (tokens if whole_step else 1)
+                found[stage.index, row.kind, ranks] += count * round(row.n * -(-moved // row.ways))
+    return found
+
+
+def audit_collectives(model: StepModel, phase: Phase) -> str:
+    """The charged collectives in words; `ProofError` where they are not the graph's."""
+    graph = model.graphs[phase]
+    par = graph.parallel
+    batch, tokens = 2 * par.dp * par.tp, 4 * par.tp if phase == "prefill" else 1
+    made: Counter[Key] = Counter()
+    for one in predict_communication(graph, batch, tokens, tokens):
+        made[one.stage, one.kind, one.ranks] += one.elements
+    charged = _charged(model, graph, batch, tokens)
+    if made != charged:
+        wrong = sorted({*made, *charged}, key=lambda key: made[key] == charged[key])[0]
+        raise ProofError(
+            "the collectives that are priced are those of the graph",
+            got=f"{phase}, (stage, kind, ranks) = {wrong}: {charged[wrong]} elements priced, "
+            f"{made[wrong]} in the graph",
+        )
+    return f"{sum(made.values())} elements of {len(made)} kinds"
+
+
+def _held(graph: ShardedGraph, stage: Stage) -> tuple[int, float]:
+    """(weight elements, cache elements a token) on one rank of a stage, counted layer by layer."""
+    weights, cached = 0, 0.0
+    tied = graph.model.spec.tied_embeddings and stage.index == 0
+    for name, _ in graph.sequence(stage):
+        for node in graph.blocks[name].ops():
+            op = node.op
+            if op is None:
+                continue
+            if op.weight and not (tied and name == "head" and op.kind == "matmul"):
+                ways = graph.mesh.size(tuple(axis for axis, _ in node.weight_layout))
+                weights += graph.model.size(op.weight) // ways
+            if op.state:
+                dims = tuple(d for d in op.dims if d not in FREE_DIMS)
+                ways = graph.mesh.size(tuple(a for a, d in node.layout if d in dims))
+                cached += graph.model.size(dims) / ways
+    return weights, cached
+
+
+def audit_memory(ledger: Ledger) -> str:
+    """The charged weights and cache in words; `ProofError` where they are not the graph's."""
+    total = 0.0
+    for stage in ledger.graph.stages:
+        weights, cached = _held(ledger.graph, stage)
+        charged = ledger.weights_bytes(stage, "bf16"), ledger.kv_bytes_per_token(stage, "bf16")
+        wanted = weights * _SIXTEEN_BIT_BYTES, cached * _SIXTEEN_BIT_BYTES
+        if charged != wanted:
+            raise ProofError(
+                "the memory that is charged is that of the graph",
+                got=f"stage {stage.index}: (weights, cache a token) {charged} bytes charged, "
+                f"{wanted} in the graph",
+            )
+        total += charged[0]
+    return f"{total:.0f} bytes of 16-bit weights on one rank of each stage"

@@ -1,0 +1,282 @@
+"""Estimate: points in, prices out; the numbers agree with the formulas they come from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardplan.costmodel.catalog import load_cluster, load_device
+from shardplan.costmodel.kernels.base import Machine
+from shardplan.costmodel.kernels.collectives import collective
+from shardplan.costmodel.kernels.matmul import matmul
+from shardplan.costmodel.placement import group_tiers
+from shardplan.models.catalog import load_model
+from shardplan.models.counts import kv_bytes_per_token, parameter_count
+from shardplan.models.errors import InputError, LayoutError, UnknownNameError
+from shardplan.search.estimate import OUTPUT_COLUMNS, estimate_one, price_points
+from shardplan.search.estimate_detail import explain_one
+
+BASE: dict[str, Any] = {
+    "model": "llama-3.1-8b",
+    "cluster": "atlas-800t-a2",
+    "tp": 4,
+    "phase": "decode",
+    "batch": 16,
+    "tokens": 2048,
+}
+SERVE: dict[str, Any] = {
+    "model": "llama-3.1-8b",
+    "cluster": "atlas-800t-a2",
+    "phase": "serve",
+    "input_len": 1024,
+    "output_len": 256,
+}
+
+
+def test_the_three_parts_make_the_step() -> None:
+    """compute + collective + overhead = step, and one rank of tp 4 has collectives to wait for."""
+    found = estimate_one(**BASE)
+    parts = found["compute_s"] + found["collective_s"] + found["overhead_s"]
+    assert found["step_s"] == pytest.approx(parts, rel=1e-12)
+    assert found["collective_s"] > 0
+    assert estimate_one(**{**BASE, "tp": 1})["collective_s"] == 0
+
+
+def test_a_decode_step_is_no_faster_than_memory_allows() -> None:
+    """On one rank every weight is read once a step: 16 GB at 1.76 TB/s are 9 ms."""
+    device = load_device("910b2")
+    weights = 2.0 * parameter_count(load_model("llama-3.1-8b"))
+    found = estimate_one(**{**BASE, "tp": 1, "batch": 1, "tokens": 16})
+    embedding = 2.0 * 128256 * 4096
+    assert found["step_s"] > (weights - embedding) / device.hbm_bytes_per_s
+
+
+def test_memory_is_weights_and_cache_and_what_the_engine_keeps() -> None:
+    """tp 1: all weights, 16 sequences of 2048 tokens, under 3 GiB of the rest."""
+    found = estimate_one(**{**BASE, "tp": 1})
+    spec = load_model("llama-3.1-8b")
+    held = 2.0 * parameter_count(spec) + 16 * 2048 * kv_bytes_per_token(spec)
+    assert held < found["memory_bytes"] < held + 3 * 2**30
+    assert found["fits"] is True
+
+
+def test_a_strategy_that_does_not_fit_is_priced_and_says_so() -> None:
+    """70B in bf16 on one 64 GB card: an engineer still wants the time."""
+    found = estimate_one(**{**BASE, "model": "llama-3.1-70b", "tp": 1})
+    assert found["status"] == "ok"
+    assert found["fits"] is False
+    assert "does not fit" in found["message"]
+    assert found["memory_bytes"] > found["capacity_bytes"]
+    assert found["step_s"] > 0
+
+
+def test_the_breakdown_and_the_host_make_the_step() -> None:
+    """What `estimate` prints adds up."""
+    found = explain_one(BASE)
+    total = sum(row["total_s"] for row in found["breakdown"]) + found["host_s"]
+    assert total == pytest.approx(found["step_s"])
+    assert found["host_s"] == pytest.approx(1.2e-3)  # vllm-ascend, a decode step
+    assert {row["kind"] for row in found["breakdown"]} >= {"matmul", "attention", "all_reduce"}
+    assert found["memory"][0]["total_bytes"] == pytest.approx(found["memory_bytes"])
+
+
+def test_an_operator_is_priced_as_its_kernel_alone() -> None:
+    """`device` stands for a cluster; the weights rotate as in the benchmark."""
+    device = load_device("910b2")
+    found = estimate_one(op="matmul", device="910b2", m=64, n=4096, k=4096, dtype="w8a8")
+    want = matmul(Machine.of(device), 64.0, 4096.0, 4096.0, "w8a8", weights="rotated")
+    assert found["step_s"] == pytest.approx(float(want.total_s))
+    assert "memory_bytes" not in found
+
+
+def test_a_collective_is_priced_on_the_cluster_as_the_host_launches_it() -> None:
+    """What hccl_test measures on eight cards of one node."""
+    cluster = load_cluster("atlas-800t-a2")
+    found = estimate_one(op="all_reduce", cluster="atlas-800t-a2", ranks=8, message_bytes=2**24)
+    spans = group_tiers(cluster, group=8, stride=1)
+    calibration = Machine.of(cluster.device).calibration
+    want = collective("all_reduce", spans, float(2**24), calibration, launch="host")
+    assert found["step_s"] == found["collective_s"] == pytest.approx(float(want.total_s))
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"op": "attention_prefill", "batch": 1, "tokens": 4096, "heads": 32, "kv_heads": 8},
+        {"op": "attention_decode", "batch": 8, "tokens": 4096, "heads": 32, "kv_heads": 0},
+        {"op": "mla_prefill", "batch": 1, "tokens": 2048, "heads": 16},
+        {"op": "mla_decode", "batch": 8, "tokens": 2048, "heads": 16},
+        {"op": "moe", "tokens": 64, "hidden": 2048, "ffn": 768, "experts": 128, "topk": 8, "ep": 4},
+    ],
+    ids=lambda point: point["op"],
+)
+def test_every_operator_has_a_price(point: dict[str, Any]) -> None:
+    """Microseconds to milliseconds, and more tokens take longer."""
+    small = estimate_one(device="910b2", **point)["step_s"]
+    large = estimate_one(device="910b2", **{**point, "tokens": 4 * point["tokens"]})["step_s"]
+    assert 1e-6 < small < large < 1.0
+
+
+def test_kv_heads_of_zero_means_as_many_as_heads() -> None:
+    """The measured tables write multi-head attention so."""
+    point = {"op": "attention_decode", "device": "910b2", "batch": 8, "tokens": 1024, "heads": 16}
+    assert estimate_one(**point, kv_heads=0) == estimate_one(**point, kv_heads=16)
+
+
+def test_a_device_replaces_the_clusters_own() -> None:
+    """The same server is sold with several bins: the slower one is slower."""
+    fast, slow = estimate_one(**BASE), estimate_one(**{**BASE, "device": "910b4"})
+    assert slow["step_s"] > fast["step_s"]
+    assert slow["capacity_bytes"] == pytest.approx(fast["capacity_bytes"] / 2)
+
+
+def test_int8_cache_and_weights_are_smaller_and_faster_to_read() -> None:
+    """At a long context and large batch the cache is most of a step."""
+    point = {**BASE, "tp": 1, "batch": 32, "tokens": 8192}
+    plain = estimate_one(**point)
+    cache = estimate_one(**point, kv_dtype="int8")
+    weights = estimate_one(**point, weight_dtype="w8a8")
+    assert cache["memory_bytes"] < plain["memory_bytes"] > weights["memory_bytes"]
+    assert weights["step_s"] < plain["step_s"]
+
+
+def test_rows_priced_together_equal_rows_priced_alone() -> None:
+    """Grouping changes the work, not the numbers."""
+    points = [
+        {**BASE, "batch": batch, "tokens": tokens, "tp": tp, "phase": phase, "weight_dtype": dtype}
+        for batch, tokens in ((1, 128), (7, 999))
+        for tp in (1, 2)
+        for phase in ("prefill", "decode")
+        for dtype in ("", "w8a8")
+    ]
+    together = price_points(pd.DataFrame(points))
+    for row, point in enumerate(points):
+        alone = estimate_one(**point)
+        for name in ("step_s", "compute_s", "collective_s", "memory_bytes"):
+            assert together.loc[row, name] == pytest.approx(alone[name], rel=1e-12)
+
+
+def test_input_columns_pass_through_and_answers_follow() -> None:
+    """Unknown columns too, in their order, untouched."""
+    frame = pd.DataFrame([{"note": "a,b", **BASE, "measured_s": 0.5}])
+    priced = price_points(frame)
+    assert list(priced.columns) == [*frame.columns, *OUTPUT_COLUMNS]
+    pd.testing.assert_frame_equal(priced[list(frame.columns)], frame)
+
+
+def test_a_bad_row_gets_its_own_status_and_stops_no_other() -> None:
+    """Each with the code of its own error."""
+    bad = [
+        ("ok", {}),
+        ("unknown_name", {"model": "llama-3.1-8"}),
+        ("unknown_name", {"cluster": "nowhere"}),
+        ("unknown_name", {"phase": "decoding"}),
+        ("unknown_name", {"weight_dtype": "fp8"}),
+        ("illegal_strategy", {"tp": 3}),
+        ("illegal_strategy", {"ep": 2}),
+        ("illegal_strategy", {"cp": 2}),
+        ("illegal_strategy", {"nodes": 1, "tp": 8, "pp": 2}),
+        ("bad_input", {"batch": 0}),
+        ("bad_input", {"batch": -1}),
+        ("bad_input", {"tokens": "many"}),
+        ("bad_input", {"tokens": 2.5}),
+        ("bad_input", {"tokens": 2**31}),
+        ("bad_input", {"tokens": math.inf}),
+        ("bad_input", {"nodes": 10**6}),
+        ("bad_input", {"model": None}),
+        ("bad_input", {"cluster": None}),
+        ("ok", {"weight_dtype": "auto", "attention": None}),
+    ]
+    frame = pd.DataFrame([{**BASE, **change} for _, change in bad], dtype=object)
+    priced = price_points(frame)
+    assert list(priced["status"]) == [status for status, _ in bad]
+    assert priced.loc[priced["status"] != "ok", "step_s"].isna().all()
+    assert (priced.loc[priced["status"] == "ok", "step_s"] > 0).all()
+    assert (priced.loc[priced["status"] != "ok", "message"].str.len() > 10).all()
+
+
+def test_one_point_raises_its_own_error() -> None:
+    """The Python call is for one strategy: an error is an exception."""
+    with pytest.raises(UnknownNameError, match="did you mean"):
+        estimate_one(**{**BASE, "model": "llama-3.1-8"})
+    with pytest.raises(LayoutError, match="tp must divide"):
+        estimate_one(**{**BASE, "tp": 5})
+    with pytest.raises(InputError, match="unknown column"):
+        estimate_one(**BASE, batchsize=4)
+
+
+def test_serving_in_closed_loop_obeys_littles_law() -> None:
+    """Requests in flight = rate * latency, for requests that never queue outside."""
+    found = estimate_one(**SERVE, concurrency=32)
+    latency = found["ttft_mean_s"] + 255 * found["tpot_mean_s"]
+    assert found["requests_per_s"] * latency == pytest.approx(32, rel=0.02)
+    assert found["output_tokens_per_s"] == pytest.approx(256 * found["requests_per_s"])
+    assert found["ttft_p99_s"] >= found["ttft_mean_s"]
+    assert found["tpot_p99_s"] >= found["tpot_mean_s"]
+
+
+def test_requests_beyond_the_slots_wait() -> None:
+    """Throughput stays, time to first token grows by what queues over the rate."""
+    slots = {**SERVE, "max_num_seqs": 16}
+    full, queued = estimate_one(**slots, concurrency=16), estimate_one(**slots, concurrency=32)
+    assert queued["requests_per_s"] == pytest.approx(full["requests_per_s"], rel=0.02)
+    waited = queued["ttft_mean_s"] - full["ttft_mean_s"]
+    assert waited == pytest.approx(16 / full["requests_per_s"], rel=0.02)
+
+
+def test_an_offered_rate_below_capacity_is_what_is_served() -> None:
+    """Above it, the deployment serves what it can."""
+    capacity = estimate_one(**SERVE)["requests_per_s"]
+    calm = estimate_one(**SERVE, request_rate=capacity / 4)
+    assert calm["requests_per_s"] == pytest.approx(capacity / 4, rel=1e-6)
+    assert calm["tpot_mean_s"] < estimate_one(**SERVE)["tpot_mean_s"]
+    swamped = estimate_one(**SERVE, request_rate=capacity * 4)
+    assert swamped["requests_per_s"] == pytest.approx(capacity, rel=1e-6)
+
+
+def test_a_longer_run_comes_closer_to_the_steady_state() -> None:
+    """The start and the end of a run cost throughput; the first burst costs time to first token."""
+    steady = estimate_one(**SERVE, concurrency=64)
+    runs = [estimate_one(**SERVE, concurrency=64, num_prompts=n) for n in (64, 640, 64000)]
+    rates = [run["output_tokens_per_s"] for run in runs]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(steady["output_tokens_per_s"], rel=0.01)
+    assert runs[0]["ttft_mean_s"] > runs[1]["ttft_mean_s"] > steady["ttft_mean_s"]
+
+
+def test_prefix_hits_and_replicas_help() -> None:
+    """Half of the prompts found in the cache; four replicas with four times the requests."""
+    plain = estimate_one(**SERVE, concurrency=32)
+    hit = estimate_one(**SERVE, concurrency=32, prefix_hit=0.5)
+    assert hit["requests_per_s"] > plain["requests_per_s"]
+    wide = estimate_one(**SERVE, concurrency=128, dp=4)
+    assert wide["requests_per_s"] == pytest.approx(4 * plain["requests_per_s"], rel=1e-6)
+    alone = estimate_one(**SERVE, concurrency=1)
+    assert estimate_one(**SERVE, concurrency=1, dp=4)["requests_per_s"] == pytest.approx(
+        alone["requests_per_s"]
+    )
+
+
+@given(
+    batch=st.integers(1, 256),
+    tokens=st.integers(1, 16384),
+    phase=st.sampled_from(["prefill", "decode"]),
+    tp=st.sampled_from([1, 2, 4, 8]),
+)
+def test_more_work_takes_longer_and_never_less_memory(
+    batch: int, tokens: int, phase: str, tp: int
+) -> None:
+    """Twice the sequences or the tokens: no less time (1 % for tile effects), no less memory."""
+    point = {**BASE, "batch": batch, "tokens": tokens, "phase": phase, "tp": tp}
+    once = estimate_one(**point)
+    for name in ("batch", "tokens"):
+        twice = estimate_one(**{**point, name: 2 * point[name]})
+        assert twice["step_s"] >= once["step_s"] * 0.99
+        assert twice["memory_bytes"] >= once["memory_bytes"]
+    assert np.isfinite(once["step_s"])
