@@ -13,15 +13,18 @@ those found in the prefix cache) and O output tokens. Chunked prefill, prefill m
     t  = f mixed(e, u) + (1 - f) decode(d)             mean step
     TPOT = t        TTFT = wait + s mixed        throughput = b O / latency (Little's law)
 
-Prefill first (an engine that stops decoding for a prompt): a request meets every other prompt
-once, while it waits or while it decodes, so
-    (O - 1) t = (O - 1) decode(b) + (b - 1) prefill(I) - wait
-
-wait = R - D of a closed loop of b requests around a server that takes D = I / (c - e) mixed
-(prefill first: prefill(I)) a prompt, with Z the rest of a request's time (prefill first:
-(O - 1) decode). Mean-value analysis with deterministic service, R = D (1 + (b - 1) / b (Q - U / 2)),
-Q = b R / (Z + R), U = b D / (Z + R), never below the server's own limit:
+where wait = R - D of a closed loop of b requests around a server that takes D = I / (c - e) mixed a
+prompt, with Z the rest of a request's time. Mean-value analysis with deterministic service,
+R = D (1 + (b - 1) / b (Q - U / 2)) with Q = b R / (Z + R) and U = b D / (Z + R), solved for R and
+never below the server's own limit:
     R = max((g + sqrt(g^2 + 4 D Z - 2 D^2 (b - 1))) / 2, g),   g = b D - Z
+
+Prefill first (an engine that stops decoding for a prompt): requests end where decode steps do, so
+a prompt waits for half of those that came at the same step, and a request meets every other
+prompt once, while it waits or while it decodes:
+    wait = (b - 1) prefill(I) / max(2 (O - 1), 1)
+    TPOT = decode(b) + ((b - 1) prefill(I) - wait) / (O - 1)
+
 A pipeline of p stages runs p microbatches of slots at once: a step takes
 max(sum of stages, p * slowest stage at b / p); a prompt of several chunks flows through it with
 (chunks - 1) bubbles of the slowest stage.
@@ -285,7 +288,7 @@ def _chunked(shares: _Shares, later: Array, decode_s: Array, mixed_s: Array) -> 
 def _prompts_first(shares: _Shares, later: Array, decode_s: Array, prefill_s: Array) -> _Pace:
     """A prompt stops decoding until it is done."""
     others_s = (shares.slots - 1.0) * prefill_s
-    wait_s = np.minimum(_wait(prefill_s, later * decode_s, shares.slots), others_s)
+    wait_s = others_s / np.maximum(2.0 * later, 1.0)
     met = (others_s - wait_s) / (np.maximum(later, 1.0) * prefill_s) * shares.pieces
     mixed, pure = np.where(later > 0.0, met, 1.0), np.where(later > 0.0, 1.0, 0.0)
     step_s = mixed * (prefill_s / shares.pieces) + pure * decode_s
@@ -296,9 +299,7 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
     """Steady state of one layout over a grid of slots and step sizes."""
     engine, stages = model.engine, len(model.graphs["decode"].stages)
     shares = _shares(given, engine.prefill_first)
-    micro, others = (
-        np.maximum(np.ceil(n / stages), 1.0) for n in (shares.decoding, shares.beside)
-    )
+    micro, others = (np.maximum(np.ceil(n / stages), 1.0) for n in (shares.decoding, shares.beside))
     decode = _decode_stages(model, given, micro)
     alone = np.zeros(()) if engine.prefill_first else others
     mixed = _mixed_stages(model, given, shares, alone)
@@ -306,7 +307,9 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
     mixed_s = _rotate(model, mixed, "prefill")
     later = as_array(given.output_len) - 1.0
     if engine.prefill_first:
-        pace = _prompts_first(shares, later, decode_s, _flow(model, mixed, "prefill", shares.pieces))
+        pace = _prompts_first(
+            shares, later, decode_s, _flow(model, mixed, "prefill", shares.pieces)
+        )
     else:
         pace = _chunked(shares, later, decode_s, mixed_s)
     prefill_s, wait_s, step_s = pace.prefill_s, pace.wait_s, pace.step_s

@@ -263,22 +263,19 @@ def _attention(scorer: LayoutScorer, sixteen: str) -> Iterator[AttentionRow]:
 
 
 def _lengths(scorer: LayoutScorer, features: _Features) -> Iterator[LengthRow]:
-    """Output lengths at which one request takes about eight seconds."""
+    """Output lengths at which one request takes about eight seconds, and what it takes there."""
     longest = scorer.question.spec.max_context or 2**20
+
+    def seconds(prompt: int, output: int) -> float:
+        first, each = _single(scorer, features, prompt, output)
+        return first + (output - 1) * each
+
     for prompt in _PROMPTS:
         outputs = np.unique(np.geomspace(2, max(longest - prompt, 2), 64).round().astype(int))
-        times = []
-        for output in outputs:
-            first, each = _single(scorer, features, prompt, int(output))
-            times.append(first + (int(output) - 1) * each)
-        output_len = float(np.interp(_GOAL_S, times, outputs))
-        reached = times[-1] >= _GOAL_S >= times[0]
+        times = [seconds(prompt, int(output)) for output in outputs]
+        output_len = round(float(np.interp(_GOAL_S, times, outputs)))
         yield LengthRow(
-            input_len=prompt,
-            output_len=round(output_len),
-            end_to_end_s=_GOAL_S
-            if reached
-            else float(times[-1] if times[-1] < _GOAL_S else times[0]),
+            input_len=prompt, output_len=output_len, end_to_end_s=seconds(prompt, output_len)
         )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,5 +145,10 @@ def check_file_out(path: Path) -> None:
     if path.is_dir():
         raise InputError("`--out` is a file here", got=f"{path} is a folder")
     place = next(p for p in path.resolve().parents if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise InputError("`--out` cannot be written", got=str(path), hint=f"{place} is read-only")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(
+            "`--out` cannot be written", got=f"{path}: {error.strerror}", hint=f"check {place}"
+        ) from None

@@ -28,6 +28,7 @@ from shardplan.search.cli_common import (
 __all__ = ["search"]
 
 _RUNS = Path("results") / "runs"
+_MOST_ALTERNATIVES = 1000
 
 
 def search(
@@ -77,6 +78,8 @@ def search(
 ) -> None:
     """Find, price and prove the best plan for a model on a cluster."""
     asked = dict(locals())
+    if not 0 <= top <= _MOST_ALTERNATIVES:
+        raise InputError(f"`--top` is from 0 to {_MOST_ALTERNATIVES}", got=f"top={top}")
     for name in ("out", "force", "json", "ablation"):
         del asked[name]
     if ablation:

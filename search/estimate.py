@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.memo import FEW_POINTS
 from shardplan.models.errors import InputError, ShardplanError
 from shardplan.search.estimate_layout import (
     LAYOUT_COLUMNS,
@@ -178,26 +179,38 @@ def _price_layout(points: Points, prices: Prices, rows: Indices, phases: NDArray
     first = int(rows[0])
     layouts = make_layouts(**{name: points.cell(name, first) for name in LAYOUT_COLUMNS})
     for phase in ("prefill", "decode", "serve"):
-        for part in grouped(points, _CHOICES, rows[phases[rows] == phase]):
-            _attempt(
-                points,
-                part,
-                functools.partial(_price_choice, points, prices, layouts, phase, part),
-            )
+        among = rows[phases[rows] == phase]
+        parts = grouped(points, _CHOICES, among)
+        for part in parts:
+            wide = among if len(parts) > 1 else part
+            price = functools.partial(_price_choice, points, prices, layouts, phase, part, wide)
+            _attempt(points, part, price)
 
 
 def _price_choice(
-    points: Points, prices: Prices, layouts: Sequence[Layout], phase: str, rows: Indices
+    points: Points,
+    prices: Prices,
+    layouts: Sequence[Layout],
+    phase: str,
+    rows: Indices,
+    wide: Indices,
 ) -> None:
-    """Rows of one layout, phase and choice of dtypes, each under its faster exchange."""
+    """Rows of one layout, phase and choice of dtypes, each under its faster exchange.
+
+    They are priced among the rows `wide` of all choices: most kernels cost the same under another
+    choice, and the step model remembers the points that it has priced.
+    """
     first = int(rows[0])
     kinds = dtypes_of(points, layouts[0], first)
-    found = [_priced(points, layout, phase, rows, kinds) for layout in layouts]
+    asked = np.resize(wide, max(len(wide), FEW_POINTS)) if len(wide) > len(rows) else wide
+    places = np.searchsorted(wide, rows)
+    found = [_priced(points, layout, phase, asked, kinds) for layout in layouts]
     best = found[0]
     for other in found[1:]:
         rank = "output_tokens_per_s" if phase == "serve" else "step_s"
         better = other[rank] > best[rank] if phase == "serve" else other[rank] < best[rank]
         best = {name: np.where(better, other[name], best[name]) for name in best}
+    best = {name: values[places] for name, values in best.items()}
     for name, values in best.items():
         prices.numbers[name][rows] = values
     capacity = layouts[0].ledger.capacity_bytes

@@ -24,7 +24,8 @@ from shardplan.costmodel.catalog import load_cluster, load_device, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, engine_names, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.ledger import Ledger
-from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.step import Parts, StepModel
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.catalog import load_model
@@ -200,11 +201,13 @@ def make_layout(
     dp: int,
     ep: int,
     cp: int,
+    memo: Memo[Parts] | None = None,
     **graph: Any,
 ) -> Layout:
     """Everything that rows of one layout are priced with.
 
-    `graph` takes the further fields of `Parallelism` (sp, exchange, stage_layers). Raises the
+    `memo` is that of another layout on the same machine and engine; `graph` takes the further
+    fields of `Parallelism` (sp, exchange, stage_layers). Raises the
     `InputError` of whatever does not resolve, `LayoutError` where the strategy cannot be laid.
     """
     spec = load_model(_needed("model", model, "see `shardplan models`"))
@@ -217,7 +220,7 @@ def make_layout(
         cluster=found,
         engine=engine,
         parallel=par,
-        model=StepModel.of(graphs, found, engine),
+        model=StepModel.of(graphs, found, engine, memo),
         ledger=Ledger.of(graphs["prefill"], found.device, engine),
         notes=_notes(found, engine, par.ranks, engine_profile),
     )
@@ -229,5 +232,5 @@ def make_layouts(**columns: Any) -> tuple[Layout, ...]:
     if first.parallel.ep == 1:
         return (first,)
     note = "exchange: the faster of allgather and alltoall"
-    second = make_layout(**columns, exchange="alltoall")
+    second = make_layout(**columns, exchange="alltoall", memo=first.model.memo)
     return tuple(replace(one, notes=(*one.notes, note)) for one in (first, second))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
-from shardplan.search.request import DEFAULT_INPUT, DEFAULT_OUTPUT
+from shardplan.search.workload import DEFAULT_INPUT, DEFAULT_OUTPUT
 
 __all__ = [
     "INPUT_COLUMNS",

@@ -37,9 +37,8 @@ shardplan finds and proves the best way to deploy a large language model on an A
 
 All commands: shardplan --help. Options of one: shardplan COMMAND --help."""
 
-_UsageError = typer.BadParameter.__mro__[1]
 _ClickError = typer.BadParameter.__mro__[2]
-"""Typer's own bases of a usage error: Click's, or since 0.17 those of its own copy of Click."""
+"""Bases of a usage error: Click's or, in newer versions of typer, those of typer's own copy."""
 
 _BUG_FRAMES = 4
 

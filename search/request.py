@@ -7,11 +7,10 @@ same width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16).
 
 from __future__ import annotations
 
-import math
-import tomllib
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
@@ -21,19 +20,22 @@ from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
+from shardplan.search.workload import (
+    DEFAULT_TPOT_S,
+    DEFAULT_TTFT_S,
+    one_of,
+    read_workload,
+    shown,
+    whole,
+)
 
 __all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
 Objective = Literal["throughput", "latency", "cards"]
 SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "cmaes", "random"]
-DEFAULT_INPUT = 1024
-DEFAULT_OUTPUT = 256
 DEFAULT_TRIALS = 200
-DEFAULT_TTFT_S = 2.0
-DEFAULT_TPOT_S = 0.1
-_MOST_TOKENS = 2**24
-_MOST_REQUESTS = 2**20
-_MAX_WORKLOAD_BYTES = 2**20
+_MOST_TRIALS = 10**7
+_MOST_SEED = 2**32 - 1
 _NATIVE = {"fp32": "bf16", "fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}
 _SAME_WIDTH = {"bf16": "fp16", "fp16": "bf16", "fp8": "w8a8"}
 
@@ -82,85 +84,6 @@ class Resolved:
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise InputError(f"`{name}` is one of {', '.join(known)}", got=f"{name}={value!r}")
-    return value
-
-
-def _whole(name: str, value: object, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InputError(f"`{name}` is a whole number from 1 to {most:,}", got=f"{name}={value!r}")
-    return value
-
-
-def _positive(name: str, value: object) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(float(value)) or float(value) <= 0:  # type: ignore[arg-type]  # a number here
-        raise InputError(f"`{name}` is a number above 0", got=f"{name}={value!r}")
-    return float(value)  # type: ignore[arg-type]  # a number here
-
-
-def _workload_file(path: str | None) -> dict[str, Any]:
-    """Keys of a workload TOML; `InputError` for one that is not known."""
-    if path is None:
-        return {}
-    known = ("input_len", "output_len", "concurrency", "rate", "prefix_hit", "ttft_ms", "tpot_ms")
-    file = Path(path)
-    try:
-        if file.stat().st_size > _MAX_WORKLOAD_BYTES:
-            raise InputError("a workload file is at most 1 MiB", got=path)
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            "the workload file cannot be read", got=f"{path}: {error.strerror}"
-        ) from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError("a workload file is TOML in UTF-8", got=f"{path}: {error}") from None
-    unknown = sorted(set(table) - set(known))
-    if unknown:
-        raise InputError(
-            "a workload file has keys " + ", ".join(known), got=f"{path}: {', '.join(unknown)}"
-        )
-    return table
-
-
-def _workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
-    table = _workload_file(asked.workload)
-
-    def said(name: str) -> Any:
-        own = getattr(asked, name)
-        return table.get(name) if own is None else own
-
-    lengths = {}
-    for name, default in (("input_len", DEFAULT_INPUT), ("output_len", DEFAULT_OUTPUT)):
-        value = said(name)
-        if value is None:
-            notes.append(f"{name} was not given: {default} tokens assumed")
-            value = default
-        lengths[name] = _whole(name, value, _MOST_TOKENS)
-    concurrency, rate, hit = said("concurrency"), said("rate"), said("prefix_hit")
-    if hit is not None and not (isinstance(hit, int | float) and 0 <= hit < 1):
-        raise InputError("`prefix_hit` is from 0 to below 1", got=f"prefix_hit={hit!r}")
-    limits = {
-        f"{name}_s": None
-        if said(f"{name}_ms") is None
-        else _positive(name, said(f"{name}_ms")) / 1e3
-        for name in ("ttft", "tpot")
-    }
-    work = Workload(
-        **lengths,
-        concurrency=None
-        if concurrency is None
-        else _whole("concurrency", concurrency, _MOST_REQUESTS),
-        request_rate=None if rate is None else _positive("rate", rate),
-        prefix_hit=float(hit or 0.0),
-    )
-    if work.concurrency is None and work.request_rate is None:
-        notes.append("no concurrency or rate was given: as many requests in flight as serve best")
-    return work, Limits(**limits)
-
-
 def _soft_limits(
     work: Workload, limits: Limits, objective: str, notes: list[str]
 ) -> tuple[Limits, bool]:
@@ -175,13 +98,21 @@ def _soft_limits(
     return Limits(ttft_s=DEFAULT_TTFT_S, tpot_s=DEFAULT_TPOT_S), True
 
 
+def _refused(rule: str, known: tuple[str, ...], name: str, value: object) -> InputError:
+    """A choice that the device or engine does not have, with the nearest that it has."""
+    close = get_close_matches(str(value), known, n=1)
+    return InputError(
+        f"{rule} {', '.join(known)}",
+        got=f"{name}={shown(value)}",
+        hint=f"try {(close or known)[0]}",
+    )
+
+
 def _weight_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str]) -> str:
     known = device.weight_dtypes
     if asked != "auto":
         if asked not in known:
-            raise InputError(
-                f"{device.name} runs weights as {', '.join(known)}", got=f"weight_dtype={asked}"
-            )
+            raise _refused(f"{device.name} runs weights as", known, "weight_dtype", asked)
         return asked
     native = _NATIVE.get(spec.dtype, spec.dtype)
     if native in known:
@@ -198,15 +129,16 @@ def _weight_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str])
     return other
 
 
-def _kv_dtype(device: Device, asked: str) -> str:
-    if asked == "auto":
-        return "bf16" if "bf16" in device.kv_dtypes else "fp16"
-    if asked not in device.kv_dtypes:
-        raise InputError(
-            f"{device.name} caches keys and values as {', '.join(device.kv_dtypes)}",
-            got=f"kv_dtype={asked}",
-        )
-    return asked
+def _kv_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str]) -> str:
+    known = device.kv_dtypes
+    if asked != "auto":
+        if asked not in known:
+            raise _refused(f"{device.name} caches keys and values as", known, "kv_dtype", asked)
+        return asked
+    native = "fp16" if spec.dtype == "fp16" else "bf16"
+    found = native if native in known else _SAME_WIDTH[native]
+    notes.append(f"the KV cache keeps the 16 bits of the model's activations: {found}")
+    return found
 
 
 def _beside(device: Device, weight: str, kv: str, attention: tuple[str, ...]) -> tuple[Choice, ...]:
@@ -229,9 +161,7 @@ def _engine_profile(cluster: Cluster, asked: str | None, notes: list[str]) -> En
         return load_engine(known[0])
     engine = load_engine(asked)
     if engine.name not in known and not Path(asked).suffix:
-        raise InputError(
-            f"{cluster.device.name} is served by {', '.join(known)}", got=f"engine_profile={asked}"
-        )
+        raise _refused(f"{cluster.device.name} is served by", known, "engine_profile", asked)
     return engine
 
 
@@ -242,60 +172,92 @@ def without_limits(resolved: Resolved) -> Resolved:
     return replace(resolved, request=request, soft_limits=False, notes=(*resolved.notes, note))
 
 
-def resolve(asked: Asked) -> Resolved:
-    """Everything looked up and checked. Raises `InputError` for whatever cannot be."""
-    notes: list[str] = []
-    objective = _one_of("objective", asked.objective, get_args(Objective))
-    engine_name = _one_of("engine", asked.engine, get_args(SearchEngine))
-    _one_of("serving", asked.serving, ("auto", "agg", "disagg"))
+def _check_words(asked: Asked) -> None:
+    """Everything that needs no file: choices and counts."""
+    one_of("objective", asked.objective, get_args(Objective))
+    one_of("engine", asked.engine, get_args(SearchEngine))
+    one_of("attention", asked.attention, ("auto", "flash", "naive"))
+    one_of("serving", asked.serving, ("auto", "agg", "disagg"))
     if asked.serving == "disagg":
         raise InputError(
             "disaggregated prefill and decode is not searched by this version",
             got="serving=disagg",
             hint="use --serving agg",
         )
-    _one_of("attention", asked.attention, ("auto", "flash", "naive"))
-    if asked.nodes is not None:
-        _whole("nodes", asked.nodes, 2**17)
-    if asked.cards is not None:
-        _whole("cards", asked.cards, 2**20)
-    spec = load_model(asked.model) if not isinstance(asked.model, ModelSpec) else asked.model
+    for name, most, good in (
+        ("nodes", 2**17, 1),
+        ("cards", 2**20, 8),
+        ("trials", _MOST_TRIALS, 200),
+    ):
+        if getattr(asked, name) is not None:
+            whole(name, getattr(asked, name), most, try_=good)
+    whole("seed", asked.seed, _MOST_SEED, try_=0, least=0)
+
+
+def _machine(asked: Asked, notes: list[str]) -> tuple[Cluster, int]:
+    """(cluster, cards)."""
     cluster = (
         asked.cluster
         if isinstance(asked.cluster, Cluster)
         else load_cluster(asked.cluster, nodes=asked.nodes, device=asked.device, cards=asked.cards)
     )
     cards = resolve_cards(cluster, asked.cards)
-    work, limits = _workload(asked, notes)
-    limits, soft = _soft_limits(work, limits, objective, notes)
-    engine = _engine_profile(cluster, asked.engine_profile, notes)
-    weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
-    kv = _kv_dtype(cluster.device, asked.kv_dtype)
-    attention = engine.attention if asked.attention == "auto" else (asked.attention,)
-    if not set(attention) <= set(engine.attention):
+    if asked.cards is None:
+        notes.append(f"cards was not given: all {cards} of {cluster.name} may be used")
+    return cluster, cards
+
+
+def _attention(engine: EngineProfile, asked: str, notes: list[str]) -> tuple[str, ...]:
+    if asked == "auto":
+        notes.append(f"attention as {engine.name} runs it: {' or '.join(engine.attention)}")
+        return engine.attention
+    if asked not in engine.attention:
         raise InputError(
             f"{engine.name} runs attention as {', '.join(engine.attention)}",
-            got=f"attention={asked.attention}",
+            got=f"attention={asked}",
             hint="another --engine-profile, such as torch-graph, may run it",
         )
-    request = Request(
-        objective=objective,  # type: ignore[arg-type]  # checked above
+    return (asked,)
+
+
+def _request(
+    asked: Asked, engine: EngineProfile, cards: int, work: Workload, limits: Limits
+) -> Request:
+    return Request(
+        objective=asked.objective,  # type: ignore[arg-type]  # checked before
         workload=work,
         limits=limits,
         cards=cards,
         weight_dtype=asked.weight_dtype,
         kv_dtype=asked.kv_dtype,
         attention=asked.attention,
-        engine="exact" if engine_name == "auto" else engine_name,  # type: ignore[arg-type]  # checked
+        engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
         serving="agg",
         seed=asked.seed,
         trials=asked.trials,
     )
-    if objective == "cards" and work.request_rate is None and limits == Limits():
+
+
+def resolve(asked: Asked) -> Resolved:
+    """Everything looked up and checked. Raises `InputError` for whatever cannot be."""
+    notes: list[str] = []
+    _check_words(asked)
+    spec = load_model(asked.model) if not isinstance(asked.model, ModelSpec) else asked.model
+    cluster, cards = _machine(asked, notes)
+    work, limits = read_workload(asked, notes)
+    limits, soft = _soft_limits(work, limits, asked.objective, notes)
+    engine = _engine_profile(cluster, asked.engine_profile, notes)
+    weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
+    kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
+    attention = _attention(engine, asked.attention, notes)
+    if asked.serving == "auto":
+        notes.append("prefill and decode share the cards (aggregated serving)")
+    if asked.objective == "cards" and work.request_rate is None and limits == Limits():
         notes.append("no rate or limit was given: the fewest cards that hold the model")
+    both_auto = asked.weight_dtype == asked.kv_dtype == "auto"
     return Resolved(
-        request=request,
+        request=_request(asked, engine, cards, work, limits),
         spec=spec,
         cluster=cluster,
         engine=engine,
@@ -303,9 +265,7 @@ def resolve(asked: Asked) -> Resolved:
             Choice(attention=a, weight_dtype=weight, kv_dtype=kv)  # type: ignore[arg-type]  # checked
             for a in attention
         ),
-        beside=_beside(cluster.device, weight, kv, attention)
-        if asked.weight_dtype == "auto" and asked.kv_dtype == "auto"
-        else (),
+        beside=_beside(cluster.device, weight, kv, attention) if both_auto else (),
         notes=(*notes, *spec.extra),
         soft_limits=soft,
     )

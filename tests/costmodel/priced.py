@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from shardplan.costmodel.catalog import load_cluster
-from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.optable import Row
 from shardplan.costmodel.step import StepModel
@@ -72,11 +72,14 @@ class Priced:
 
 
 def price(
-    spec: ModelSpec, par: Parallelism, cluster: str = CLUSTER, engine: str = ENGINE
+    spec: ModelSpec,
+    par: Parallelism,
+    cluster: str = CLUSTER,
+    engine: str | EngineProfile = ENGINE,
 ) -> Priced:
     """A model under a strategy, on a cluster with nodes enough for it."""
     machines = load_cluster(cluster, cards=par.ranks)
-    profile = load_engine(engine)
+    profile = engine if isinstance(engine, EngineProfile) else load_engine(engine)
     graphs: dict[Phase, ShardedGraph] = {
         phase: apply(build_graph(spec, phase), par) for phase in PHASES
     }

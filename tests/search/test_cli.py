@@ -189,6 +189,28 @@ def test_search_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert names <= set(shown["certificate"])
 
 
+def test_an_ablation_says_what_each_feature_buys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table, the same as JSON, and as a file."""
+    out = tmp_path / "ablation.json"
+    assert run([*SEARCH, "--ablation", "--out", str(out)]) == 0
+    assert "auto batching" in capsys.readouterr().out
+    assert run([*SEARCH, "--ablation", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads(out.read_text(encoding="utf-8"))
+    assert shown["rows"][0]["step"] == "baseline"
+
+
+def test_a_question_without_an_answer_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+    """405B on one card: says what binds and how many cards would do."""
+    question = ["search", "--model", "llama-3.1-405b", "--cluster", "atlas-800t-a2", "--cards", "1"]
+    assert run([*question, "--json"]) == 3
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"]["code"] == "infeasible"
+    assert "memory" in shown.err
+
+
 def test_verify_of_a_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     """Each check is printed; level 0 has fewer."""
     assert run(["verify", "--model", "llama-3.1-8b", "--tp", "2", "--pp", "2"]) == 0

@@ -71,6 +71,11 @@ def test_search_limits(name: str, value: str, capsys: pytest.CaptureFixture[str]
     refused(["search", *BOTH, name, value], capsys, value)
 
 
+def test_alternatives(capsys: pytest.CaptureFixture[str]) -> None:
+    """A number of alternatives below none."""
+    refused(["search", *BOTH, "--top", "-1"], capsys, "top=-1")
+
+
 def test_cards_that_no_job_may_take(capsys: pytest.CaptureFixture[str]) -> None:
     """A node of eight takes 1, 2, 4 or 8."""
     refused(["search", *BOTH, "--cards", "7"], capsys, "cards=7", "try 4 or 8")
@@ -174,7 +179,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     """Found out before the work, not after it."""
     points = tmp_path / "in.csv"
     points.write_text("model\nllama-65b\n", encoding="utf-8")
-    for out in (tmp_path, points, points / "out.csv"):
+    gone = Path("/proc/none/out.csv")  # nobody can write there, not even root
+    for out in (tmp_path, points, points / "out.csv", *([gone] if Path("/proc").exists() else [])):
         refused(["estimate", "--points", str(points), "--out", str(out)], capsys, "--out")
     assert points.read_text(encoding="utf-8") == "model\nllama-65b\n"
     full = tmp_path / "full"

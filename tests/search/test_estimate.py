@@ -172,7 +172,7 @@ def test_input_columns_pass_through_and_answers_follow() -> None:
 
 def test_a_bad_row_gets_its_own_status_and_stops_no_other() -> None:
     """Each with the code of its own error."""
-    bad = [
+    bad: list[tuple[str, dict[str, Any]]] = [
         ("ok", {}),
         ("unknown_name", {"model": "llama-3.1-8"}),
         ("unknown_name", {"cluster": "nowhere"}),

@@ -1,0 +1,148 @@
+"""A serving engine step by step: fixed lengths, closed loop, a step time linear in its tokens.
+
+The oracle of the steady-state formulas. It shares nothing with them: it keeps every request, fills
+every step as the scheduler of an engine does, and counts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.optable import Group
+from shardplan.costmodel.step import Load, Parts
+
+__all__ = ["LinearModel", "Measured", "Setting", "measure"]
+
+BASE_S, TOKEN_S = 0.02, 1e-5
+_ZERO = np.zeros(())
+
+
+class Setting(NamedTuple):
+    """Slots, tokens a step, prompt and output lengths."""
+
+    slots: int
+    chunk: int
+    prompt: int
+    output: int
+
+    @property
+    def load(self) -> float:
+        """Tokens that the slots ask of a step, of those it holds."""
+        chunks = -(-self.prompt // self.chunk)
+        asked = self.slots * (self.prompt + self.output - 1) / (self.output - 1 + chunks)
+        return asked / self.chunk
+
+
+class Measured(NamedTuple):
+    """Means of the later part of a run."""
+
+    requests_per_s: float
+    ttft_s: float
+    tpot_s: float
+
+
+class _Stages(NamedTuple):
+    stages: tuple[int, ...]
+
+
+class LinearModel:
+    """Stands for a StepModel of one stage whose step takes BASE_S + TOKEN_S * tokens."""
+
+    groups = 1
+
+    def __init__(self, engine: str) -> None:
+        self.engine = load_engine(engine)
+        self.graphs = {"decode": _Stages((0,))}
+
+    def parts(self, group: Group, load: Load) -> list[Parts]:
+        """All of the time is the token rows'."""
+        if group != "token":
+            return [Parts(_ZERO, _ZERO, _ZERO, _ZERO, 0.0)]
+        return [Parts(TOKEN_S * load.tokens, _ZERO, _ZERO, np.asarray(BASE_S), 1.0)]
+
+    def step_s(self, stages: list[Parts], _: str) -> list[Array]:
+        """Seconds of the one stage."""
+        return [parts.total_s for parts in stages]
+
+    def host_s(self, _: str) -> float:
+        """The host costs nothing."""
+        return 0.0
+
+
+@dataclass(slots=True)
+class _Request:
+    prompt_left: int
+    decode_left: int
+    started_s: float
+    first_s: float = -1.0
+    """Of the first token; negative until there is one, or where it is older than the run."""
+
+
+class _Engine:
+    """Slots of running requests; one that ends is followed by a new one at once."""
+
+    def __init__(self, setting: Setting, prompts_first: bool) -> None:
+        self.setting, self.prompts_first = setting, prompts_first
+        self.now_s = 0.0
+        self.waiting: list[_Request] = []
+        self.running: list[_Request] = []
+        self.ended: list[tuple[_Request, float]] = []
+        rng = random.Random(0)
+        for _ in range(setting.slots):
+            if setting.output > 1:  # as if it had run for long: each somewhere in its output
+                left = rng.randint(1, setting.output - 1)
+                self.running.append(_Request(0, left, -1.0))
+            else:
+                self.waiting.append(self._new())
+
+    def _new(self) -> _Request:
+        return _Request(self.setting.prompt, self.setting.output - 1, self.now_s)
+
+    def step(self) -> None:
+        """One forward pass: every running request a token, then prompts in order of arrival."""
+        stopped = self.prompts_first and self.waiting
+        decoding = [] if stopped else list(self.running)
+        room = self.setting.chunk - len(decoding)
+        fed: list[_Request] = []
+        for request in self.waiting[:1] if self.prompts_first else self.waiting:
+            take = min(request.prompt_left, room)
+            request.prompt_left -= take
+            room -= take
+            fed.append(request)
+            if not room:
+                break
+        self.now_s += BASE_S + TOKEN_S * (self.setting.chunk - room)
+        for request in decoding:
+            request.decode_left -= 1
+        for request in fed:
+            if not request.prompt_left:
+                self.waiting.remove(request)
+                request.first_s = self.now_s
+                self.running.append(request)
+        for request in [one for one in self.running if not one.decode_left]:
+            self.running.remove(request)
+            self.ended.append((request, self.now_s))
+            self.waiting.append(self._new())
+
+
+def measure(setting: Setting, *, prompts_first: bool = False) -> Measured:
+    """Sixty rounds of all slots; the last two thirds count, in whole rounds."""
+    engine = _Engine(setting, prompts_first)
+    while len(engine.ended) < max(60 * setting.slots, 100):
+        engine.step()
+    rounds = len(engine.ended) * 2 // 3 // setting.slots
+    late = engine.ended[-rounds * setting.slots :]
+    span_s = late[-1][1] - late[0][1]
+    after = sum(end > late[0][1] for _, end in late)
+    later = max(setting.output - 1, 1)
+    return Measured(
+        requests_per_s=after / span_s,
+        ttft_s=float(np.mean([one.first_s - one.started_s for one, _ in late])),
+        tpot_s=float(np.mean([(end - one.first_s) / later for one, end in late])),
+    )

@@ -1,0 +1,93 @@
+"""Rows of the op table: sizes worked by hand, and what an engine fuses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from tests.costmodel.priced import CASES, CLUSTER, PHASES, load
+
+from shardplan.costmodel.catalog import load_cluster
+from shardplan.costmodel.engines import FUSIONS, load_engine
+from shardplan.costmodel.optable import Row, block_rows
+from shardplan.models.graph import Phase
+
+PLAIN = replace(load_engine("vllm-ascend"), fused=())
+
+
+def rows(name: str, phase: Phase, block: str, *fused: str) -> tuple[Row, ...]:
+    """A template of one of the cases, under an engine with these fusions."""
+    graph = load(name).graphs[phase]
+    cluster = load_cluster(CLUSTER, cards=graph.parallel.ranks)
+    return block_rows(graph, graph.blocks[block], cluster, replace(PLAIN, fused=fused))
+
+
+def products(found: tuple[Row, ...]) -> list[tuple[float, float]]:
+    """(n, k) of the matrix products, sorted."""
+    return sorted((row.n, row.k) for row in found if row.kind == "matmul")
+
+
+def test_a_llama_layer_of_one_of_eight_ranks_by_hand() -> None:
+    """4 of 32 heads, 1 of 8 kv heads of 128; 1792 of 14336 FFN columns."""
+    apart = rows("dense tp8", "prefill", "dense")
+    attention = [(128, 4096), (128, 4096), (512, 4096), (4096, 512)]
+    assert products(apart) == sorted(
+        [*attention, (1792, 4096), (1792, 4096), (4096, 1792)],
+    )
+    fused = rows("dense tp8", "prefill", "dense", "qkv", "gate_up")
+    assert products(fused) == sorted([(768, 4096), (4096, 512), (3584, 4096), (4096, 1792)])
+    (attend,) = (row for row in fused if row.kind == "attention")
+    assert (attend.heads, attend.kv_heads, attend.head_dim) == (4, 1, 128)
+
+
+def test_heads_beyond_the_kv_heads_share_one() -> None:
+    """32 heads and 4 kv heads over 16 ranks: two query heads and one kv head a rank."""
+    (attend,) = (r for r in rows("tp beyond kv heads", "decode", "moe") if r.kind == "attention")
+    assert (attend.heads, attend.kv_heads) == (2, 1)
+
+
+def test_latent_attention_reads_one_stream_of_576_when_decoding() -> None:
+    (up,) = (r for r in rows("mla tp8", "prefill", "moe") if r.kind == "mla_attention")
+    assert (up.heads, up.head_dim, up.rope_dim, up.value_dim) == (16, 128, 64, 128)
+    (absorbed,) = (r for r in rows("mla tp8", "decode", "moe") if r.kind == "mla_absorbed")
+    assert (absorbed.heads, absorbed.head_dim, absorbed.rope_dim) == (16, 512, 64)
+
+
+def test_a_rank_of_sixteen_computes_its_sixteen_experts() -> None:
+    """deepseek-v3: 256 experts, 8 a token: half a routed row a token here, tokens of all groups."""
+    found = rows("mla dp16 ep16 a2a", "decode", "moe", "gate_up")
+    grouped = [(r.experts, r.share, r.n, r.k) for r in found if r.kind == "grouped_matmul"]
+    assert sorted(grouped) == [(16, 0.5, 4096, 7168), (16, 0.5, 7168, 2048)]
+
+
+def test_a_fusion_replaces_the_kernels_it_names() -> None:
+    """qwen3-32b: two norms, two residual adds, query and key norms, two rotary embeddings."""
+    apart = Counter(row.kind for row in rows("qk norm tp4", "prefill", "dense"))
+    norms = Counter(row.kind for row in rows("qk norm tp4", "prefill", "dense", "add_rmsnorm"))
+    heads = Counter(row.kind for row in rows("qk norm tp4", "prefill", "dense", "qk_norm_rope"))
+    assert (apart["rmsnorm"], apart["add"], apart["rope"]) == (4, 2, 1)
+    assert (norms["add_rmsnorm"], norms["rmsnorm"], norms["add"]) == (2, 2, 0)
+    assert (heads["qk_norm_rope"], heads["rmsnorm"], heads["rope"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("name", CASES)
+def test_fusing_keeps_every_flop_and_never_adds_a_kernel(name: str, phase: Phase) -> None:
+    def flop(found: tuple[Row, ...]) -> float:
+        return sum(r.n * r.k * max(r.experts, 1.0) for r in found if r.k)
+
+    for block in load(name).model.rows[phase]:
+        apart, fused = rows(name, phase, block), rows(name, phase, block, *FUSIONS)
+        assert flop(fused) == flop(apart)
+        layer = block.endswith(("dense", "moe"))
+        assert len(fused) < len(apart) if layer else len(fused) == len(apart)
+
+
+def test_logits_of_every_sequence_are_sampled_where_the_engine_samples() -> None:
+    kinds = [row.kind for row in rows("dense tp8", "decode", "head")]
+    assert kinds[-1] == "softmax_sample"
+    graph = load("dense tp8").graphs["decode"]
+    silent = replace(PLAIN, sampling=False)
+    cluster = load_cluster(CLUSTER, cards=8)
+    assert [r.kind for r in block_rows(graph, graph.blocks["head"], cluster, silent)] == kinds[:-1]

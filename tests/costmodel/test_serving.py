@@ -1,0 +1,243 @@
+"""Steady-state serving: limits by hand, Little's law, and an engine stepped through as oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.costmodel.discrete import BASE_S, TOKEN_S, LinearModel, Setting, measure
+from tests.costmodel.priced import CASES, case_names, load, price
+
+from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.serving import Serving, ServingInput, serve, step_seconds
+from shardplan.costmodel.step import Load, StepModel
+from shardplan.models.catalog import load_model
+from shardplan.models.parallel import Parallelism
+
+SLOTS = 2.0 ** np.arange(10)
+ENGINES = ("vllm-ascend", "mindie")
+
+
+def served(model: StepModel, slots: Any, **asked: Any) -> Serving:
+    """Prompts of 2048 tokens, outputs of 256, steps of 2048, unless said otherwise."""
+    usual = {"chunk": np.asarray(2048.0), "input_len": 2048, "output_len": 256}
+    return serve(model, ServingInput(batch=np.asarray(slots, dtype=float), **(usual | asked)))
+
+
+def linear(setting: Setting, engine: str) -> Serving:
+    """The formulas under a step time linear in its tokens."""
+    return served(
+        cast("StepModel", LinearModel(engine)),
+        float(setting.slots),
+        chunk=np.asarray(float(setting.chunk)),
+        input_len=setting.prompt,
+        output_len=setting.output,
+    )
+
+
+BELOW_SATURATION = [
+    Setting(1, 2048, 512, 64),
+    Setting(4, 2048, 512, 64),
+    Setting(16, 2048, 512, 128),
+    Setting(64, 2048, 1024, 256),
+    Setting(32, 512, 1024, 256),
+    Setting(16, 512, 2048, 256),
+    Setting(64, 4096, 2048, 512),
+    Setting(128, 2048, 256, 128),
+    Setting(64, 1024, 4096, 1024),
+    Setting(8, 512, 4096, 128),
+    Setting(128, 2048, 1024, 128),
+    Setting(16, 2048, 2048, 128),
+    Setting(160, 2048, 1024, 128),
+]
+SATURATED = [
+    Setting(256, 2048, 1024, 128),
+    Setting(16, 2048, 512, 1),
+    Setting(16, 512, 4096, 1),
+    Setting(4, 512, 1000, 2),
+]
+
+
+@pytest.mark.parametrize("setting", BELOW_SATURATION)
+def test_chunked_prefill_is_what_an_engine_does_step_by_step(setting: Setting) -> None:
+    """Throughput and TPOT within 3 %; TTFT, whose wait supposes uneven lengths, within 40 %."""
+    assert setting.load < 0.85
+    real, ours = measure(setting), linear(setting, "vllm-ascend")
+    assert ours.requests_per_s == pytest.approx(real.requests_per_s, rel=0.03)
+    assert ours.tpot_s == pytest.approx(real.tpot_s, rel=0.03)
+    assert 0.85 * real.ttft_s <= ours.ttft_s <= 1.4 * real.ttft_s
+
+
+@pytest.mark.parametrize("setting", SATURATED)
+def test_beyond_saturation_prompts_wait_and_throughput_stays(setting: Setting) -> None:
+    assert setting.load > 1.0
+    real, ours = measure(setting), linear(setting, "vllm-ascend")
+    assert ours.requests_per_s == pytest.approx(real.requests_per_s, rel=0.03)
+    assert ours.ttft_s == pytest.approx(real.ttft_s, rel=0.15)
+    if setting.output > 1:
+        assert ours.tpot_s == pytest.approx(real.tpot_s, rel=0.03)
+
+
+@pytest.mark.parametrize("setting", BELOW_SATURATION + SATURATED)
+def test_prompts_that_stop_decoding_are_what_an_engine_does_step_by_step(setting: Setting) -> None:
+    """An engine that does not chunk takes whole prompts."""
+    whole = setting._replace(chunk=max(setting.chunk, setting.prompt))
+    real, ours = measure(whole, prompts_first=True), linear(whole, "mindie")
+    assert ours.requests_per_s == pytest.approx(real.requests_per_s, rel=0.03)
+    assert ours.ttft_s == pytest.approx(real.ttft_s, rel=0.05)
+    if setting.output > 1:
+        assert ours.tpot_s == pytest.approx(real.tpot_s, rel=0.03)
+
+
+def test_half_a_step_of_prompts_by_hand() -> None:
+    """31 slots, prompts of 100, outputs of 10, steps of 1000: 3.1 requests end a step.
+
+    29 others' decoding tokens leave 971 a step, so a prompt takes one; every step carries
+    prompts, 310 tokens of them, beside 27 that decode.
+    """
+    ours = linear(Setting(31, 1000, 100, 10), "vllm-ascend")
+    assert ours.mixed_share == 1.0
+    assert ours.tpot_s == ours.mixed_step_s == pytest.approx(BASE_S + TOKEN_S * (310 + 27))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pure_prefill_runs_at_the_rate_of_full_steps(name: str) -> None:
+    """One output token and many prompts waiting: every step is full of prompt tokens."""
+    model = load(name).model
+    ours = served(model, 64.0, output_len=1, input_len=3000)
+    tokens_per_s = ours.requests_per_s * 3000 / model.groups
+    assert tokens_per_s == pytest.approx(2048 / ours.mixed_step_s, rel=0.01)
+    assert ours.tpot_s == 0.0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_lone_request_prefills_then_decodes(name: str, engine: str) -> None:
+    """TTFT is its prompt's step (up to one more token in it), TPOT a decode step half-way."""
+    model = load(name, engine=engine).model
+    kinds: dict[str, Any] = {"weight_dtype": "bf16", "kv_dtype": "bf16", "attention": "flash"}
+    prefill, _ = step_seconds(model, "prefill", batch=1, new=1500, prefix=0, **kinds)
+    decode, _ = step_seconds(model, "decode", batch=1, new=1, prefix=1500 + 128, **kinds)
+    ours = served(model, 1.0, input_len=1500)
+    stages = len(model.graphs["decode"].stages)
+    assert ours.wait_s == 0.0
+    if stages == 1:
+        assert ours.ttft_s == pytest.approx(float(prefill), rel=0.03)
+        assert ours.tpot_s == pytest.approx(float(decode), rel=1e-9)
+    else:  # microbatches of other requests would run beside it: as slow as with them
+        assert ours.ttft_s >= 0.99 * prefill
+        assert decode <= ours.tpot_s <= 1.5 * decode
+
+
+@given(
+    name=case_names(),
+    engine=st.sampled_from(ENGINES),
+    slots=st.integers(1, 512),
+    chunk=st.sampled_from([256.0, 2048.0, 8192.0]),
+    lengths=st.tuples(st.integers(1, 32768), st.integers(1, 4096)),
+    waiting=st.integers(0, 512),
+)
+def test_littles_law(
+    name: str, engine: str, slots: int, chunk: float, lengths: tuple[int, int], waiting: int
+) -> None:
+    model = load(name, engine=engine).model
+    asked = {"chunk": np.asarray(chunk), "input_len": lengths[0], "output_len": lengths[1]}
+    ours = served(model, float(slots), in_flight=float(slots + waiting), **asked)
+    assert ours.requests_per_s * ours.end_to_end_s == pytest.approx(
+        (slots + waiting) * model.groups, rel=1e-9
+    )
+    assert ours.concurrency == pytest.approx((slots + waiting) * model.groups, rel=1e-9)
+    later = (lengths[1] - 1) * ours.tpot_s
+    assert ours.end_to_end_s == pytest.approx(ours.ttft_s + later, rel=1e-9)
+    inside = served(model, float(slots), **asked)
+    assert ours.requests_per_s == inside.requests_per_s
+    assert ours.ttft_s >= inside.ttft_s
+
+
+@given(
+    name=case_names(),
+    engine=st.sampled_from(ENGINES),
+    lengths=st.tuples(st.integers(1, 16384), st.integers(2, 2048)),
+)
+def test_more_slots_serve_more_and_each_request_slower(
+    name: str, engine: str, lengths: tuple[int, int]
+) -> None:
+    """Throughput saturates; it falls by at most 3 % and TPOT by at most 6 % on the way.
+
+    The TPOT of few slots is the decode step of few rows, where the matmul surface bends.
+    """
+    ours = served(
+        load(name, engine=engine).model, SLOTS, input_len=lengths[0], output_len=lengths[1]
+    )
+    rate, tpot = ours.output_tokens_per_s, ours.tpot_s
+    assert np.all(rate >= 0.97 * np.maximum.accumulate(rate))
+    assert np.all(tpot >= 0.94 * np.maximum.accumulate(tpot))
+    assert rate[-1] > rate[0]
+
+
+@given(name=case_names(), engine=st.sampled_from(ENGINES), slots=st.integers(1, 256))
+def test_a_prefix_that_is_cached_is_not_computed_again(name: str, engine: str, slots: int) -> None:
+    hits = (0.0, 0.5, 0.9)
+    model = load(name, engine=engine).model
+    ours = [served(model, float(slots), input_len=8192, prefix_hit=hit) for hit in hits]
+    for less, more in zip(ours, ours[1:], strict=False):
+        assert more.ttft_s < less.ttft_s
+        assert more.output_tokens_per_s > less.output_tokens_per_s
+
+
+@pytest.mark.parametrize("name", ["dense tp2 pp3", "dense pp4 uneven", "mla tp8"])
+def test_a_pipeline_is_as_fast_as_its_slowest_stage(name: str) -> None:
+    """32 slots a microbatch: a token of all of them takes a round of the slowest stage."""
+    model = load(name).model
+    stages = len(model.graphs["decode"].stages)
+    ours = served(model, 32.0 * stages, chunk=np.asarray(65536.0), input_len=1, output_len=4096)
+    sizes = Load.of("decode", model.engine, tokens=32.0, batch=32.0, new=1.0, prefix=1 + 2048.0)
+    parts = [model.parts(group, sizes) for group in ("token", "attention", "logits")]
+    each = [sum(float(group[i].total_s) for group in parts) for i in range(stages)]
+    assert ours.decode_step_s >= stages * max(each)
+    assert ours.decode_step_s == pytest.approx(stages * max(each) + model.host_s("decode"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engines_that_chunk_and_engines_that_stop_agree_on_a_lone_request(name: str) -> None:
+    case = load(name)
+    stops = replace(load_engine("vllm-ascend"), prefill_first=True)
+    other = price(case.spec, case.graphs["decode"].parallel, engine=stops).model
+    one, two = served(case.model, 1.0, input_len=1500), served(other, 1.0, input_len=1500)
+    assert two.tpot_s == pytest.approx(float(one.tpot_s), rel=1e-9)
+    if len(other.graphs["decode"].stages) == 1:
+        assert two.ttft_s == pytest.approx(float(one.ttft_s), rel=0.03)
+
+
+def test_data_parallel_groups_add_up() -> None:
+    """Two independent copies of a dense model serve twice as much, each request no slower."""
+    spec = load_model("llama-3.1-8b")
+    alone, twice = (
+        served(price(spec, Parallelism(tp=2, dp=dp)).model, SLOTS) for dp in (1, 2)
+    )
+    assert twice.requests_per_s == pytest.approx(2 * alone.requests_per_s, rel=1e-9)
+    assert twice.ttft_s == pytest.approx(alone.ttft_s, rel=1e-9)
+
+
+@given(name=case_names(), engine=st.sampled_from(ENGINES), output=st.integers(1, 512))
+def test_the_parts_of_an_average_step_sum_to_it(name: str, engine: str, output: int) -> None:
+    ours = served(load(name, engine=engine).model, SLOTS, output_len=output)
+    parts = (ours.compute_s, ours.memory_s, ours.collective_s, ours.overhead_s)
+    step = ours.tpot_s if output > 1 else ours.mixed_step_s
+    assert sum(parts) == pytest.approx(step, rel=0.2 if engine == "mindie" else 1e-9)
+    assert all(np.all(part >= 0.0) for part in parts)
+
+
+def test_a_grid_is_its_points() -> None:
+    model = load("moe dp4 tp2 ep8").model
+    chunks = np.asarray([512.0, 2048.0, 8192.0])
+    grid = served(model, SLOTS[:, None], chunk=chunks[None, :])
+    assert grid.tpot_s.shape == (10, 3)
+    for i, j in ((0, 0), (4, 1), (9, 2)):
+        one = served(model, float(SLOTS[i]), chunk=np.asarray(chunks[j]))
+        for name in ("ttft_s", "tpot_s", "requests_per_s", "compute_s", "overhead_s"):
+            assert getattr(grid, name)[i, j] == pytest.approx(float(getattr(one, name)), rel=1e-9)
