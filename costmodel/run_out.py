@@ -46,7 +46,7 @@ __all__ = ["Run", "run_out"]
 _NORMAL_P99 = 2.326
 _TAIL = 0.01
 _TAIL_P99 = math.log(1.0 / _TAIL)
-_BISECTIONS = 24
+_BISECTIONS = 16
 Bools = NDArray[np.bool_]
 
 

@@ -8,7 +8,7 @@ those found in the prefix cache) and O output tokens. Chunked prefill, prefill m
     d  = r (O - 1)                        sequences decoding in an average step
     e  = q (O - 1)                        those that decode beside a prompt
     s  = ceil(I / (c - e))                steps that prefill one prompt
-    u  = min(c - e, max(I / s, r I))      prompt tokens of a step that has any
+    u  = min(c - e, max(I / s, q I))      prompt tokens of a step that has any
     f  = min(1, q I / u)                  share of a request's steps that carry prompt tokens
     t  = f mixed(e, u) + (1 - f) decode(d)             mean step
     TPOT = t        TTFT = wait + s mixed        throughput = b O / latency (Little's law)
@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
@@ -199,7 +200,7 @@ def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
     beside = others * later
     room = np.maximum(chunk - beside, 1.0)
     pieces = np.ceil(prompt / room)
-    piece = np.minimum(room, np.maximum(prompt / pieces, prompt * per_step))
+    piece = np.minimum(room, np.maximum(prompt / pieces, prompt * others))
     return _Shares(
         slots=slots,
         decoding=per_step * later,
@@ -260,7 +261,23 @@ def _mixed_stages(
     )
     if engine.prefill_first:
         return parts
-    return _sum(parts, model.parts("attention", _cached(model, given, sequences)))
+    beside = model.parts("attention", _cached(model, given, np.maximum(sequences, 1.0)))
+    return _sum(parts, _where(sequences > 0.0, beside))
+
+
+def _where(present: NDArray[np.bool_], stages: list[Parts]) -> list[Parts]:
+    """The parts where they are present; their launches everywhere."""
+    known = {
+        id(parts): Parts(
+            parts.compute_s * present,
+            parts.memory_s * present,
+            parts.collective_s * present,
+            parts.overhead_s * present,
+            parts.kernels,
+        )
+        for parts in stages
+    }
+    return [known[id(parts)] for parts in stages]
 
 
 class _Pace(NamedTuple):
@@ -299,9 +316,8 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
     """Steady state of one layout over a grid of slots and step sizes."""
     engine, stages = model.engine, len(model.graphs["decode"].stages)
     shares = _shares(given, engine.prefill_first)
-    micro, others = (np.maximum(np.ceil(n / stages), 1.0) for n in (shares.decoding, shares.beside))
-    decode = _decode_stages(model, given, micro)
-    alone = np.zeros(()) if engine.prefill_first else others
+    decode = _decode_stages(model, given, np.maximum(np.ceil(shares.decoding / stages), 1.0))
+    alone = np.ceil(shares.beside / stages)
     mixed = _mixed_stages(model, given, shares, alone)
     decode_s = _rotate(model, decode, "decode")
     mixed_s = _rotate(model, mixed, "prefill")

@@ -88,16 +88,9 @@ class Parts(NamedTuple):
     def at(self, points: Points) -> Parts:
         """Spread from the different points over the grid that they stand for."""
 
-        def spread(values: Array) -> Array:
-            return values if values.ndim == 0 else values[points.inverse]
-
-        return Parts(
-            spread(self.compute_s),
-            spread(self.memory_s),
-            spread(self.collective_s),
-            spread(self.overhead_s),
-            self.kernels,
-        )
+        seconds = (self.compute_s, self.memory_s, self.collective_s, self.overhead_s)
+        a, b, c, d = (one if one.ndim == 0 else one[points.inverse] for one in seconds)
+        return Parts(a, b, c, d, self.kernels)
 
 
 ZERO = Parts(np.zeros(()), np.zeros(()), np.zeros(()), np.zeros(()), 0.0)

@@ -12,6 +12,7 @@ from shardplan.costmodel.basis import basis_of
 from shardplan.costmodel.ledger import StageMemory
 from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
+from shardplan.models.graph import Phase
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.exact import Kept, Outcome, pareto_mask
 from shardplan.search.plan import (
@@ -138,16 +139,40 @@ def _loads(scorer: LayoutScorer, best: Kept, phase: str) -> list[tuple[str, Load
 
 
 def breakdown(scorer: LayoutScorer, best: Kept) -> tuple[BreakdownRow, ...]:
-    """Seconds by kind of operator of one prefill piece and one decode step, largest first."""
+    """Seconds by kind of operator of one prefill piece and one decode step, largest first.
+
+    The engine's own time between steps stands there as `host`.
+    """
     rows: list[BreakdownRow] = []
-    for phase in ("prefill", "decode"):
+    phases: tuple[Phase, ...] = ("prefill", "decode")
+    for phase in phases:
         sums: dict[str, list[Parts]] = defaultdict(list)
         for group, load in _loads(scorer, best, phase):
             for kind, parts in scorer.model.by_kind(group, load):  # type: ignore[arg-type]  # groups
                 sums[kind].append(parts)
         found = [_breakdown_row(scorer, best, phase, kind, parts) for kind, parts in sums.items()]
+        found += _host_row(scorer, phase)
         rows += sorted(found, key=lambda row: -row.total_s)
     return tuple(rows)
+
+
+def _host_row(scorer: LayoutScorer, phase: Phase) -> list[BreakdownRow]:
+    host_s = scorer.model.host_s(phase)
+    if not host_s:
+        return []
+    key = "step_host_s" if phase == "decode" else "prefill_step_host_s"
+    nothing = dict.fromkeys(("compute_s", "memory_s", "collective_s"), 0.0)
+    return [
+        BreakdownRow(
+            phase=phase,
+            kind="host",
+            calls=1,
+            **nothing,
+            overhead_s=host_s,
+            total_s=host_s,
+            basis=scorer.question.engine.facts[key].kind,
+        )
+    ]
 
 
 def _breakdown_row(

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.run_out import run_out
+from shardplan.costmodel.run_out import Run, run_out
 from shardplan.costmodel.serving import ServingInput
 from shardplan.search.estimate_layout import Layout
 from shardplan.search.estimate_steps import Step, fullest_bytes
@@ -46,9 +45,6 @@ class Served:
     """What rows of one layout give, beside the parts of an average step."""
 
     step: Step
-    slots: Array
-    held_back: NDArray[np.bool_]
-    """Whether memory, not the engine or the client, limits the slots."""
     columns: Mapping[str, Array]
     """The output columns of phase serve."""
 
@@ -100,54 +96,53 @@ def price_serving(
     given: Mapping[str, Array],
 ) -> Served:
     """Price rows `[rows]` of one layout and choice of dtypes; `given` holds `SERVE_ARRAYS`."""
-    dp = layout.parallel.dp
     kinds = {"weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "attention": attention}
-    allowed, chunk = _chosen(given, layout)
+    slots, chunk = _chosen(given, layout)
     context = given["input_len"] + given["output_len"] / 2.0
     fits = memory_slots(layout, **kinds, chunk=chunk, context=context)
-    wanted = np.ceil(given["concurrency"] / dp)
-    wanted = np.where(np.isnan(wanted), allowed, wanted)
-    slots = np.maximum(np.minimum(allowed, fits), 1.0)
-    in_flight = np.where(np.isnan(given["concurrency"]), slots, given["concurrency"] / dp)
-    run = run_out(
-        layout.model,
-        ServingInput(
-            batch=slots,
-            chunk=chunk,
-            input_len=given["input_len"],
-            output_len=given["output_len"],
-            prefix_hit=given["prefix_hit"],
-            weight_dtype=weight_dtype,
-            kv_dtype=kv_dtype,
-            attention=cast("AttentionKernel", attention),
-            in_flight=np.maximum(in_flight, 1.0),
-        ),
-        request_rate=given["request_rate"],
-        num_prompts=np.where(np.isnan(given["num_prompts"]), np.inf, given["num_prompts"]),
+    slots = np.maximum(np.minimum(slots, fits), 1.0)
+    in_flight = given["concurrency"] / layout.parallel.dp
+    in_flight = np.where(np.isnan(in_flight), slots, in_flight)
+    asked = ServingInput(
+        batch=slots,
+        chunk=chunk,
+        input_len=given["input_len"],
+        output_len=given["output_len"],
+        prefix_hit=given["prefix_hit"],
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=cast("AttentionKernel", attention),
+        in_flight=np.maximum(in_flight, 1.0),
     )
-    memory = fullest_bytes(
-        layout, **kinds, batch=np.ceil(run.slots), step_tokens=chunk, context=context
-    )
+    prompts = np.where(np.isnan(given["num_prompts"]), np.inf, given["num_prompts"])
+    run = run_out(layout.model, asked, request_rate=given["request_rate"], num_prompts=prompts)
+    batch = np.ceil(run.slots)
+    memory = fullest_bytes(layout, **kinds, batch=batch, step_tokens=chunk, context=context)
     used = np.where(np.isfinite(given["request_rate"]), 1.0, np.minimum(in_flight, 1.0))
+    return Served(step=_mean_step(run, memory), columns=_columns(run, used))
+
+
+def _mean_step(run: Run, memory_bytes: Array) -> Step:
+    """One average step; its parts sum to it."""
     mean = run.served
     compute = mean.compute_s + mean.memory_s
-    total = compute + mean.collective_s + mean.overhead_s
-    return Served(
-        step=Step(
-            step_s=total,
-            compute_s=compute,
-            collective_s=mean.collective_s,
-            overhead_s=mean.overhead_s,
-            memory_bytes=memory,
-        ),
-        slots=run.slots,
-        held_back=fits < np.minimum(allowed, wanted),
-        columns={
-            "ttft_mean_s": run.ttft_mean_s,
-            "ttft_p99_s": run.ttft_p99_s,
-            "tpot_mean_s": run.tpot_mean_s,
-            "tpot_p99_s": run.tpot_p99_s,
-            "output_tokens_per_s": run.output_tokens_per_s * used,
-            "requests_per_s": run.requests_per_s * used,
-        },
+    overhead = np.maximum(mean.overhead_s, 0.0)
+    return Step(
+        step_s=compute + mean.collective_s + overhead,
+        compute_s=compute,
+        collective_s=mean.collective_s,
+        overhead_s=overhead,
+        memory_bytes=memory_bytes,
     )
+
+
+def _columns(run: Run, used: Array) -> Mapping[str, Array]:
+    """The output columns; `used` is the share of dp groups that have work."""
+    return {
+        "ttft_mean_s": run.ttft_mean_s,
+        "ttft_p99_s": run.ttft_p99_s,
+        "tpot_mean_s": run.tpot_mean_s,
+        "tpot_p99_s": run.tpot_p99_s,
+        "output_tokens_per_s": run.output_tokens_per_s * used,
+        "requests_per_s": run.requests_per_s * used,
+    }

@@ -133,7 +133,7 @@ def price_steps(
         step_s=total,
         compute_s=compute,
         collective_s=collective,
-        overhead_s=total - compute - collective,
+        overhead_s=np.maximum(total - compute - collective, 0.0),
         memory_bytes=memory,
     )
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import math
 import time
 import warnings
@@ -256,11 +255,13 @@ def make_sampler(engine: SampledEngine, seed: int) -> BaseSampler:
 
 
 def _require_cmaes() -> None:
-    if importlib.util.find_spec("cmaes") is None:  # Optuna imports it only when it samples
+    try:
+        import cmaes  # type: ignore[import-untyped]  # noqa: F401  # Optuna loads it too late
+    except ImportError:
         raise InputError(
             "the engine cmaes needs the package cmaes, which Optuna's sampler runs on",
             hint="pip install cmaes, or take tpe",
-        )
+        ) from None
 
 
 def _tell(run: _Run, study: Study, trial: Trial, engine: SampledEngine) -> None:

@@ -91,7 +91,7 @@ def test_search_is_a_function_and_a_package() -> None:
     assert sys.modules["shardplan.search"].main is main
     assert callable(shardplan.search)
     with pytest.raises(TypeError, match="no_such_argument"):
-        shardplan.search(no_such_argument=1)  # type: ignore[call-overload,call-arg,unused-ignore]
+        shardplan.search("llama-65b", "atlas-800t-a2", no_such_argument=1)
 
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:

@@ -1,4 +1,4 @@
-"""A serving engine step by step: fixed lengths, closed loop, a step time linear in its tokens.
+"""A serving engine step by step: fixed lengths, a step time linear in its tokens.
 
 The oracle of the steady-state formulas. It shares nothing with them: it keeps every request, fills
 every step as the scheduler of an engine does, and counts.
@@ -17,7 +17,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import Load, Parts
 
-__all__ = ["LinearModel", "Measured", "Setting", "measure"]
+__all__ = ["BASE_S", "TOKEN_S", "LinearModel", "Measured", "Setting", "measure", "run_prompts"]
 
 BASE_S, TOKEN_S = 0.02, 1e-5
 _ZERO = np.zeros(())
@@ -85,24 +85,21 @@ class _Request:
 
 
 class _Engine:
-    """Slots of running requests; one that ends is followed by a new one at once."""
+    """Slots of running requests; one that ends is followed by the next prompt there is."""
 
-    def __init__(self, setting: Setting, prompts_first: bool) -> None:
-        self.setting, self.prompts_first = setting, prompts_first
+    def __init__(self, setting: Setting, prompts_first: bool, prompts: int) -> None:
+        self.setting, self.prompts_first, self.left = setting, prompts_first, prompts
         self.now_s = 0.0
         self.waiting: list[_Request] = []
         self.running: list[_Request] = []
         self.ended: list[tuple[_Request, float]] = []
-        rng = random.Random(0)
-        for _ in range(setting.slots):
-            if setting.output > 1:  # as if it had run for long: each somewhere in its output
-                left = rng.randint(1, setting.output - 1)
-                self.running.append(_Request(0, left, -1.0))
-            else:
-                self.waiting.append(self._new())
 
-    def _new(self) -> _Request:
-        return _Request(self.setting.prompt, self.setting.output - 1, self.now_s)
+    def start(self) -> None:
+        """One more prompt, where there is one."""
+        if self.left:
+            self.left -= 1
+            now = self.now_s
+            self.waiting.append(_Request(self.setting.prompt, self.setting.output - 1, now))
 
     def step(self) -> None:
         """One forward pass: every running request a token, then prompts in order of arrival."""
@@ -128,21 +125,46 @@ class _Engine:
         for request in [one for one in self.running if not one.decode_left]:
             self.running.remove(request)
             self.ended.append((request, self.now_s))
-            self.waiting.append(self._new())
+            self.start()
 
 
 def measure(setting: Setting, *, prompts_first: bool = False) -> Measured:
-    """Sixty rounds of all slots; the last two thirds count, in whole rounds."""
-    engine = _Engine(setting, prompts_first)
-    while len(engine.ended) < max(60 * setting.slots, 100):
+    """Closed loop in steady state: sixty rounds of all slots, of which the last two thirds count.
+
+    Requests start somewhere in their outputs, as if the engine had run for long.
+    """
+    most = max(60 * setting.slots, 100)
+    engine = _Engine(setting, prompts_first, 2 * most)
+    rng = random.Random(0)
+    for _ in range(setting.slots):
+        if setting.output > 1:
+            engine.running.append(_Request(0, rng.randint(1, setting.output - 1), -1.0))
+        else:
+            engine.start()
+    while len(engine.ended) < most:
         engine.step()
     rounds = len(engine.ended) * 2 // 3 // setting.slots
     late = engine.ended[-rounds * setting.slots :]
-    span_s = late[-1][1] - late[0][1]
     after = sum(end > late[0][1] for _, end in late)
+    return _means(setting, late, after / (late[-1][1] - late[0][1]))
+
+
+def run_prompts(setting: Setting, prompts: int, *, prompts_first: bool = False) -> Measured:
+    """A benchmark: all slots filled at time zero, `prompts` in all, until the last token."""
+    engine = _Engine(setting, prompts_first, prompts)
+    for _ in range(setting.slots):
+        engine.start()
+    while len(engine.ended) < prompts:
+        engine.step()
+    return _means(setting, engine.ended, prompts / engine.now_s)
+
+
+def _means(
+    setting: Setting, ended: list[tuple[_Request, float]], requests_per_s: float
+) -> Measured:
     later = max(setting.output - 1, 1)
     return Measured(
-        requests_per_s=after / span_s,
-        ttft_s=float(np.mean([one.first_s - one.started_s for one, _ in late])),
-        tpot_s=float(np.mean([(end - one.first_s) / later for one, end in late])),
+        requests_per_s=requests_per_s,
+        ttft_s=float(np.mean([one.first_s - one.started_s for one, _ in ended])),
+        tpot_s=float(np.mean([(end - one.first_s) / later for one, end in ended])),
     )

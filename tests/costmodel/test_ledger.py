@@ -23,7 +23,7 @@ _batches, _tokens, _contexts = st.integers(1, 256), st.integers(1, 16384), st.in
 
 def stages(case: Priced, **asked: Any) -> list[StageMemory]:
     """The ledger of a case, 16-bit and flash, 16 sequences of 4096 tokens unless said otherwise."""
-    usual = {
+    usual: dict[str, Any] = {
         "weight_dtype": "bf16",
         "kv_dtype": "bf16",
         "attention": "flash",

@@ -42,7 +42,7 @@ def step(
     **kinds: Any,
 ) -> tuple[Array, list[Parts]]:
     """Seconds and parts of a step, 16-bit and flash unless said otherwise."""
-    usual = {"weight_dtype": "bf16", "kv_dtype": "bf16", "attention": "flash"}
+    usual: dict[str, Any] = {"weight_dtype": "bf16", "kv_dtype": "bf16", "attention": "flash"}
     return step_seconds(
         model,
         phase,
@@ -76,7 +76,7 @@ def test_kinds_sum_to_the_stages(name: str, phase: Phase, batch: float) -> None:
     """The breakdown that is printed holds all of the time and every kernel."""
     model = load(name).model
     new, prefix = LOADS[phase]
-    own = {"tokens": batch * new, "batch": batch, "new": new, "prefix": prefix}
+    own: dict[str, Any] = {"tokens": batch * new, "batch": batch, "new": new, "prefix": prefix}
     for group in GROUPS:
         given_load = Load.of(phase, model.engine, **own)
         stages = model.parts(group, given_load)
@@ -123,7 +123,7 @@ def test_a_longer_context_is_never_faster(
     name: str, cluster: str, batch: float, one: float, more: int
 ) -> None:
     case = load(name, cluster)
-    for phase, new in (("decode", 1.0), ("prefill", 256.0)):
+    for phase, new in zip(PHASES, (256.0, 1.0), strict=True):
         short = seconds(case, phase, batch, new, one)
         assert seconds(case, phase, batch, new, one + more) >= 0.985 * short
 
@@ -210,7 +210,7 @@ def test_a_grid_costs_what_its_points_cost(name: str) -> None:
     case = load(name)
     batch = np.asarray([1.0, 3.0, 16.0, 100.0] * FEW_POINTS).reshape(4, -1)
     context = np.repeat([127.0, 1023.0, 8191.0, 32767.0], FEW_POINTS).reshape(4, -1)
-    for phase, new in (("decode", 1.0), ("prefill", 100.0)):
+    for phase, new in zip(PHASES, (100.0, 1.0), strict=True):
         grid, _ = step(case.model, phase, batch, new, context)
         assert grid.shape == batch.shape
         for at in ((0, 0), (1, 17), (2, 42), (3, 63)):

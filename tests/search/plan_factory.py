@@ -74,7 +74,7 @@ def _candidate(row: Any) -> Candidate:
         **{
             name: getattr(row, name)
             for name in Performance.model_fields
-            if name not in {"concurrency", "prefill_step_s", "decode_step_s"}
+            if name in TRIAL_COLUMNS
         },
         concurrency=row.batch * row.dp,
         prefill_step_s=row.ttft_s / 2,

@@ -32,8 +32,8 @@ from shardplan.models.graph import ModelGraph, Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec, MoeSpec
 from shardplan.search.evaluate import LIMITS, LayoutScorer, Question
-from shardplan.search.exact import pareto_mask, search_exact
-from shardplan.search.space import Space
+from shardplan.search.exact import Kept, pareto_mask, search_exact
+from shardplan.search.space import Choice, Space
 
 
 def _agrees(case: Case) -> None:
@@ -112,6 +112,45 @@ def test_memory_prunes_and_says_so() -> None:
     assert outcome.tally.evaluated == 0
     assert outcome.tally.pruned_by["memory"] == 9 * case.space().per_layout
     assert outcome.tally.nearest["memory"].columns["memory_bytes"] > 1e6
+
+
+def test_what_just_fits_is_found() -> None:
+    """Capacity of exactly the least that any strategy of the space needs: that one is the best."""
+    case = small_case(dense(), concurrency=1)
+    least = min(one.columns["memory_bytes"] for one in _every_smallest(case))
+    fraction = case.question.engine.memory_fraction
+    tight = small_case(dense(), concurrency=1, hbm_bytes=(least + 1.0) / fraction)
+    best = search_exact(tight.question, tight.space()).best
+    assert best is not None
+    assert best.columns["memory_bytes"] == pytest.approx(least, rel=1e-12)
+
+
+def _every_smallest(case: Case) -> list[Kept]:
+    smallest = replace(case, batches=case.batches[:1], chunks=case.chunks[:1])
+    return list(search_exact(smallest.question, smallest.space()).kept)
+
+
+def test_of_equals_the_one_with_less_memory_is_taken() -> None:
+    """One request in flight: more slots, or a step longer than its 300 tokens, gain nothing."""
+    case = small_case(dense(), cards=1, concurrency=1)
+    best = search_exact(case.question, case.space()).best
+    assert best is not None
+    assert (best.batch, best.chunk) == (1, 512)
+
+
+@pytest.mark.parametrize("spec", [dense(), sparse(), latent()], ids=lambda spec: spec.name)
+def test_what_is_kept_has_the_price_of_its_own_layout_and_choice(spec: ModelSpec) -> None:
+    """Prices are shared between layouts and choices where they agree, and only there."""
+    case = small_case(spec)
+    seen: dict[tuple[Parallelism, Choice], Kept] = {}
+    for one in search_exact(case.question, case.space()).kept:
+        seen.setdefault((one.parallel, one.choice), one)
+    assert len({choice for _, choice in seen}) == 2
+    for one in list(seen.values())[:12]:
+        at = np.array([float(one.batch)]), np.array([float(one.chunk)])
+        alone = LayoutScorer(case.question, one.parallel).score(one.choice, *at)
+        for name, values in alone.columns.items():
+            assert values[0] == pytest.approx(one.columns[name], rel=1e-12, abs=1e-15), name
 
 
 @given(
