@@ -32,6 +32,7 @@ from shardplan.search.request import (
     without_limits,
 )
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
+from shardplan.search.workload import whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -41,6 +42,7 @@ __all__ = ["SearchResult", "estimate", "search"]
 Progress = Callable[[int, int], None]
 _BESIDE_LAYOUTS = 16
 _MOST_SLOTS = 1024
+_MOST_ALTERNATIVES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ def search(
     Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
     """
     start = time.perf_counter()
+    whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
     resolved = resolve(Asked(model=model, cluster=cluster, **asked))
     outcomes = _search_counts(resolved, storage, progress)
     if outcomes[-1].best is None and resolved.soft_limits:

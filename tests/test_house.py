@@ -131,7 +131,7 @@ def test_every_calibration_says_where_its_coefficients_come_from() -> None:
     for name, section in sections:
         where = f"{name}: {section.name}"
         assert section.source.strip(), where
-        borrowed = section.kind == "derived" and section.source.startswith("like ")
+        borrowed = section.kind in ("derived", "assumed") and section.source.startswith("like ")
         assert section.coefficients or borrowed, where
         if section.rows_held_out:
             assert 0 <= section.median_error <= section.p90_error, where
