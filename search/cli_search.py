@@ -32,7 +32,7 @@ _MOST_ALTERNATIVES = 1000
 
 
 def search(
-    model: Annotated[str, typer.Option("--model", help="Preset, config.json, or model.onnx.")],
+    model: Annotated[str, typer.Option("--model", help="Preset or config.json.")],
     cluster: Cluster,
     nodes: Nodes = None,
     cards: Annotated[int | None, whole("--cards", "Cards to use.")] = None,

@@ -42,7 +42,7 @@ def pointwise(
     bytes_moved: bytes read and written; both broadcast and give the result's shape. dtype of the
     arithmetic: bf16, fp16, int8, fp8, w8a8, fp32. Raises `UnknownNameError` for other names.
     """
-    if kind not in pointwise_kinds(machine):
+    if f"{POINTWISE_FAMILY}.{kind}" not in machine.calibration.sections:
         raise UnknownNameError("pointwise kernel", kind, pointwise_kinds(machine))
     if dtype not in _WIDTH:
         raise UnknownNameError("pointwise dtype", dtype, _WIDTH)
