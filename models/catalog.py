@@ -32,6 +32,7 @@ __all__ = [
     "read_config",
 ]
 
+_GRAPH_FILES = (".onnx", ".pt2", ".pt", ".om", ".air", ".mindir", ".safetensors", ".gguf")
 MAX_CONFIG_BYTES = 16 * 2**20
 """Largest configuration file that is read, bytes (published ones stay below 100 KB)."""
 
@@ -82,6 +83,12 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
         if preset is not None:
             return _load_preset(preset)
     path = Path(name_or_path)
+    if path.suffix in _GRAPH_FILES:
+        raise InputError(
+            "a model is a preset or a Hugging Face config.json",
+            got=_printable(path),
+            hint="graph files are not read by this version; give the config.json beside it",
+        )
     if isinstance(name_or_path, str) and not _looks_like_path(name_or_path):
         raise UnknownNameError("model", name_or_path[:100], model_names())
     file = _config_file(path)

@@ -85,10 +85,10 @@ def _section(found: Ablation) -> Iterator[str]:
     yield f"## {found.cards} x {found.device} ({found.cluster}), engine {found.engine_profile}"
     yield ""
     yield (
-        f"{found.input_len} prompt tokens, {found.output_len} output tokens. Each step is on top of "
-        "the last, on the split that is fastest with it. Gain: time of one request, baseline over "
-        "this step; of auto batching, tokens/s over the baseline's. Weights and cache are of all "
-        "cards together."
+        f"{found.input_len} prompt tokens, {found.output_len} output tokens. Each step is on top "
+        "of the last, on the split that is fastest with it. Gain: time of one request, baseline "
+        "over this step; of auto batching, tokens/s over the baseline's. Weights and cache are of "
+        "all cards together."
     )
     yield ""
     yield from _steps(found)

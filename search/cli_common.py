@@ -77,7 +77,7 @@ def number(name: str, text: str) -> Any:
 
 
 OptionalModel = Annotated[
-    str | None, typer.Option("--model", help="Preset name, config.json, or model.onnx.")
+    str | None, typer.Option("--model", help="Preset name or config.json.")
 ]
 OptionalCluster = Annotated[
     str | None, typer.Option("--cluster", help="Cluster name or TOML file.")
