@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from tests.costmodel.priced import CASES, PHASES, Priced, case_names, load, price
 
 from shardplan.costmodel.engines import FUSIONS, load_engine
+from shardplan.costmodel.kernels.attention import attention_decode
 from shardplan.costmodel.kernels.base import Array, ArrayLike
+from shardplan.costmodel.kernels.collectives import collective
+from shardplan.costmodel.kernels.matmul import matmul
+from shardplan.costmodel.kernels.pointwise import pointwise
 from shardplan.costmodel.memo import FEW_POINTS
 from shardplan.costmodel.optable import Group
 from shardplan.costmodel.serving import step_seconds
@@ -69,6 +73,44 @@ def test_parts_sum_to_the_step(name: str, cluster: str, phase: Phase, batch: flo
         assert total == pytest.approx(device + case.model.host_s(phase), rel=1e-12)
     else:
         assert total >= device + case.model.host_s(phase)
+
+
+def test_a_decode_layer_of_llama_is_priced_kernel_by_kernel_by_hand() -> None:
+    """64 sequences at 1000 tokens on one of eight ranks: what each kernel is asked for."""
+    case = load("dense tp8")
+    machine, own = case.model.machine, {row.kind: row for row in case.rows("decode", "dense")}
+    usual = Load.of("decode", case.model.engine, tokens=64.0, batch=64.0, new=1.0, prefix=999.0)
+    sums = collective(
+        "all_reduce",
+        own["all_reduce"].spans,
+        64 * 4096 * 2,
+        machine.calibration,
+        launch="graph",
+    )
+    attends = attention_decode(machine, 64, 1000, 4, 1, 128, kernel="flash", kv_dtype="bf16")
+    acts = pointwise(machine, "swiglu", 64 * 1792, 64 * 1792 * 6)
+    assert case.model._price(own["all_reduce"], usual).total_s == sums.total_s
+    assert case.model._price(own["attention"], usual).total_s == attends.total_s
+    assert case.model._price(own["swiglu"], usual).total_s == acts.total_s
+    products = [row for row in case.rows("decode", "dense") if row.kind == "matmul"]
+    sizes = ((768, 4096), (4096, 512), (3584, 4096), (4096, 1792))
+    ours = sorted(float(case.model._price(row, usual).total_s) for row in products)
+    known = (matmul(machine, 64, n, k, "bf16", weights="cold").total_s for n, k in sizes)
+    assert ours == sorted(map(float, known))
+
+
+def test_the_logits_of_a_prefill_are_those_of_its_sequences() -> None:
+    case = load("dense tp8")
+    kinds = {row.kind: row for row in case.rows("prefill", "head")}
+    usual = Load.of("prefill", case.model.engine, tokens=4.0)
+    gather = collective(
+        "all_gather",
+        kinds["all_gather"].spans,
+        4 * 128256 * 2,
+        case.model.machine.calibration,
+        launch="host",
+    )
+    assert case.model._price(kinds["all_gather"], usual).total_s == gather.total_s
 
 
 @given(name=case_names(), phase=_phases, batch=_batches)
