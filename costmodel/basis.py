@@ -10,8 +10,10 @@ from collections.abc import Collection, Iterator
 
 from shardplan.costmodel.calibration import Calibration
 from shardplan.costmodel.optable import Row, pointwise_kernel
+from shardplan.costmodel.step import StepModel
+from shardplan.models.graph import Phase
 
-__all__ = ["basis_of"]
+__all__ = ["basis_in", "basis_of"]
 
 _ORDER = ("measured", "fitted", "derived", "assumed")
 
@@ -27,6 +29,30 @@ def _candidates(kind: str, weight_dtype: str, phase: str) -> Iterator[str]:
         yield f"mla.{phase}"
     else:
         yield f"pointwise.{pointwise_kernel(Row(kind=kind, group='token'))}"
+
+
+def basis_in(
+    model: StepModel, kind: str, weight_dtype: str, phase: Phase, *, attention: str = "flash"
+) -> str:
+    """What the price of a kind rests on in one layout: for the tiers that it really crosses."""
+    if "attention" in kind and attention == "naive":
+        return model.machine.calibration.section("attention.naive").kind
+    crossed = {
+        span.tier.topology
+        for rows in model.rows[phase].values()
+        for row in rows
+        if row.kind == kind
+        for span in row.spans
+    }
+    graph = model.engine.decode_graph if phase == "decode" else model.engine.prefill_graph
+    return basis_of(
+        model.machine.calibration,
+        kind,
+        weight_dtype,
+        phase,
+        topologies=sorted(crossed),
+        launch="graph" if graph else "host",
+    )
 
 
 def basis_of(

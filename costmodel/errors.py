@@ -1,8 +1,8 @@
 """Errors of the cost model.
 
-    InputError (shardplan.models.errors)
-    ├── DataFileError      a TOML file breaks its own rules: file, key, rule
-    └── CalibrationError   a calibration has no coefficients for what is asked
+InputError (shardplan.models.errors)
+├── DataFileError      a TOML file breaks its own rules: file, key, rule
+└── CalibrationError   a calibration has no coefficients for what is asked
 """
 
 from __future__ import annotations

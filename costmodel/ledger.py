@@ -91,6 +91,7 @@ def _liveness(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, flo
     """(elements a token, ways tokens are cut) of the tensors alive at the peak of one template.
 
     Peaks are compared at one token a way; templates have no point where a different one wins.
+    Caches are counted elsewhere; what MLA expands from its cache is alive for the tokens of a step.
     """
     last: dict[str, int] = {block.exit: len(block.order)}
     for index, name in enumerate(block.order):
@@ -101,7 +102,7 @@ def _liveness(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, flo
     peak = -1.0
     for index, name in enumerate(block.order):
         node = block.op(name)
-        if "S" not in node.dims:
+        if node.op is None or not node.op.state:
             held = local_product(graph, node.dims, node.layout)
             ways = float(np.prod([w for _, w in held.free])) if held.free else 1.0
             alive[name] = (held.factor * node.density, ways)

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from shardplan.costmodel.basis import basis_of
-from shardplan.costmodel.ledger import StageMemory
+from shardplan.costmodel.basis import basis_in
+from shardplan.costmodel.hardware import Device
+from shardplan.costmodel.ledger import StageMemory, weight_element_bytes
 from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
@@ -190,29 +191,13 @@ def _breakdown_row(
         collective_s=add("collective_s"),
         overhead_s=add("overhead_s"),
         total_s=add("total_s"),
-        basis=_basis(scorer, best, phase, kind),
-    )
-
-
-def _basis(scorer: LayoutScorer, best: Kept, phase: str, kind: str) -> str:
-    """What the price of a kind rests on, for the tiers that this layout crosses."""
-    model, engine = scorer.model, scorer.question.engine
-    rows = model.rows["decode" if phase == "decode" else "prefill"].values()
-    crossed = {
-        span.tier.topology
-        for table in rows
-        for row in table
-        if row.kind == kind
-        for span in row.spans
-    }
-    graph = engine.decode_graph if phase == "decode" else engine.prefill_graph
-    return basis_of(
-        model.machine.calibration,
-        kind,
-        best.choice.weight_dtype,
-        phase,
-        topologies=sorted(crossed),
-        launch="graph" if graph else "host",
+        basis=basis_in(
+            scorer.model,
+            kind,
+            best.choice.weight_dtype,
+            "decode" if phase == "decode" else "prefill",
+            attention=best.choice.attention,
+        ),
     )
 
 
@@ -226,14 +211,17 @@ def _mean_note(best: Kept) -> str:
     )
 
 
-def _lever(rows: tuple[MemoryRow, ...], best: Kept) -> str:
+def _lever(rows: tuple[MemoryRow, ...], best: Kept, device: Device) -> str:
     """What frees most memory on the fullest rank, in one sentence."""
     row = max(rows, key=lambda one: one.total_bytes)
     free = (row.capacity_bytes - row.total_bytes) / 2**30
     levers = []
-    if best.choice.weight_dtype in ("bf16", "fp16"):
-        levers.append((row.weights_bytes / 2, "int8 weights"))
-    if best.choice.kv_dtype in ("bf16", "fp16"):
+    own = weight_element_bytes(best.choice.weight_dtype)
+    smaller = [w for w in map(weight_element_bytes, device.weight_dtypes) if w < own]
+    if smaller:
+        left = max(smaller)
+        levers.append((row.weights_bytes * (1 - left / own), f"{left * 8:.0f}-bit weights"))
+    if best.choice.kv_dtype in ("bf16", "fp16") and "int8" in device.kv_dtypes:
         levers.append((row.kv_cache_bytes / 2, "an int8 KV cache"))
     levers.append((row.activations_bytes / 2, "half the tokens a step"))
     size, what = max(levers)
@@ -325,7 +313,7 @@ def build_plan(
         strategy=chosen.strategy,
         performance=chosen.performance,
         memory=rows,
-        largest_lever=_lever(rows, best),
+        largest_lever=_lever(rows, best, resolved.cluster.device),
         breakdown=breakdown(scorer, best),
         proof=proof,
         certificate=_certificate(resolved, outcomes),

@@ -76,9 +76,7 @@ def number(name: str, text: str) -> Any:
     return typer.Option(name, help=text, parser=read, metavar="X")
 
 
-OptionalModel = Annotated[
-    str | None, typer.Option("--model", help="Preset name or config.json.")
-]
+OptionalModel = Annotated[str | None, typer.Option("--model", help="Preset name or config.json.")]
 OptionalCluster = Annotated[
     str | None, typer.Option("--cluster", help="Cluster name or TOML file.")
 ]

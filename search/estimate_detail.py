@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from shardplan.costmodel.basis import basis_of
+from shardplan.costmodel.basis import basis_in
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.search.estimate import Prices, dtypes_of, price_columns
 from shardplan.search.estimate_layout import LAYOUT_COLUMNS, Layout, make_layouts
@@ -97,12 +97,17 @@ def _breakdown(
         tokens=points.cell("tokens", 0),
         **kinds,
     )
-    calibration = layout.model.machine.calibration
     return [
         {
             **asdict(row),
             "total_s": row.total_s,
-            "basis": basis_of(calibration, row.kind, kinds["weight_dtype"], phase),
+            "basis": basis_in(
+                layout.model,
+                row.kind,
+                kinds["weight_dtype"],
+                "prefill" if phase == "prefill" else "decode",
+                attention=kinds["attention"],
+            ),
         }
         for row in rows
     ]

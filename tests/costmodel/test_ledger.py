@@ -89,7 +89,7 @@ def test_each_group_that_a_rank_belongs_to_takes_a_buffer() -> None:
 def local_elements(graph: ShardedGraph, block: ShardedBlock, name: str, tokens: int) -> float:
     """Elements of one tensor on one rank; caches are counted elsewhere."""
     node = block.op(name)
-    if "S" in node.dims:
+    if node.op is not None and node.op.state:
         return 0.0
     ways, size = 1, node.density
     for dim in node.dims:
