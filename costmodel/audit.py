@@ -55,7 +55,7 @@ def audit_collectives(model: StepModel, phase: Phase) -> str:
             got=f"{phase}, (stage, kind, ranks) = {wrong}: {charged[wrong]} elements priced, "
             f"{made[wrong]} in the graph",
         )
-    return f"{sum(made.values())} elements of {len(made)} kinds"
+    return f"{sum(made.values()):,} elements, different collectives: {len(made)}"
 
 
 def _held(graph: ShardedGraph, stage: Stage) -> tuple[int, float]:
@@ -91,4 +91,4 @@ def audit_memory(ledger: Ledger) -> str:
                 f"{wanted} in the graph",
             )
         total += charged[0]
-    return f"{total:.0f} bytes of 16-bit weights on one rank of each stage"
+    return f"{total:,.0f} bytes of 16-bit weights on one rank of each stage"

@@ -131,7 +131,7 @@ def _joined(graph: ShardedGraph) -> str:
                     "a block's output lies as its reader expects",
                     got=f"{name} to {reader or 'the end'}: {lies} for {want}",
                 )
-    return f"{len(graph.stages)} stages"
+    return f"stages: {len(graph.stages)}"
 
 
 def check_static(graphs: tuple[ShardedGraph, ...]) -> list[Check]:
@@ -222,7 +222,7 @@ def _check_held(pair: _Pair, quantized: bool) -> str:
                 "the cache is held as accounted",
                 got=f"stage {stage.index}: {pair.cut.cached_elements(stage)} for {expected}",
             )
-    return f"{len(graph.stages)} stages, {sum(pair.cut.weight_bytes.values())} bytes"
+    return f"stages: {len(graph.stages)}, weights: {sum(pair.cut.weight_bytes.values()):,} bytes"
 
 
 def _check_elements(

@@ -17,94 +17,32 @@ costs a forward pass over input + j tokens, so the mean over all j is taken.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
-from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.engines import EngineProfile, load_engine
+from shardplan.costmodel.hardware import Device
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.serving import step_seconds
 from shardplan.costmodel.step import Load
 from shardplan.models.catalog import load_model
-from shardplan.models.errors import InfeasibleError
+from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.models.graph import Phase
+from shardplan.search.ablation_rows import Ablation, AblationRow, AttentionRow, LengthRow
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice, Space, batch_grid, build_space, chunk_grid
 
-__all__ = ["Ablation", "AblationRow", "AttentionRow", "LengthRow", "run_ablation"]
+__all__ = ["run_ablation"]
 
 _ATTENTION_LENGTHS = (1024, 2048, 4096, 8192)
 _PROMPTS = (128, 256, 512, 1024)
 _GOAL_S = 8.0
 _SAMPLES = 17
 _KERNELS: tuple[AttentionKernel, ...] = ("naive", "flash")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AblationRow:
-    """One step. Weights and cache are of all cards together, `fullest_bytes` of the fullest one;
-    times are of one request."""
-
-    step: str
-    split: str
-    fits: bool
-    batch: int
-    weights_bytes: float
-    kv_cache_bytes: float
-    fullest_bytes: float
-    capacity_bytes: float
-    ttft_s: float
-    tpot_s: float
-    end_to_end_s: float
-    output_tokens_per_s: float
-    speedup: float
-    """End-to-end time of the baseline over this one's; throughput for the batching step."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionRow:
-    """Attention time of one prompt over all layers, naive against flash."""
-
-    tokens: int
-    naive_s: float
-    flash_s: float
-    gain: float
-    prefill_gain: float
-    """Of the whole prefill."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthRow:
-    """Output length at which one request of a prompt takes `end_to_end_s`."""
-
-    input_len: int
-    output_len: int
-    end_to_end_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ablation:
-    """The table of one model on one cluster."""
-
-    model: str
-    cluster: str
-    device: str
-    cards: int
-    engine_profile: str
-    input_len: int
-    output_len: int
-    rows: tuple[AblationRow, ...]
-    attention: tuple[AttentionRow, ...]
-    lengths: tuple[LengthRow, ...]
-    notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,7 +232,7 @@ def run_ablation(
     spec = load_model(model)
     machine = load_cluster(cluster, nodes=nodes, device=device, cards=cards)
     count = resolve_cards(machine, cards)
-    engine = load_engine(engine_profile or machine.device.engine_profiles[0])
+    engine = _engine(machine.device, engine_profile)
     sixteen = "bf16" if "bf16" in machine.device.weight_dtypes else "fp16"
     question = Question(
         spec=spec,
@@ -329,8 +267,24 @@ def run_ablation(
         rows=tuple(rows),
         attention=tuple(_attention(fastest, sixteen)),
         lengths=tuple(_lengths(fastest, steps[-2])),
-        notes=_notes(spec.max_context, sixteen),
+        notes=(*_notes(spec.max_context, sixteen), *_floor_note(fastest, rows, sixteen)),
     )
+
+
+def _engine(device: Device, asked: str | None) -> EngineProfile:
+    """An engine that runs both attention kernels: the one asked for, else the device's first."""
+    if asked is not None:
+        engines = [load_engine(asked)]
+    else:
+        engines = [load_engine(name) for name in device.engine_profiles]
+    able = [engine for engine in engines if set(_KERNELS) <= set(engine.attention)]
+    if not able:
+        raise InputError(
+            "the ablation needs an engine profile that runs naive and flash attention",
+            got=f"engine_profile={asked or ', '.join(device.engine_profiles)}",
+            hint="try --engine-profile torch-graph",
+        )
+    return able[0]
 
 
 def _rows(
@@ -358,6 +312,33 @@ def _rows(
         fitting = [row for row in found if row.fits] or found
         rows.append(min(fitting, key=lambda row: (row.end_to_end_s, row.fullest_bytes)))
     return rows
+
+
+def _floor_note(scorer: LayoutScorer, rows: list[AblationRow], sixteen: str) -> Iterator[str]:
+    """Why a fused kernel may slow the decoding of one short request: its floor."""
+    naive, flash = (next(r for r in rows if r.step == s) for s in ("KV cache", "FlashAttention"))
+    if flash.tpot_s <= naive.tpot_s:
+        return
+    floors = {}
+    for kernel in _KERNELS:
+        load = Load.of(
+            "decode",
+            scorer.question.engine,
+            batch=1.0,
+            new=1.0,
+            prefix=float(scorer.question.workload.input_len),
+            kv_dtype=sixteen,
+            attention=kernel,
+        )
+        parts = [one for _, one in scorer.model.by_kind("attention", load)]
+        calls = sum(one.kernels for one in parts)
+        floors[kernel] = sum(float(one.overhead_s) for one in parts) / calls * 1e6
+    yield (
+        "one request's decode step is bound by kernel floors: the fused kernel's is "
+        f"{floors['flash']:.0f} us (measured on a 910B), that of the kernels it replaces "
+        f"{floors['naive']:.0f} us together (the smallest of their kind in a profile), so "
+        "FlashAttention costs a little there and pays in prefill and in batches"
+    )
 
 
 def _notes(longest: int, sixteen: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from shardplan.search.ablation import Ablation
+from shardplan.search.ablation_rows import Ablation
 from shardplan.search.tables import rate_text
 
 __all__ = ["to_markdown"]

@@ -20,7 +20,7 @@ from shardplan.search.tables import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shardplan.search.ablation import Ablation
+    from shardplan.search.ablation_rows import Ablation
     from shardplan.search.plan import Certificate, Plan, StrategyInfo
 
 __all__ = ["certificate_sentence", "print_ablation", "print_plan", "strategy_words"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shardplan.search.plan import BreakdownRow, Plan
+from shardplan.search.plan import BreakdownRow, Performance, Plan
 from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.svg import Segment, bar
 from shardplan.search.report.words import milliseconds, percent, time
@@ -44,7 +44,20 @@ def breakdown_section(plan: Plan) -> Html:
             " formula's coefficients rest on: measured, fitted to measurements, derived from data"
             " sheets, or assumed.",
         ),
+        _mean_step(plan.performance),
         *phases,
+    )
+
+
+def _mean_step(does: Performance) -> Html:
+    """Why the time per output token is not the time of a decode step."""
+    if not does.mixed_share:
+        return Html("")
+    return tag(
+        "p",
+        f"The time per output token is a mean over steps: {percent(does.mixed_share)} of them also"
+        f" carry prompt tokens and take {time(does.mixed_step_s)}, the others"
+        f" {time(does.decode_step_s)}.",
     )
 
 

@@ -101,7 +101,7 @@ def _summary_section(plan: Plan) -> Html:
         ("Time to first token", time(does.ttft_s), ttft),
         ("Time per output token", time(does.tpot_s), tpot),
         ("End to end", time(does.end_to_end_s), "mean of one request"),
-        ("Requests/s", number(does.requests_per_s), f"{number(does.concurrency)} in flight"),
+        ("Requests/s", number(does.requests_per_s), f"{does.concurrency:,.0f} in flight"),
     )
     boxes = [
         tag(
@@ -135,7 +135,8 @@ def _facts(plan: Plan) -> Html:
     parameters = f"{model.parameters / 1e9:,.1f} billion parameters"
     if model.active_parameters != model.parameters:
         parameters += f" ({model.active_parameters / 1e9:,.1f} billion active)"
-    machine = f"{cluster.nodes:,} x {cluster.ranks_per_node} {cluster.device}"
+    nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
+    machine = f"{nodes} of {cluster.ranks_per_node} {cluster.device}"
     pairs = (
         ("Workload", ", ".join(load)),
         ("Model", f"{model.architecture}, {model.layers:,} layers, {parameters}"),

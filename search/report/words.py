@@ -87,7 +87,8 @@ def strategy_sentences(plan: Plan) -> list[str]:
     strategy, cluster = plan.strategy, plan.cluster
     group = strategy.tp * strategy.pp * strategy.cp
     idle = plan.request.cards - strategy.ranks
-    used = f"The plan uses {_plural(strategy.ranks, 'rank')} of {cluster.title}"
+    servers = f"{cluster.nodes:,} x " if cluster.nodes > 1 else ""
+    used = f"The plan uses {_plural(strategy.ranks, 'rank')} of {servers}{cluster.title}"
     sentences = [used + (f"; {_plural(idle, 'rank')} stay free." if idle > 0 else ".")]
     sentences += _split_sentences(strategy, group)
     sentences.append(

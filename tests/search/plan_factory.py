@@ -71,11 +71,7 @@ def _candidate(row: Any) -> Candidate:
         chunk=row.chunk,
     )
     performance = Performance(
-        **{
-            name: getattr(row, name)
-            for name in Performance.model_fields
-            if name in TRIAL_COLUMNS
-        },
+        **{name: getattr(row, name) for name in Performance.model_fields if name in TRIAL_COLUMNS},
         concurrency=row.batch * row.dp,
         prefill_step_s=row.ttft_s / 2,
         decode_step_s=row.tpot_s,

@@ -52,7 +52,7 @@ def follow(hint: str, model: str, cluster: str = "atlas-800t-a2", **asked: Any) 
     ],
     ids=str,
 )
-def test_a_request_longer_than_the_context(lengths: dict[str, int], option: str) -> None:
+def test_a_request_longer_than_the_context(lengths: dict[str, Any], option: str) -> None:
     """Llama-65B has 2,048 positions: prompt and output share them."""
     error = refused("llama-65b", **lengths)
     assert "context" in error.rule
@@ -86,6 +86,7 @@ def test_the_shortest_requests_have_a_plan(lengths: tuple[int, int]) -> None:
 )
 def test_the_hint_of_a_limit_is_reached(limits: dict[str, Any], binding: str) -> None:
     """The values of the hint, put in place of what was asked, give a plan that keeps them all."""
+    limits = {**limits, "weight_dtype": "fp16", "kv_dtype": "fp16"}
     error = refused("llama-65b", **limits)
     assert f"{binding} binds" in error.got
     values_alone = error.hint.split(" or about ")[0]
