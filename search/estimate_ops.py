@@ -8,7 +8,8 @@
     moe                gate and up, activation, down of `experts` / `ep` local experts of width
                        `ffn`, `tokens` * `topk` / `ep` routed rows on the rank
     collectives        `message_bytes` of the full (gathered or reduced) tensor over `ranks`
-                       consecutive ranks, launched by the host as hccl_test and nccl-tests do
+                       consecutive ranks, launched by the host as hccl_test and nccl-tests do; of
+                       an all_to_all, the buffer that one rank sends, as those tools count it
 
 Sizes are those of one rank. `dtype` is of weights and activations (matmul, moe), 16-bit by default;
 the cache of attention takes `kv_dtype`.
@@ -210,7 +211,7 @@ def price_ops(points: Points, rows: Indices) -> tuple[Indices, KernelTime | None
         return rows, collective(
             cast("CollectiveKind", op),
             spans,
-            given["message_bytes"],
+            given["message_bytes"] * (ranks if op == "all_to_all" else 1),
             machine.calibration,
             launch=launch,
         )

@@ -105,6 +105,16 @@ def test_a_collective_is_priced_on_the_cluster_as_the_host_launches_it() -> None
     assert found["step_s"] == found["collective_s"] == pytest.approx(float(want.total_s))
 
 
+def test_the_message_of_an_all_to_all_is_the_buffer_of_one_rank() -> None:
+    """As hccl_test counts it: 32.8 MB on eight cards took 344 us, 125 MB 1,170 us.
+
+    Two figures of github.com/xiaowanCN/aiconfigurator-npu @ 0af81bf5, 910B, one node.
+    """
+    for size, measured_s in ((32_768_000, 344.35e-6), (125_000_000, 1170.44e-6)):
+        found = estimate_one(op="all_to_all", cluster="atlas-800t-a2", ranks=8, message_bytes=size)
+        assert found["step_s"] == pytest.approx(measured_s, rel=0.35)
+
+
 @pytest.mark.parametrize(
     "point",
     [
