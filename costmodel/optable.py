@@ -87,6 +87,8 @@ class Row:
     weight_class: WeightClass = "none"
     experts: float = 0.0
     """Local experts of a grouped matmul."""
+    spread: float = 1.0
+    """Ranks that share the experts: above 1, the busiest has more rows than the mean."""
     share: float = 1.0
     """Routed rows a token on this rank."""
     heads: float = 0.0
@@ -152,6 +154,7 @@ def _matmul(graph: ShardedGraph, node: ShardedOp, op: Op) -> Row:
         kind="grouped_matmul",
         n=n / local_experts,
         experts=local_experts,
+        spread=graph.model.sizes["E"] / local_experts,
         share=topk * local_experts / graph.model.sizes["E"],
     )
 

@@ -323,6 +323,7 @@ def _grouped(model: StepModel, row: Row, load: Load) -> KernelTime:
         row.k,
         kernel_dtype(row, load.weight_dtype),
         active=active,
+        ep=row.spread,
     )
 
 
