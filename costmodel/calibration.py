@@ -23,16 +23,17 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import Any, Literal
 
+from shardplan.costmodel.correction import ALL, Correction
 from shardplan.costmodel.errors import CalibrationError, DataFileError
 from shardplan.models.errors import UnknownNameError
 
-__all__ = ["Calibration", "Section", "calibration_names", "load_calibration"]
+__all__ = ["Calibration", "Section", "calibration_names", "corrected", "load_calibration"]
 
 Kind = Literal["measured", "fitted", "derived", "assumed"]
 _KINDS = ("measured", "fitted", "derived", "assumed")
@@ -76,6 +77,15 @@ class Calibration:
 
     name: str
     sections: Mapping[str, Section]
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+    """By section name: what measurements of one machine change (`correction`)."""
+
+    def correction(self, *names: str) -> Correction | None:
+        """The first correction among sections, that of all sections, or None."""
+        if not self.corrections:
+            return None
+        found = next((self.corrections[name] for name in names if name in self.corrections), None)
+        return found if found is not None else self.corrections.get(ALL)
 
     def section(self, name: str) -> Section:
         """The section of one kernel; `CalibrationError` if there is none."""
@@ -87,6 +97,31 @@ class Calibration:
                 got=f"calibration={self.name}, kernel={name}",
                 hint="it has " + ", ".join(sorted(self.sections)),
             ) from None
+
+
+def corrected(calibration: Calibration, corrections: Mapping[str, Correction]) -> Calibration:
+    """The calibration with corrections; a corrected section rests on what corrects it.
+
+    `CalibrationError` for a correction of a section that the calibration does not have.
+    """
+    sections = dict(calibration.sections)
+    for name, change in corrections.items():
+        if name == ALL:
+            continue
+        sections[name] = replace(
+            calibration.section(name),
+            kind=change.kind,
+            source=change.source,
+            rows_fitted=change.rows_fitted,
+            rows_held_out=change.rows_held_out,
+            median_error=change.median_error,
+            p90_error=change.p90_error,
+        )
+    return replace(
+        calibration,
+        sections=MappingProxyType(sections),
+        corrections=MappingProxyType({**corrections}),
+    )
 
 
 def _root() -> Traversable:

@@ -37,7 +37,9 @@ from shardplan.costmodel.devices import (
     device_names,
     device_summary,
     fact_summary,
+    is_profile,
     load_device,
+    profiled_device,
 )
 from shardplan.costmodel.errors import DataFileError
 from shardplan.costmodel.hardware import Cluster, Device, Fact, Tier, Topology
@@ -91,13 +93,28 @@ def load_cluster(
     if is_file_name(name_or_path):
         path = Path(name_or_path)
         table = read_toml(path, "cluster")
-        full, default = cluster_from_table(table, str(path), folder=path.parent)
+        if is_profile(table):
+            full, default = _profiled_cluster(table, path)
+        else:
+            full, default = cluster_from_table(table, str(path), folder=path.parent)
     else:
         full, default = _shipped_cluster(str(name_or_path).lower())
     if nodes is None:
         nodes = max(default, -(-cards // full.ranks_per_node) if cards else 0)
     cluster = _scaled(full, nodes)
     return cluster if device is None else _with_device(cluster, device)
+
+
+def _profiled_cluster(table: Mapping[str, object], path: Path) -> tuple[Cluster, int]:
+    """The shipped cluster that a device profile was measured in, with the profile's device."""
+    if "cluster" not in table:
+        raise DataFileError(
+            "a device profile stands for a cluster only when it names one",
+            got=str(path),
+            hint=f"name a cluster and give --device {path.name}",
+        )
+    full, default = _shipped_cluster(label(table, "cluster", str(path)).lower())
+    return _with_device(full, profiled_device(table, str(path), folder=path.parent)), default
 
 
 @functools.cache

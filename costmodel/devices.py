@@ -8,6 +8,10 @@ the key. Conversions done here and nowhere else:
 `weight_dtypes` may name only dtypes for which the matrix unit has a rate: w8a8 needs int8, w8a16
 and w4a16 a 16-bit type, fp8 needs fp8.
 
+A profile (`shardplan calibrate`) is a file too: it names the device it is `base`d on, the
+`cluster` that it was measured in, and holds `[correction]` tables (`costmodel.correction`) and a
+`[provenance]` table for people. The base is a shipped device or a file beside the profile.
+
 Left out: power, clocks under load, ECC; a calibration holds how far kernels stay from these peaks.
 """
 
@@ -15,16 +19,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from shardplan.costmodel.calibration import corrected, load_calibration
+from shardplan.costmodel.correction import read_corrections
 from shardplan.costmodel.datafile import (
     Field,
     check_keys,
     is_file_name,
     label,
+    mapping,
     number,
     read_facts,
     read_shipped,
@@ -40,7 +47,9 @@ __all__ = [
     "device_names",
     "device_summary",
     "fact_summary",
+    "is_profile",
     "load_device",
+    "profiled_device",
 ]
 
 _KIB, _MIB, _GIB = 2.0**10, 2.0**20, 2.0**30
@@ -65,6 +74,7 @@ _NEEDS = {
 }
 """Weight dtype -> element types of which the matrix unit must have one."""
 _KV_DTYPES = ("bf16", "fp16", "int8", "fp8")
+_PROFILE_KEYS = ("name", "title", "base", "correction", "provenance")
 _DEVICE_LABELS = ("name", "title", "vendor")
 _DEVICE: Mapping[str, Field] = {
     "cube_cores": number("cube_cores", low=1, high=4096, whole=True),
@@ -105,13 +115,45 @@ def load_device(name_or_path: str | Path) -> Device:
     """
     if is_file_name(name_or_path):
         path = Path(name_or_path)
-        return device_from_table(read_toml(path, "device"), str(path))
+        table = read_toml(path, "device")
+        if is_profile(table):
+            return profiled_device(table, str(path), folder=path.parent)
+        return device_from_table(table, str(path))
     return _shipped_device(str(name_or_path).lower())
 
 
 @functools.cache
 def _shipped_device(name: str) -> Device:
     return device_from_table(read_shipped("devices", "device", name), f"devices/{name}.toml")
+
+
+def is_profile(table: Mapping[str, object]) -> bool:
+    """Whether a parsed file corrects a device rather than describing one."""
+    return "base" in table
+
+
+def profiled_device(table: Mapping[str, object], where: str, *, folder: Path) -> Device:
+    """The base device of a parsed profile with the profile's corrections.
+
+    A base path is relative to `folder`. `DataFileError` for a profile that breaks a rule,
+    `CalibrationError` for a correction of a section that the base's calibration lacks.
+    """
+    check_keys(table, _PROFILE_KEYS, ["cluster"], where)
+    name = label(table, "base", where)
+    if is_file_name(name) and is_profile(read_toml(folder / name, "device")):
+        raise DataFileError(
+            "a profile must be based on a device", got=f"{where}: {name} is a profile itself"
+        )
+    base = load_device(folder / name if is_file_name(name) else name)
+    mapping(table["provenance"], f"{where}: provenance")
+    changes = read_corrections(mapping(table["correction"], f"{where}: correction"), where)
+    corrected(load_calibration(base.calibration), changes)
+    return replace(
+        base,
+        name=label(table, "name", where),
+        title=label(table, "title", where),
+        corrections=MappingProxyType(dict(changes)),
+    )
 
 
 def device_from_table(table: Mapping[str, object], where: str) -> Device:
@@ -167,6 +209,10 @@ def device_summary(name_or_path: str | Path) -> dict[str, object]:
         if field.name == "facts":
             continue
         value = getattr(device, field.name)
+        if field.name == "corrections":
+            if value:
+                out[field.name] = {name: asdict(change) for name, change in value.items()}
+            continue
         if isinstance(value, Mapping):
             out[field.name] = {
                 key: fact_summary(item, device.facts[f"{field.name}.{key}"])

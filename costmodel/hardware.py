@@ -7,8 +7,10 @@ unit in the key and are converted once by the loader.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from shardplan.costmodel.correction import Correction
 
 __all__ = ["Cluster", "Device", "Fact", "FactKind", "Tier", "Topology"]
 
@@ -60,6 +62,8 @@ class Device:
     engine_profiles: tuple[str, ...]
     """Engines that run on it; the first is the default."""
     facts: Mapping[str, Fact]
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+    """By calibration section: what measurements of this machine change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 from shardplan.costmodel.audit import audit_collectives, audit_memory
-from shardplan.costmodel.catalog import cluster_names, load_cluster
+from shardplan.costmodel.catalog import cluster_names, device_names, load_cluster
 from shardplan.costmodel.engines import engine_names, load_engine
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError, ProofError
@@ -68,9 +68,10 @@ def _audit(scorer: LayoutScorer) -> Iterator[tuple[bool, str]]:
 
 
 def _scorer_of(plan: Plan, spec: ModelSpec) -> LayoutScorer | None:
-    """The scorer of a plan; None where it was made for a cluster or engine from a file."""
+    """The scorer of a plan; None where its cluster, device or engine came from a file."""
     if (
         plan.cluster.name not in cluster_names()
+        or plan.cluster.device not in device_names()
         or plan.request.engine_profile not in engine_names()
     ):
         return None

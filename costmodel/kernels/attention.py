@@ -28,7 +28,14 @@ from typing import Literal
 
 import numpy as np
 
-from shardplan.costmodel.kernels.base import Array, ArrayLike, KernelTime, Machine, as_array
+from shardplan.costmodel.kernels.base import (
+    Array,
+    ArrayLike,
+    KernelTime,
+    Machine,
+    as_array,
+    as_measured,
+)
 from shardplan.costmodel.kernels.flash import (
     ELEMENT_BYTES,
     FRACTAL,
@@ -106,7 +113,8 @@ def attention_prefill(
     )
     if kernel == "naive":
         return naive_attention(machine, work)
-    return flash_prefill(machine, machine.calibration.section("attention.prefill"), work)
+    time = flash_prefill(machine, machine.calibration.section("attention.prefill"), work)
+    return as_measured(time, machine.calibration, "attention.prefill")
 
 
 def naive_attention(machine: Machine, work: PrefillWork) -> KernelTime:
@@ -149,7 +157,9 @@ def naive_attention(machine: Machine, work: PrefillWork) -> KernelTime:
         body = body + np.maximum(arithmetic, traffic)
     copies = 2.0 * np.where(stored > 0.0, 1.0, 0.0)
     floor = 2.0 * section["matmul_floor_s"] + (4.0 + copies) * section["vector_floor_s"]
-    return split_time(floor, compute, memory, body)
+    return as_measured(
+        split_time(floor, compute, memory, body), machine.calibration, "attention.naive"
+    )
 
 
 def attention_decode(
@@ -200,7 +210,8 @@ def attention_decode(
         streams_per_token=keys,
         kv_tokens=seen,
     )
-    return flash_decode(machine, machine.calibration.section("attention.decode"), work)
+    time = flash_decode(machine, machine.calibration.section("attention.decode"), work)
+    return as_measured(time, machine.calibration, "attention.decode")
 
 
 def attention_workspace_bytes(

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.calibration import Calibration, load_calibration
+from shardplan.costmodel.calibration import Calibration, corrected, load_calibration
 from shardplan.costmodel.hardware import Device
 
-__all__ = ["Array", "ArrayLike", "KernelTime", "Machine", "as_array"]
+__all__ = ["Array", "ArrayLike", "KernelTime", "Machine", "as_array", "as_measured"]
 
 Array = NDArray[np.float64]
 ArrayLike = float | int | Array | NDArray[np.int64]
@@ -43,10 +43,31 @@ class Machine:
 
     @classmethod
     def of(cls, device: Device) -> Machine:
-        """The device with the calibration it names."""
-        return cls(device, load_calibration(device.calibration))
+        """The device with the calibration it names and its own corrections of it."""
+        calibration = load_calibration(device.calibration)
+        if device.corrections:
+            calibration = corrected(calibration, device.corrections)
+        return cls(device, calibration)
 
 
 def as_array(value: ArrayLike) -> Array:
     """The value as a float64 array."""
     return np.asarray(value, dtype=np.float64)
+
+
+def as_measured(time: KernelTime, calibration: Calibration, *sections: str) -> KernelTime:
+    """The time after the calibration's correction of the first of these sections that has one.
+
+    The same object where there is none; the formula is in `costmodel.correction`.
+    """
+    change = calibration.correction(*sections)
+    if change is None:
+        return time
+    factor: Array | float = change.factors[0]
+    if len(change.factors) > 1:
+        body = np.maximum(time.compute_s + time.memory_s, change.knots_s[0])
+        factor = np.exp(np.interp(np.log(body), np.log(change.knots_s), np.log(change.factors)))
+    compute, memory = time.compute_s * factor, time.memory_s * factor
+    overhead = time.overhead_s * change.floor_factor
+    parts = (compute + memory + overhead, compute, memory, overhead)
+    return KernelTime(*(as_array(part) for part in parts))

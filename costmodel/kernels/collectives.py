@@ -47,11 +47,17 @@ import numpy as np
 
 from shardplan.costmodel.calibration import Calibration, Section
 from shardplan.costmodel.hardware import Tier
-from shardplan.costmodel.kernels.base import Array, ArrayLike, KernelTime, as_array
+from shardplan.costmodel.kernels.base import (
+    Array,
+    ArrayLike,
+    KernelTime,
+    as_array,
+    as_measured,
+)
 from shardplan.costmodel.placement import TierSpan
 from shardplan.models.errors import InputError
 
-__all__ = ["CollectiveKind", "Launch", "collective", "group_size"]
+__all__ = ["CollectiveKind", "Launch", "collective", "collective_section", "group_size"]
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 Launch = Literal["graph", "host"]
@@ -184,7 +190,15 @@ def collective(
         small = _oneshot_s(last, crossed[0], np.minimum(message, limit), floor)
         total = np.where(message <= limit, small, np.maximum(total, small))
     wire = np.minimum(wire, total)
-    return KernelTime(total, np.zeros_like(total), wire, total - wire)
+    time = KernelTime(total, np.zeros_like(total), wire, total - wire)
+    return as_measured(time, calibration, last.name)
+
+
+def collective_section(
+    kind: CollectiveKind, spans: Sequence[TierSpan], calibration: Calibration, launch: Launch
+) -> str:
+    """Name of the section that a correction of this collective has: its outermost tier's."""
+    return _section(calibration, spans[-1].tier, kind, launch, False).name
 
 
 def _pick(

@@ -43,9 +43,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.hardware import Device
-from shardplan.costmodel.kernels.base import Array, ArrayLike, KernelTime, Machine, as_array
+from shardplan.costmodel.kernels.base import (
+    Array,
+    ArrayLike,
+    KernelTime,
+    Machine,
+    as_array,
+    as_measured,
+)
 from shardplan.costmodel.kernels.precision import (
     Precision,
+    lenders,
     merged_coefficients,
     peak_flop_per_s,
     precision_of,
@@ -190,4 +198,7 @@ def matmul(
     rule = precision_of(dtype)
     coef = merged_coefficients(machine.calibration, MATMUL_FAMILY, rule)
     sizes = (as_array(m), as_array(n), as_array(k))
-    return matmul_with(coef, machine.device, sizes, rule, weights)
+    time = matmul_with(coef, machine.device, sizes, rule, weights)
+    return as_measured(
+        time, machine.calibration, *lenders(machine.calibration, MATMUL_FAMILY, rule)
+    )

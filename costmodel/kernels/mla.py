@@ -33,7 +33,13 @@ from shardplan.costmodel.kernels.attention import (
     kv_element_bytes,
     naive_attention,
 )
-from shardplan.costmodel.kernels.base import ArrayLike, KernelTime, Machine, as_array
+from shardplan.costmodel.kernels.base import (
+    ArrayLike,
+    KernelTime,
+    Machine,
+    as_array,
+    as_measured,
+)
 from shardplan.costmodel.kernels.flash import (
     ELEMENT_BYTES,
     FRACTAL,
@@ -76,7 +82,8 @@ def mla_prefill(
     )
     if kernel == "naive":
         return naive_attention(machine, work)
-    return flash_prefill(machine, machine.calibration.section("mla.prefill"), work)
+    time = flash_prefill(machine, machine.calibration.section("mla.prefill"), work)
+    return as_measured(time, machine.calibration, "mla.prefill")
 
 
 def mla_decode(
@@ -125,4 +132,5 @@ def mla_decode(
         streams_per_token=np.ones_like(queries),
         kv_tokens=tokens,
     )
-    return flash_decode(machine, machine.calibration.section("mla.decode"), work)
+    time = flash_decode(machine, machine.calibration.section("mla.decode"), work)
+    return as_measured(time, machine.calibration, "mla.decode")

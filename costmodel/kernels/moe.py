@@ -35,9 +35,17 @@ from collections.abc import Mapping
 import numpy as np
 
 from shardplan.costmodel.hardware import Device
-from shardplan.costmodel.kernels.base import Array, ArrayLike, KernelTime, Machine, as_array
+from shardplan.costmodel.kernels.base import (
+    Array,
+    ArrayLike,
+    KernelTime,
+    Machine,
+    as_array,
+    as_measured,
+)
 from shardplan.costmodel.kernels.precision import (
     Precision,
+    lenders,
     merged_coefficients,
     peak_flop_per_s,
     precision_of,
@@ -140,7 +148,8 @@ def grouped_matmul(
     touched = expected_active(rows, groups) if active is None else as_array(active)
     busy = as_array(rows) * _imbalance(as_array(ep), coef)
     arrays = np.broadcast_arrays(busy, touched, as_array(n), as_array(k))
-    return _time((arrays[0], arrays[1], arrays[2], arrays[3]), coef, machine.device, rule)
+    time = _time((arrays[0], arrays[1], arrays[2], arrays[3]), coef, machine.device, rule)
+    return as_measured(time, machine.calibration, *lenders(machine.calibration, MOE_FAMILY, rule))
 
 
 def moe_block_with(
@@ -188,4 +197,5 @@ def moe_block(
     arrays = tuple(as_array(size) for size in sizes)
     tokens_, hidden_, ffn_, experts_, topk_, ep_ = arrays
     packed = (tokens_, hidden_, ffn_, experts_, topk_, ep_)
-    return moe_block_with(coef, machine.device, packed, rule)
+    time = moe_block_with(coef, machine.device, packed, rule)
+    return as_measured(time, machine.calibration, *lenders(machine.calibration, MOE_FAMILY, rule))

@@ -16,7 +16,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from shardplan.costmodel.kernels.base import ArrayLike, KernelTime, Machine, as_array
+from shardplan.costmodel.kernels.base import (
+    ArrayLike,
+    KernelTime,
+    Machine,
+    as_array,
+    as_measured,
+)
 from shardplan.models.errors import UnknownNameError
 
 __all__ = ["POINTWISE_FAMILY", "pointwise", "pointwise_kinds"]
@@ -58,4 +64,5 @@ def pointwise(
     body = np.maximum(memory_s, vector_s)
     compute = np.where(vector_s > memory_s, body, 0.0)
     over = np.full(body.shape, coef["floor_s"])
-    return KernelTime(np.asarray(body + over), compute, np.asarray(body - compute), over)
+    time = KernelTime(np.asarray(body + over), compute, np.asarray(body - compute), over)
+    return as_measured(time, machine.calibration, f"{POINTWISE_FAMILY}.{kind}")

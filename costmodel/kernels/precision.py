@@ -14,7 +14,7 @@ from shardplan.costmodel.calibration import Calibration
 from shardplan.costmodel.hardware import Device
 from shardplan.models.errors import InputError, UnknownNameError
 
-__all__ = ["Precision", "merged_coefficients", "peak_flop_per_s", "precision_of"]
+__all__ = ["Precision", "lenders", "merged_coefficients", "peak_flop_per_s", "precision_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,3 +106,16 @@ def merged_coefficients(
             break
         rule = precision_of(rule.like)
     return own
+
+
+def lenders(calibration: Calibration, family: str, rule: Precision) -> tuple[str, ...]:
+    """Sections that `merged_coefficients` draws on, the dtype's own first."""
+    names: list[str] = []
+    name = f"{family}.{rule.name}"
+    while name not in names:
+        names.append(name)
+        if "compute" in calibration.section(name).coefficients:
+            break
+        rule = precision_of(rule.like)
+        name = f"{family}.{rule.name}"
+    return tuple(names)
