@@ -19,10 +19,12 @@ import typer
 
 from shardplan.models.errors import ShardplanError
 from shardplan.search.cli_analyze import analyze
+from shardplan.search.cli_calibrate import calibrate
 from shardplan.search.cli_common import note, print_json
 from shardplan.search.cli_estimate import estimate
 from shardplan.search.cli_list import clusters, devices, models
 from shardplan.search.cli_plan import emit, verify
+from shardplan.search.cli_profile import profile
 from shardplan.search.cli_search import search
 
 __all__ = ["app", "main"]
@@ -50,7 +52,18 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     help="Finds and proves the best way to deploy a large language model on an Ascend cluster.",
 )
-for _command in (search, estimate, verify, emit, analyze, devices, clusters, models):
+for _command in (
+    search,
+    estimate,
+    verify,
+    emit,
+    analyze,
+    calibrate,
+    profile,
+    devices,
+    clusters,
+    models,
+):
     app.command()(_command)
 
 
