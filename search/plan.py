@@ -166,7 +166,9 @@ class Performance(_Part):
     concurrency: float
     """Requests in flight over the whole deployment."""
     prefill_step_s: float
+    """One prompt, all its pieces, each beside the requests that decode meanwhile."""
     decode_step_s: float
+    """A step in which every request of a microbatch decodes and none prefills."""
     mixed_step_s: float = 0.0
     """A step that carries prompt tokens beside the decoding requests."""
     mixed_share: float = 0.0
