@@ -43,6 +43,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.forward import forward_loads
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.step import Load, Parts, StepModel
@@ -136,24 +137,17 @@ def step_seconds(
     attention: AttentionKernel,
 ) -> tuple[Array, list[Parts]]:
     """(seconds, parts per stage) of one forward pass of `batch` sequences of one dp group."""
-    engine = model.engine
-    count, tokens = as_array(batch), as_array(batch) * as_array(new)
-    stages = _sum(
-        model.parts("token", Load.of(phase, engine, tokens=tokens, weight_dtype=weight_dtype)),
-        model.parts(
-            "attention",
-            Load.of(
-                phase,
-                engine,
-                batch=count,
-                new=new,
-                prefix=prefix,
-                kv_dtype=kv_dtype,
-                attention=attention,
-            ),
-        ),
-        model.parts("logits", Load.of(phase, engine, tokens=count, weight_dtype=weight_dtype)),
+    loads = forward_loads(
+        phase,
+        model.engine,
+        batch=batch,
+        new=new,
+        prefix=prefix,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=attention,
     )
+    stages = _sum(*(model.parts(group, load) for group, load in loads.items()))
     return _flow(model, stages, phase, 1.0), stages
 
 

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from shardplan.costmodel.basis import basis_in
+from shardplan.costmodel.forward import forward_loads, parts_by_kind
 from shardplan.costmodel.hardware import Device
+from shardplan.costmodel.kernels.attention import kv_element_bytes
 from shardplan.costmodel.ledger import StageMemory, weight_element_bytes
+from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
@@ -33,7 +36,6 @@ from shardplan.search.request import Resolved
 
 __all__ = ["build_plan", "candidate", "memory_rows", "pareto_front"]
 
-_KV_BYTES = {"bf16": 2, "fp16": 2, "int8": 1, "fp8": 1}
 _PARETO_KEPT = 200
 
 
@@ -76,7 +78,7 @@ def _info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
         parameters=parameter_count(spec),
         active_parameters=active_parameter_count(spec),
         layers=spec.layers,
-        kv_bytes_per_token=float(kv_bytes_per_token(spec, dtype_bytes=_KV_BYTES[kv])),
+        kv_bytes_per_token=float(kv_bytes_per_token(spec, dtype_bytes=int(kv_element_bytes(kv)))),
         max_context=spec.max_context,
     )
     machine = ClusterInfo(
@@ -119,24 +121,21 @@ def memory_rows(scorer: LayoutScorer, best: Kept) -> tuple[MemoryRow, ...]:
     )
 
 
-def _loads(scorer: LayoutScorer, best: Kept, phase: str) -> list[tuple[str, Load]]:
+def _loads(scorer: LayoutScorer, best: Kept, phase: Phase) -> dict[Group, Load]:
     """What one prefill of one prompt, or one decode step of every slot, asks of each group."""
-    work, choice, engine = scorer.question.workload, best.choice, scorer.question.engine
-    cached = functools.partial(
-        Load.of, engine=engine, kv_dtype=choice.kv_dtype, attention=choice.attention
+    work, choice = scorer.question.workload, best.choice
+    ask = functools.partial(
+        forward_loads,
+        phase,
+        scorer.question.engine,
+        weight_dtype=choice.weight_dtype,
+        kv_dtype=choice.kv_dtype,
+        attention=choice.attention,
     )
     if phase == "prefill":
-        new = float(min(work.input_len, best.chunk))
-        return [
-            ("token", Load.of("prefill", engine, tokens=new, weight_dtype=choice.weight_dtype)),
-            ("attention", cached("prefill", batch=1.0, new=new, prefix=0.0)),
-            ("logits", Load.of("prefill", engine, tokens=1.0, weight_dtype=choice.weight_dtype)),
-        ]
+        return ask(batch=1.0, new=float(min(work.input_len, best.chunk)), prefix=0.0)
     slots = float(-(-best.batch // scorer.parallel.pp))
-    context = work.input_len + work.output_len / 2.0
-    token = Load.of("decode", engine, tokens=slots, weight_dtype=choice.weight_dtype)
-    seen = cached("decode", batch=slots, new=1.0, prefix=context)
-    return [("token", token), ("attention", seen), ("logits", token)]
+    return ask(batch=slots, new=1.0, prefix=work.input_len + work.output_len / 2.0)
 
 
 def breakdown(scorer: LayoutScorer, best: Kept) -> tuple[BreakdownRow, ...]:
@@ -147,10 +146,7 @@ def breakdown(scorer: LayoutScorer, best: Kept) -> tuple[BreakdownRow, ...]:
     rows: list[BreakdownRow] = []
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase in phases:
-        sums: dict[str, list[Parts]] = defaultdict(list)
-        for group, load in _loads(scorer, best, phase):
-            for kind, parts in scorer.model.by_kind(group, load):  # type: ignore[arg-type]  # groups
-                sums[kind].append(parts)
+        sums = parts_by_kind(scorer.model, _loads(scorer, best, phase))
         found = [_breakdown_row(scorer, best, phase, kind, parts) for kind, parts in sums.items()]
         found += _host_row(scorer, phase)
         rows += sorted(found, key=lambda row: -row.total_s)
@@ -177,27 +173,19 @@ def _host_row(scorer: LayoutScorer, phase: Phase) -> list[BreakdownRow]:
 
 
 def _breakdown_row(
-    scorer: LayoutScorer, best: Kept, phase: str, kind: str, parts: list[Parts]
+    scorer: LayoutScorer, best: Kept, phase: Phase, kind: str, parts: Parts
 ) -> BreakdownRow:
-    def add(name: str) -> float:
-        return float(sum(float(getattr(one, name)) for one in parts))
-
+    choice = best.choice
     return BreakdownRow(
-        phase=phase,  # type: ignore[arg-type]  # one of two
+        phase=phase,
         kind=kind,
-        calls=round(sum(one.kernels for one in parts)),
-        compute_s=add("compute_s"),
-        memory_s=add("memory_s"),
-        collective_s=add("collective_s"),
-        overhead_s=add("overhead_s"),
-        total_s=add("total_s"),
-        basis=basis_in(
-            scorer.model,
-            kind,
-            best.choice.weight_dtype,
-            "decode" if phase == "decode" else "prefill",
-            attention=best.choice.attention,
-        ),
+        calls=round(parts.kernels),
+        compute_s=float(parts.compute_s),
+        memory_s=float(parts.memory_s),
+        collective_s=float(parts.collective_s),
+        overhead_s=float(parts.overhead_s),
+        total_s=float(parts.total_s),
+        basis=basis_in(scorer.model, kind, choice.weight_dtype, phase, attention=choice.attention),
     )
 
 

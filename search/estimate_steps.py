@@ -21,10 +21,10 @@ from typing import cast
 
 import numpy as np
 
+from shardplan.costmodel.forward import forward_loads, parts_by_kind
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.serving import step_seconds
-from shardplan.costmodel.step import Load, Parts
 from shardplan.models.graph import Phase
 from shardplan.search.estimate_layout import Layout
 
@@ -149,25 +149,18 @@ def breakdown(
     tokens: int,
 ) -> list[KindTime]:
     """Seconds of one step by kind of operator, the longest first."""
-    engine, length = layout.engine, np.asarray(float(tokens))
-    new, prefix = (float(value) for value in _lengths(phase, length))
-    loads = {
-        "token": Load.of(phase, engine, tokens=batch * new, weight_dtype=weight_dtype),
-        "attention": Load.of(
-            phase,
-            engine,
-            batch=float(batch),
-            new=new,
-            prefix=prefix,
-            kv_dtype=kv_dtype,
-            attention=cast("AttentionKernel", attention),
-        ),
-        "logits": Load.of(phase, engine, tokens=float(batch), weight_dtype=weight_dtype),
-    }
-    found: dict[str, Parts] = {}
-    for group, load in loads.items():
-        for kind, parts in layout.model.by_kind(group, load):  # type: ignore[arg-type]  # literals
-            found[kind] = found[kind].plus(parts) if kind in found else parts
+    new, prefix = (float(value) for value in _lengths(phase, np.asarray(float(tokens))))
+    loads = forward_loads(
+        phase,
+        layout.engine,
+        batch=float(batch),
+        new=new,
+        prefix=prefix,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype,
+        attention=cast("AttentionKernel", attention),
+    )
+    found = parts_by_kind(layout.model, loads)
     rows = [
         KindTime(
             kind=kind,

@@ -1,0 +1,57 @@
+"""One forward pass: what it asks of each group of rows, and where its time goes by kind.
+
+A pass of `batch` sequences of one dp group with `new` tokens each, after `prefix` cached ones,
+runs batch * new tokens through the token rows, the sequences through attention, and wants the
+logits of one token a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.kernels.attention import AttentionKernel
+from shardplan.costmodel.kernels.base import ArrayLike, as_array
+from shardplan.costmodel.optable import Group
+from shardplan.costmodel.step import Load, Parts, StepModel
+from shardplan.models.graph import Phase
+
+__all__ = ["forward_loads", "parts_by_kind"]
+
+
+def forward_loads(
+    phase: Phase,
+    engine: EngineProfile,
+    *,
+    batch: ArrayLike,
+    new: ArrayLike,
+    prefix: ArrayLike,
+    weight_dtype: str,
+    kv_dtype: str,
+    attention: AttentionKernel,
+) -> dict[Group, Load]:
+    """The load of each group of rows; `batch`, `new` and `prefix` broadcast."""
+    sequences = as_array(batch)
+    tokens = sequences * as_array(new)
+    return {
+        "token": Load.of(phase, engine, tokens=tokens, weight_dtype=weight_dtype),
+        "attention": Load.of(
+            phase,
+            engine,
+            batch=sequences,
+            new=new,
+            prefix=prefix,
+            kv_dtype=kv_dtype,
+            attention=attention,
+        ),
+        "logits": Load.of(phase, engine, tokens=sequences, weight_dtype=weight_dtype),
+    }
+
+
+def parts_by_kind(model: StepModel, loads: Mapping[Group, Load]) -> dict[str, Parts]:
+    """Seconds of a pass by kind of operator, summed over rows and stages."""
+    found: dict[str, Parts] = {}
+    for group, load in loads.items():
+        for kind, parts in model.by_kind(group, load):
+            found[kind] = found[kind].plus(parts) if kind in found else parts
+    return found
