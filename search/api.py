@@ -93,7 +93,7 @@ def search(
     proven = time.perf_counter()
     plan = build_plan(
         resolved,
-        question,
+        scorer,
         outcomes,
         best,
         proof,

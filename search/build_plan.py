@@ -17,7 +17,7 @@ from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
-from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
+from shardplan.search.evaluate import LayoutScorer, context_tokens
 from shardplan.search.exact import Kept, Outcome, pareto_mask
 from shardplan.search.plan import (
     BreakdownRow,
@@ -276,7 +276,7 @@ def _quantization(beside: Outcome | None, best: Kept) -> tuple[QuantizationRow, 
 
 def build_plan(
     resolved: Resolved,
-    question: Question,
+    scorer: LayoutScorer,
     outcomes: list[Outcome],
     best: Kept,
     proof: ProofInfo,
@@ -286,9 +286,8 @@ def build_plan(
     version: str,
     notes: tuple[str, ...],
 ) -> Plan:
-    """The plan of the winner `best`, found in the last of `outcomes`."""
+    """The plan of the winner `best`, found in the last of `outcomes`; `scorer`: of its layout."""
     outcome = outcomes[-1]
-    scorer = LayoutScorer(question, best.parallel)
     rows = memory_rows(scorer, best)
     model, cluster = _info(resolved)
     chosen = candidate(outcome, best)

@@ -48,7 +48,7 @@ def plan(found: tuple[Resolved, Question, Outcome]) -> Plan:
     assert outcome.best is not None
     return build_plan(
         resolved,
-        question,
+        LayoutScorer(question, outcome.best.parallel),
         [outcome],
         outcome.best,
         prove_strategy(resolved.spec, outcome.best.parallel, level=0),
