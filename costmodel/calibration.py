@@ -16,6 +16,11 @@ Each file holds tables; each table is one kernel's section:
     ...
 
 Coefficients are plain numbers; times in seconds, rates in units a second, the rest without unit.
+
+A folder may stand on another one: `extends.toml` holds `base = "<name>"` and a `source` that says
+why; sections that the folder lacks are the base's, as `derived`. A folder inside it, named like
+an engine profile (`h200/torch-graph/`), holds the sections that this engine's own kernels have; the
+engine's machines are priced with them and with the folder's other sections.
 """
 
 from __future__ import annotations
@@ -33,9 +38,18 @@ from shardplan.costmodel.correction import ALL, Correction
 from shardplan.costmodel.errors import CalibrationError, DataFileError
 from shardplan.models.errors import UnknownNameError
 
-__all__ = ["Calibration", "Section", "calibration_names", "corrected", "load_calibration"]
+__all__ = [
+    "Calibration",
+    "Section",
+    "borrowed",
+    "calibration_engines",
+    "calibration_names",
+    "corrected",
+    "load_calibration",
+]
 
 Kind = Literal["measured", "fitted", "derived", "assumed"]
+_EXTENDS = "extends.toml"
 _KINDS = ("measured", "fitted", "derived", "assumed")
 _KEYS = {
     "kind",
@@ -124,6 +138,17 @@ def corrected(calibration: Calibration, corrections: Mapping[str, Correction]) -
     )
 
 
+def borrowed(calibration: Calibration) -> Calibration:
+    """The same coefficients on another device: what was measured or fitted is derived there."""
+    sections = {
+        name: replace(section, kind="derived")
+        if section.kind in ("measured", "fitted")
+        else section
+        for name, section in calibration.sections.items()
+    }
+    return replace(calibration, sections=MappingProxyType(sections))
+
+
 def _root() -> Traversable:
     return resources.files("shardplan.costmodel") / "data" / "calibrations"
 
@@ -169,15 +194,49 @@ def _collect(prefix: str, table: Mapping[str, Any], where: str, out: dict[str, S
             _collect(name, value, where, out)
 
 
-@functools.cache
-def load_calibration(name: str) -> Calibration:
-    """Read a shipped calibration. `UnknownNameError` if there is none of that name."""
-    folder = _root() / name
-    if name not in calibration_names():
-        raise UnknownNameError("calibration", name, calibration_names())
+def _read_folder(folder: Traversable, where: str) -> dict[str, Section]:
+    """The sections of the TOML files of one folder."""
     sections: dict[str, Section] = {}
     for entry in sorted(folder.iterdir(), key=lambda item: item.name):
-        if entry.name.endswith(".toml"):
+        if entry.name.endswith(".toml") and entry.name != _EXTENDS:
             table = tomllib.loads(entry.read_text(encoding="utf-8"))
-            _collect("", table, f"{name}/{entry.name}", sections)
+            _collect("", table, f"{where}/{entry.name}", sections)
+    return sections
+
+
+def _base_of(folder: Traversable, where: str) -> str:
+    """Name of the calibration that a folder extends; "" where it stands alone."""
+    file = folder / _EXTENDS
+    if not file.is_file():
+        return ""
+    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    if set(table) != {"base", "source"}:
+        raise DataFileError(
+            "a calibration that extends another names its `base` and a `source`",
+            got=f"{where}/{_EXTENDS}: {sorted(table)}",
+        )
+    return str(table["base"])
+
+
+def calibration_engines(name: str) -> tuple[str, ...]:
+    """Engine profiles for which a calibration holds sections of their own."""
+    return tuple(sorted(entry.name for entry in (_root() / name).iterdir() if entry.is_dir()))
+
+
+@functools.cache
+def load_calibration(name: str, engine: str = "") -> Calibration:
+    """Read a shipped calibration, with an engine's own sections where it has them.
+
+    `UnknownNameError` if there is none of that name.
+    """
+    if name not in calibration_names():
+        raise UnknownNameError("calibration", name, calibration_names())
+    folder = _root() / name
+    base = _base_of(folder, name)
+    sections: dict[str, Section] = {}
+    if base:
+        sections.update(borrowed(load_calibration(base)).sections)
+    sections.update(_read_folder(folder, name))
+    if engine and engine in calibration_engines(name):
+        sections.update(_read_folder(folder / engine, f"{name}/{engine}"))
     return Calibration(name=name, sections=MappingProxyType(sections))

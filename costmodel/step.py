@@ -206,7 +206,7 @@ class StepModel:
         }
         return cls(
             graphs=graphs,
-            machine=Machine.of(cluster.device),
+            machine=Machine.of(cluster.device, engine.name),
             engine=engine,
             rows=rows,
             memo=Memo() if memo is None else memo,

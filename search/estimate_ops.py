@@ -40,6 +40,7 @@ OP_GROUP = (
     "cluster",
     "nodes",
     "device",
+    "engine_profile",
     "dtype",
     "kv_dtype",
     "attention",
@@ -199,7 +200,7 @@ def price_ops(points: Points, rows: Indices) -> tuple[Indices, KernelTime | None
         device=chosen["device"],
         ranks=ranks if op in COLLECTIVE_OPS else 1,
     )
-    machine = Machine.of(cluster.device)
+    machine = Machine.of(cluster.device, chosen["engine_profile"])
     chosen["dtype"] = chosen["dtype"] or "bf16"
     chosen["kv_dtype"] = kv_dtype_for(chosen["kv_dtype"], cluster.device)
     if chosen["attention"] == "auto":

@@ -218,7 +218,7 @@ def study_digest(question: Question, space: Space, objectives: int) -> str:
     parts = (
         __version__,
         question,
-        Machine.of(question.cluster.device),
+        Machine.of(question.cluster.device, question.engine.name),
         space.choices,
         space.batches,
         space.chunks,

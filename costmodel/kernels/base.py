@@ -12,7 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.calibration import Calibration, corrected, load_calibration
+from shardplan.costmodel.calibration import (
+    Calibration,
+    borrowed,
+    corrected,
+    load_calibration,
+)
 from shardplan.costmodel.hardware import Device
 
 __all__ = ["Array", "ArrayLike", "KernelTime", "Machine", "as_array", "as_measured"]
@@ -42,9 +47,17 @@ class Machine:
     calibration: Calibration
 
     @classmethod
-    def of(cls, device: Device) -> Machine:
-        """The device with the calibration it names and its own corrections of it."""
-        calibration = load_calibration(device.calibration)
+    def of(cls, device: Device, engine: str = "") -> Machine:
+        """The device with the calibration it names and its own corrections of it.
+
+        `engine`: name of the engine profile whose own kernels count where the calibration knows
+        them. A device that borrows its calibration (its fact says `derived`) is priced with
+        derived sections.
+        """
+        calibration = load_calibration(device.calibration, engine)
+        fact = device.facts.get("calibration")
+        if fact is not None and fact.kind == "derived":
+            calibration = borrowed(calibration)
         if device.corrections:
             calibration = corrected(calibration, device.corrections)
         return cls(device, calibration)
