@@ -9,7 +9,7 @@ the key. Conversions done here and nowhere else:
 and w4a16 a 16-bit type, fp8 needs fp8.
 
 A profile (`shardplan calibrate`) is a file too: it names the device it is `base`d on, the
-`cluster` that it was measured in, and holds `[correction]` tables (`costmodel.correction`) and a
+`cluster` that it was measured in and the `engine_profile` whose kernels it timed, and holds `[correction]` tables (`costmodel.correction`) and a
 `[provenance]` table for people. The base is a shipped device or a file beside the profile.
 
 Left out: power, clocks under load, ECC; a calibration holds how far kernels stay from these peaks.
@@ -138,7 +138,7 @@ def profiled_device(table: Mapping[str, object], where: str, *, folder: Path) ->
     A base path is relative to `folder`. `DataFileError` for a profile that breaks a rule,
     `CalibrationError` for a correction of a section that the base's calibration lacks.
     """
-    check_keys(table, _PROFILE_KEYS, ["cluster"], where)
+    check_keys(table, _PROFILE_KEYS, ["cluster", "engine_profile"], where)
     name = label(table, "base", where)
     if is_file_name(name) and is_profile(read_toml(folder / name, "device")):
         raise DataFileError(
@@ -147,12 +147,14 @@ def profiled_device(table: Mapping[str, object], where: str, *, folder: Path) ->
     base = load_device(folder / name if is_file_name(name) else name)
     mapping(table["provenance"], f"{where}: provenance")
     changes = read_corrections(mapping(table["correction"], f"{where}: correction"), where)
-    corrected(load_calibration(base.calibration), changes)
+    engine = label(table, "engine_profile", where) if "engine_profile" in table else ""
+    corrected(load_calibration(base.calibration, engine), changes)
     return replace(
         base,
         name=label(table, "name", where),
         title=label(table, "title", where),
         corrections=MappingProxyType(dict(changes)),
+        corrected_engine=engine,
     )
 
 

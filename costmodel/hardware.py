@@ -64,6 +64,8 @@ class Device:
     facts: Mapping[str, Fact]
     corrections: Mapping[str, Correction] = field(default_factory=dict)
     """By calibration section: what measurements of this machine change."""
+    corrected_engine: str = ""
+    """Engine profile whose kernels the corrections were measured against; "" for all alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,13 +89,17 @@ def _section(calibration: Calibration, one: Measurement) -> str:
 
 
 def price_measured(
-    device: Device, cluster: Cluster | None, measured: Sequence[Measurement]
+    device: Device,
+    cluster: Cluster | None,
+    measured: Sequence[Measurement],
+    engine: str = "",
 ) -> tuple[list[Priced], dict[str, list[Measurement]]]:
     """Priced operators by section, and those that the device or its calibration does not price.
 
-    `cluster` prices collectives; without one they are among the latter, by reason.
+    `cluster` prices collectives; without one they are among the latter, by reason. `engine`: the
+    engine profile whose own kernels were measured.
     """
-    machine = Machine.of(device)
+    machine = Machine.of(device, engine)
     groups: dict[tuple[object, ...], list[Measurement]] = {}
     for one in measured:
         ranks = one.size("ranks") if one.op in COLLECTIVES else 0.0

@@ -1,6 +1,7 @@
 """Writing a device profile: the TOML that `--device` and `--cluster` accept.
 
     name, title, base, cluster       what it corrects and where it was measured
+    engine_profile                   whose kernels were measured, where they are an engine's own
     [provenance]                     version, options, each file with its digest and rows
     [correction."<section>"]         `shardplan.costmodel.correction`, five digits
 
@@ -44,11 +45,14 @@ def profile_text(
     options: Mapping[str, str],
     files: Sequence[ReadFile],
     corrections: Sequence[Correction],
+    engine: str = "",
 ) -> str:
     """The profile as TOML."""
     lines = [f"name = {_text(name)}", f"title = {_text(title)}", f"base = {_text(base)}"]
     if cluster is not None:
         lines.append(f"cluster = {_text(cluster)}")
+    if engine:
+        lines.append(f"engine_profile = {_text(engine)}")
     lines += ["", "[provenance]", f"shardplan = {_text(version)}"]
     lines += [f"{key} = {_text(value)}" for key, value in options.items()]
     for file in files:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shardplan.costmodel.calibration import calibration_engines
 from shardplan.costmodel.catalog import cluster_names, load_cluster, load_device
 from shardplan.costmodel.correct import FamilyFit, correct
 from shardplan.costmodel.correction import ALL, MAX_FACTOR, Correction
@@ -87,6 +88,7 @@ class _Draft:
     name: str
     device: Device
     cluster: str | None
+    engine: str
     files: tuple[ReadFile, ...]
     options: ReadOptions
     anchor: Anchor | None
@@ -104,6 +106,7 @@ class _Draft:
             title=f"{self.device.title}, corrected by measurements",
             base=base,
             cluster=self.cluster,
+            engine=self.engine,
             version=__version__,
             options=told,
             files=self.files,
@@ -142,6 +145,7 @@ def calibrate_device(
     device: str,
     *,
     cluster: str | None = None,
+    engine_profile: str | None = None,
     name: str | None = None,
     options: ReadOptions = _NOTHING_SAID,
     anchor: Anchor | None = None,
@@ -149,7 +153,8 @@ def calibrate_device(
 ) -> Calibrated:
     """Read, fit and write up; nothing is stored. Raises the error of the first bad input.
 
-    A device from a file is named in the profile by its path from `folder`.
+    A device from a file is named in the profile by its path from `folder`. Measurements are
+    taken for kernels of `engine_profile`, by default the first that the device runs.
     """
     if not paths and anchor is None:
         raise InputError("files or an anchor are needed", hint="give FILE... or --anchor")
@@ -157,12 +162,14 @@ def calibrate_device(
     own = check_name(name or f"{found.name}-calibrated")
     where = cluster or (anchor.point["cluster"] if anchor else _home(found))
     files = read_profiles(paths, options)
-    fits, skipped = _fit_files(files, found, _fabric(where, found, files))
+    engine = _own_kernels(engine_profile, found)
+    fits, skipped = _fit_files(files, found, _fabric(where, found, files), engine)
     kept = [fit.correction for fit in fits if fit.correction is not None]
     draft = _Draft(
         name=own,
         device=found,
         cluster=None if where is None or is_file_name(where) else where,
+        engine=engine,
         files=files,
         options=options,
         anchor=anchor,
@@ -190,6 +197,14 @@ def _uncorrected(device: str) -> Device:
     return found
 
 
+def _own_kernels(engine_profile: str | None, device: Device) -> str:
+    """The engine profile where the calibration knows kernels of its own; "" elsewhere."""
+    from shardplan.search.estimate_layout import find_engine
+
+    engine = find_engine(engine_profile or "", device).name
+    return engine if engine in calibration_engines(device.calibration) else ""
+
+
 def _from(folder: Path | None, path: str) -> str:
     """The path as seen from a folder, with a separator so that it reads as a file's."""
     return path if folder is None else os.path.join(".", os.path.relpath(path, folder.resolve()))
@@ -211,14 +226,14 @@ def _fabric(where: str | None, device: Device, files: Sequence[ReadFile]) -> Clu
 
 
 def _fit_files(
-    files: Sequence[ReadFile], device: Device, cluster: Cluster | None
+    files: Sequence[ReadFile], device: Device, cluster: Cluster | None, engine: str
 ) -> tuple[list[FamilyFit], tuple[Skipped, ...]]:
     measured = [one for file in files for one in file.measurements]
     skipped = [one for file in files for one in file.skipped]
     if files and not measured:
         said = "; ".join(f"{one.kernel}: {one.reason}" for one in skipped[:3])
         raise InputError("the files hold no kernel that can be used", got=said)
-    priced, refused = price_measured(device, cluster, measured)
+    priced, refused = price_measured(device, cluster, measured, engine)
     check_plausible(device, priced)
     for reason, ones in refused.items():
         for kernel in sorted({one.kernel for one in ones}):

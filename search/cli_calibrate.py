@@ -46,6 +46,9 @@ def calibrate(
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="Cluster of the collectives.")
     ] = None,
+    engine_profile: Annotated[
+        str | None, typer.Option("--engine-profile", help="Engine whose kernels were measured.")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the profile.")] = None,
     ranks: Annotated[
         int | None, whole("--ranks", "Ranks of the collectives, where no file says.")
@@ -78,6 +81,7 @@ def calibrate(
         files or [],
         device,
         cluster=cluster,
+        engine_profile=engine_profile,
         name=name,
         options=ReadOptions(ranks=ranks, context=context),
         anchor=None if anchor is None else parse_anchor(anchor),

@@ -18,6 +18,7 @@ from shardplan.costmodel.calibration import (
     corrected,
     load_calibration,
 )
+from shardplan.costmodel.correction import ALL, Correction
 from shardplan.costmodel.hardware import Device
 
 __all__ = ["Array", "ArrayLike", "KernelTime", "Machine", "as_array", "as_measured"]
@@ -52,15 +53,27 @@ class Machine:
 
         `engine`: name of the engine profile whose own kernels count where the calibration knows
         them. A device that borrows its calibration (its fact says `derived`) is priced with
-        derived sections.
+        derived sections. Corrections measured against one engine's own kernels leave those of
+        another engine alone.
         """
         calibration = load_calibration(device.calibration, engine)
         fact = device.facts.get("calibration")
         if fact is not None and fact.kind == "derived":
             calibration = borrowed(calibration)
         if device.corrections:
-            calibration = corrected(calibration, device.corrections)
+            calibration = corrected(calibration, _applicable(device, calibration))
         return cls(device, calibration)
+
+
+def _applicable(device: Device, calibration: Calibration) -> dict[str, Correction]:
+    """Corrections of the sections that the measured engine and this one share."""
+    measured = load_calibration(device.calibration, device.corrected_engine).sections
+    return {
+        name: change
+        for name, change in device.corrections.items()
+        if name == ALL
+        or measured[name].coefficients == calibration.section(name).coefficients
+    }
 
 
 def as_array(value: ArrayLike) -> Array:
