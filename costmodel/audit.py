@@ -27,7 +27,8 @@ def _charged(model: StepModel, graph: ShardedGraph, batch: int, tokens: int) -> 
     found: Counter[Key] = Counter()
     for stage in graph.stages:
         for name, count in stage.counts.items():
-            for row in model.rows[graph.model.phase][name]:
+            for one in model.rows[graph.model.phase][name]:
+                row = one.fused or one
                 if not row.is_collective:
                     continue
                 ranks = 1

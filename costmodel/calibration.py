@@ -20,7 +20,9 @@ Coefficients are plain numbers; times in seconds, rates in units a second, the r
 A folder may stand on another one: `extends.toml` holds `base = "<name>"` and a `source` that says
 why; sections that the folder lacks are the base's, as `derived`. A folder inside it, named like
 an engine profile (`h200/torch-graph/`), holds the sections that this engine's own kernels have; the
-engine's machines are priced with them and with the folder's other sections.
+engine's machines are priced with them and with the folder's other sections. A file
+`matmul_shapes.csv` in either holds what was measured of single shapes beyond the formula of
+`matmul.bf16` (`nearby.ShapeTable`; coefficient `shapes_reach`).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from typing import Any, Literal
 
 from shardplan.costmodel.correction import ALL, Correction
 from shardplan.costmodel.errors import CalibrationError, DataFileError
+from shardplan.costmodel.nearby import ShapeTable
 from shardplan.models.errors import UnknownNameError
 
 __all__ = [
@@ -50,6 +53,8 @@ __all__ = [
 
 Kind = Literal["measured", "fitted", "derived", "assumed"]
 _EXTENDS = "extends.toml"
+_SHAPES = "matmul_shapes.csv"
+_SHAPES_SECTION = "matmul.bf16"
 _KINDS = ("measured", "fitted", "derived", "assumed")
 _KEYS = {
     "kind",
@@ -93,6 +98,8 @@ class Calibration:
     sections: Mapping[str, Section]
     corrections: Mapping[str, Correction] = field(default_factory=dict)
     """By section name: what measurements of one machine change (`correction`)."""
+    shapes: ShapeTable | None = None
+    """What was measured of single 16-bit products beyond their formula."""
 
     def correction(self, *names: str) -> Correction | None:
         """The first correction among sections, that of all sections, or None."""
@@ -204,6 +211,19 @@ def _read_folder(folder: Traversable, where: str) -> dict[str, Section]:
     return sections
 
 
+def _read_shapes(folder: Traversable, section: Section, where: str) -> ShapeTable | None:
+    """The measured shapes of one folder; None where it has none."""
+    file = folder / _SHAPES
+    if not file.is_file():
+        return None
+    if "shapes_reach" not in section.coefficients:
+        raise DataFileError(
+            "measured shapes need [matmul.bf16] with `shapes_reach`", got=f"{where}/{_SHAPES}"
+        )
+    text = file.read_text(encoding="utf-8")
+    return ShapeTable.read(text, section["shapes_reach"], f"{where}/{_SHAPES}")
+
+
 def _base_of(folder: Traversable, where: str) -> str:
     """Name of the calibration that a folder extends; "" where it stands alone."""
     file = folder / _EXTENDS
@@ -234,9 +254,17 @@ def load_calibration(name: str, engine: str = "") -> Calibration:
     folder = _root() / name
     base = _base_of(folder, name)
     sections: dict[str, Section] = {}
+    shapes = None
     if base:
-        sections.update(borrowed(load_calibration(base)).sections)
-    sections.update(_read_folder(folder, name))
+        lender = load_calibration(base)
+        sections.update(borrowed(lender).sections)
+        shapes = lender.shapes
+    folders = [(folder, name)]
     if engine and engine in calibration_engines(name):
-        sections.update(_read_folder(folder / engine, f"{name}/{engine}"))
-    return Calibration(name=name, sections=MappingProxyType(sections))
+        folders.append((folder / engine, f"{name}/{engine}"))
+    for place, where in folders:
+        own = _read_folder(place, where)
+        sections.update(own)
+        if _SHAPES_SECTION in own:
+            shapes = _read_shapes(place, own[_SHAPES_SECTION], where)
+    return Calibration(name=name, sections=MappingProxyType(sections), shapes=shapes)

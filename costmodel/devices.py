@@ -9,8 +9,9 @@ the key. Conversions done here and nowhere else:
 and w4a16 a 16-bit type, fp8 needs fp8.
 
 A profile (`shardplan calibrate`) is a file too: it names the device it is `base`d on, the
-`cluster` that it was measured in and the `engine_profile` whose kernels it timed, and holds `[correction]` tables (`costmodel.correction`) and a
-`[provenance]` table for people. The base is a shipped device or a file beside the profile.
+`cluster` that it was measured in and the `engine_profile` whose kernels it timed, and holds
+`[correction]` tables (`costmodel.correction`) and a `[provenance]` table for people. The base is a
+shipped device or a file beside the profile.
 
 Left out: power, clocks under load, ECC; a calibration holds how far kernels stay from these peaks.
 """
@@ -69,8 +70,13 @@ _NEEDS = {
     "w8a16": ("fp16", "bf16"),
     "w4a16": ("fp16", "bf16"),
     "w8a8": ("int8",),
+    "w8a8_static": ("int8",),
+    "w8a8sc": ("int8",),
     "w4a8": ("int8",),
     "fp8": ("fp8",),
+    "mxfp8": ("fp8",),
+    "mxfp4": ("fp4",),
+    "w4a8_mxfp": ("fp8",),
 }
 """Weight dtype -> element types of which the matrix unit must have one."""
 _KV_DTYPES = ("bf16", "fp16", "int8", "fp8")
@@ -211,6 +217,8 @@ def device_summary(name_or_path: str | Path) -> dict[str, object]:
         if field.name == "facts":
             continue
         value = getattr(device, field.name)
+        if field.name == "corrected_engine" and not value:
+            continue
         if field.name == "corrections":
             if value:
                 out[field.name] = {name: asdict(change) for name, change in value.items()}

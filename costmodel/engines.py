@@ -5,6 +5,8 @@ A profile turns kernel times into the time of a step, and a card's memory into a
     step_s  = sum of kernels + launch_gap_s * kernels + step_host_s     (decode)
               and `prefill_step_host_s` in place of `step_host_s`       (prefill)
     floor   = device.launch_s where the phase replays a captured graph, else device.host_launch_s
+    late    = step_skew_s * (ranks of a tp group - 1)     in the step's collectives (decode)
+              and `prefill_step_skew_s` in place of it    (prefill)
     budget  = memory_fraction * hbm_bytes - weights - activations - reserve_bytes
               - communicator_bytes * communicators
 
@@ -17,6 +19,22 @@ Fusions (kernels that the engine merges into one):
     qk_norm_rope       query and key norms and rotary embedding in one kernel
     norm_quant         activation quantization inside the norm that feeds it
     mla_kv_norm_rope   latent norm, rotary part and cache write of MLA in one kernel
+
+Switches that an engine may have and leaves off unless told (`overlap` prices them; a file may
+leave them out, the engine then has none):
+
+    weight_prefetch    products whose weights it can bring into L2 while other kernels run:
+                       gate_up and down of models without experts, experts (their gate and up),
+                       qkv_a (down projections of MLA); none
+    fused_collectives  weight dtypes for which a product and the all_reduce of its result can be
+                       one kernel; none
+
+`late` is what the ranks of a step wait for the last of them: an engine with one process a rank
+starts its kernels at different times, and the first collectives absorb it (of 129 all_reduces of a
+measured decode step on 16 dies the median took 20 us, the mean 82 us). It belongs to the host and
+its engine, not to the links: a graph replayed by one process has none. One host starts the
+processes of all its ranks, so it grows with their number: on 4 dies a step is late by a fifth of
+what it is on 16, which published throughput there bears out.
 
 Left out: tokenizer and HTTP front end, sampling parameters, fragmentation of the KV blocks.
 """
@@ -43,6 +61,7 @@ from shardplan.costmodel.datafile import (
     shipped_names,
 )
 from shardplan.costmodel.hardware import Fact
+from shardplan.models.graph import Phase
 
 __all__ = [
     "FUSIONS",
@@ -63,6 +82,10 @@ FUSIONS = (
 )
 
 ATTENTION = ("flash", "naive")
+
+PREFETCHED = ("none", "gate_up", "down", "experts", "qkv_a")
+BEHIND = ("vector", "collective")
+FUSED_DTYPES = ("none", "bf16", "fp16", "w8a16", "w8a8", "w4a16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,12 +128,68 @@ class EngineProfile:
     sampling: bool
     """A step ends with sampling kernels (sort, softmax, argmax over the vocabulary)."""
     facts: Mapping[str, Fact]
+    step_skew_s: float = 0.0
+    """What a decode step waits for its last rank, for each rank beyond the first, seconds."""
+    prefill_step_skew_s: float = 0.0
+    """The same of a prefill step, seconds."""
+    sequence_parallel_tokens: int = 0
+    """Tokens of a prefill step above which the engine can split them over tp between the matrix
+    products; 0: it cannot. The price of one such step is that of the faster way; serving and
+    search take what the strategy says, as the engine does."""
+    weight_prefetch: tuple[str, ...] = ("none",)
+    """Products whose weights it can prefetch, of `PREFETCHED`."""
+    weight_prefetch_behind: tuple[str, ...] = ("vector",)
+    """Kernels behind which it does, of `BEHIND`."""
+    weight_prefetch_bytes: float = 0.0
+    """Most that it prefetches of one product."""
+    weight_prefetch_tokens: int = 2**26
+    """Steps of more tokens do not prefetch."""
+    fused_collectives: tuple[str, ...] = ("none",)
+    """Weight dtypes of its fused product and all_reduce, of `FUSED_DTYPES`."""
+    fused_collectives_default: bool = False
+    """That kernel is on unless switched off."""
+
+    def skew_s(self, phase: Phase, ranks: int) -> float:
+        """What a step waits for the last of `ranks` ranks, seconds."""
+        each = self.step_skew_s if phase == "decode" else self.prefill_step_skew_s
+        return each * (ranks - 1.0)
 
     @property
     def graph_mode(self) -> bool:
         """Whether any phase replays a captured graph."""
         return self.prefill_graph or self.decode_graph
 
+
+_RANKS: Mapping[str, Field] = {
+    "step_skew_us": number("step_skew_s", low=0, high=1e7, scale=1e-6, optional=True),
+    "prefill_step_skew_us": number(
+        "prefill_step_skew_s", low=0, high=1e7, scale=1e-6, optional=True
+    ),
+    "sequence_parallel_tokens": number(
+        "sequence_parallel_tokens", low=0, high=2**31 - 1, whole=True, optional=True
+    ),
+}
+
+_SWITCHES: Mapping[str, Field] = {
+    "weight_prefetch": Field(
+        target="weight_prefetch", shape="words", choices=PREFETCHED, optional=True
+    ),
+    "weight_prefetch_behind": Field(
+        target="weight_prefetch_behind", shape="words", choices=BEHIND, optional=True
+    ),
+    "weight_prefetch_mib": number(
+        "weight_prefetch_bytes", low=0, high=1024, scale=2.0**20, optional=True
+    ),
+    "weight_prefetch_tokens": number(
+        "weight_prefetch_tokens", low=1, high=2**26, whole=True, optional=True
+    ),
+    "fused_collectives": Field(
+        target="fused_collectives", shape="words", choices=FUSED_DTYPES, optional=True
+    ),
+    "fused_collectives_default": Field(
+        target="fused_collectives_default", shape="flag", optional=True
+    ),
+}
 
 _ENGINE: Mapping[str, Field] = {
     "fused": Field(target="fused", shape="words", choices=FUSIONS),
@@ -157,8 +236,8 @@ def _shipped_engine(name: str) -> EngineProfile:
 
 def engine_from_table(table: Mapping[str, object], where: str) -> EngineProfile:
     """The profile that a parsed file describes; `where` names the file in errors."""
-    check_keys(table, ["name", "title", *_ENGINE], [], where)
-    read = read_facts(table, _ENGINE, where)
+    check_keys(table, ["name", "title", *_ENGINE], [*_RANKS, *_SWITCHES], where)
+    read = read_facts(table, {**_ENGINE, **_RANKS, **_SWITCHES}, where)
     values: dict[str, Any] = dict(read.values)
     return EngineProfile(
         name=label(table, "name", where),

@@ -8,15 +8,46 @@ logits of one token a sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.kernels.attention import AttentionKernel
-from shardplan.costmodel.kernels.base import ArrayLike, as_array
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
+from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.optable import Group
-from shardplan.costmodel.step import Load, Parts, StepModel
+from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
 
-__all__ = ["forward_loads", "parts_by_kind"]
+__all__ = ["Pricer", "forward_loads", "parts_by_kind"]
+
+
+class Pricer(Protocol):
+    """What prices steps: the `StepModel` of one layout, or a `Fleet` of points of many."""
+
+    @property
+    def engine(self) -> EngineProfile:
+        """The engine of all points."""
+
+    @property
+    def groups(self) -> ArrayLike:
+        """Data-parallel groups, of all points or `[points]`."""
+
+    @property
+    def locked(self) -> ArrayLike:
+        """Data-parallel groups whose steps run together, of all points or `[points]`."""
+
+    @property
+    def stages(self) -> ArrayLike:
+        """Pipeline stages, of all points or `[points]`."""
+
+    def parts(self, group: Group, load: Load) -> list[Parts]:
+        """Per stage, the rows of one group under a load."""
+
+    def step_s(self, stages: list[Parts], phase: Phase) -> list[Array]:
+        """Seconds of each stage, launches included; the engine's host time is not."""
+
+    def host_s(self, phase: Phase) -> float:
+        """Host time of a step that the device waits for."""
 
 
 def forward_loads(

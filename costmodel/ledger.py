@@ -27,20 +27,12 @@ from shardplan.costmodel.kernels.attention import (
     kv_element_bytes,
 )
 from shardplan.costmodel.kernels.base import Array, ArrayLike, Machine, as_array
+from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.models.accounting import local_product, stage_weights, state_elements_per_token
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
 
 __all__ = ["Ledger", "StageMemory", "weight_element_bytes"]
 
-_WEIGHT_BYTES: Mapping[str, float] = {
-    "bf16": 2.0,
-    "fp16": 2.0,
-    "w8a16": 1.0,
-    "w8a8": 1.0,
-    "fp8": 1.0,
-    "w4a16": 0.5,
-    "w4a8": 0.5,
-}
 _SCALE_BYTES = 4.0
 _GROUP = 128.0
 _GROUP_SCALE_BYTES = 2.0
@@ -49,8 +41,8 @@ _LOGIT_BYTES = 4.0
 
 
 def weight_element_bytes(dtype: str) -> float:
-    """Bytes of one linear or expert weight, scales left out."""
-    return _WEIGHT_BYTES[dtype]
+    """Bytes of one linear or expert weight, scales left out (microscaling ones are within)."""
+    return precision_of(dtype).weight_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +70,10 @@ def _weights(graph: ShardedGraph, stage: Stage, dtype: str) -> float:
         if held.weight_class not in ("linear", "expert") or dtype in ("bf16", "fp16"):
             total += held.count * held.elements * 2.0
             continue
-        each = held.elements * _WEIGHT_BYTES[dtype]
-        if dtype.startswith("w4"):
+        each = held.elements * weight_element_bytes(dtype)
+        if dtype in ("w4a16", "w4a8"):
             each += held.elements / _GROUP * _GROUP_SCALE_BYTES
-        else:
+        elif "mx" not in dtype:
             each += held.channels * _SCALE_BYTES
         total += held.count * each
     return total

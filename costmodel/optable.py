@@ -9,101 +9,43 @@ length and dtype. Rows fall into three groups by what they depend on:
     logits     the sequences whose logits are wanted (LM head, its gather, sampling)
 
 Engine fusion is decided here: projections that share an input become one matmul, a residual add
-joins the norm that follows it, query/key norms join the rotary embedding.
+joins the norm that follows it, query/key norms join the rotary embedding; `rowfusion` marks what
+depends on the order of the kernels (quantization inside a norm, prefetch, a fused all_reduce).
 Left out: kernels under a microsecond that real engines hide (reshapes, casts).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
-from shardplan.costmodel.placement import TierSpan, group_tiers
+from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.rowfusion import join_rotary, mark, merged, runs_inside_rotary
+from shardplan.costmodel.rows import (
+    NO_OVERLAP,
+    Group,
+    Overlap,
+    Placed,
+    Row,
+    pointwise_bytes,
+    pointwise_kernel,
+)
 from shardplan.models.accounting import Transfer, local_product, transfers
 from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp
-from shardplan.models.graph import FREE_DIMS, Op, WeightClass
+from shardplan.models.graph import FREE_DIMS, Op
 
-__all__ = ["Group", "Row", "block_rows"]
-
-Group = Literal["token", "attention", "logits"]
-
-_POINTWISE_BYTES: Mapping[str, float] = {
-    "add": 6.0,
-    "bias": 6.0,
-    "scale": 4.0,
-    "sumsq": 2.0,
-    "gate": 6.0,
-    "swiglu": 6.0,
-    "rmsnorm": 4.0,
-    "add_rmsnorm": 8.0,
-    "rope": 4.0,
-    "qk_norm_rope": 4.0,
-    "kv_append": 4.0,
-    "slice": 4.0,
-    "embedding": 4.0,
-    "topk_router": 6.0,
-    "dispatch": 4.0,
-    "combine": 4.0,
-    "select": 4.0,
-    "softmax_sample": 4.0,
-}
-"""Bytes that one element of the output (routed element for dispatch and combine) makes a kernel
-move: 16-bit reads of its inputs and writes of its outputs."""
-
-_KIND_OF_POINTWISE: Mapping[str, str] = {
-    "add": "add",
-    "bias": "bias",
-    "scale": "mul",
-    "sumsq": "mul",
-    "gate": "mul",
-    "select": "slice",
-    "dispatch": "slice",
-    "combine": "add",
-}
-"""Which fitted pointwise kernel stands for an operator that has none of its own."""
-
-_ONE_WEIGHT = ("q_b", "kv_b", "qkv_a")
-"""Projections that are one matrix in every checkpoint, whatever the engine fuses."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One kernel of one rank. Sizes are local; `ways` is how many ways the tokens are cut."""
-
-    kind: str
-    group: Group
-    ways: int = 1
-    n: float = 0.0
-    """Matmul: output features. Collective: elements a token of the full tensor of its group."""
-    k: float = 0.0
-    width: float = 0.0
-    """Pointwise: elements a token."""
-    context: bool = False
-    """The rows are the context's tokens, not the new ones."""
-    weight_class: WeightClass = "none"
-    experts: float = 0.0
-    """Local experts of a grouped matmul."""
-    spread: float = 1.0
-    """Ranks that share the experts: above 1, the busiest has more rows than the mean."""
-    share: float = 1.0
-    """Routed rows a token on this rank."""
-    heads: float = 0.0
-    kv_heads: float = 0.0
-    head_dim: float = 0.0
-    value_dim: float = 0.0
-    rope_dim: float = 0.0
-    window: float = 0.0
-    spans: tuple[TierSpan, ...] = ()
-    fuse: str = ""
-
-    @property
-    def is_collective(self) -> bool:
-        """Whether it crosses ranks."""
-        return bool(self.spans)
+__all__ = [
+    "NO_OVERLAP",
+    "Group",
+    "Overlap",
+    "Row",
+    "block_rows",
+    "pointwise_bytes",
+    "pointwise_kernel",
+]
 
 
 def _ways(graph: ShardedGraph, node: ShardedOp, layout: tuple[tuple[str, str], ...]) -> int:
@@ -219,30 +161,20 @@ def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer
     )
 
 
-def _fuses(engine: EngineProfile, label: str) -> bool:
-    if label in _ONE_WEIGHT:
-        return True
-    return ("gate_up" if label.endswith("gate_up") else label) in engine.fused
-
-
-def _merged(rows: list[Row], engine: EngineProfile) -> Iterator[Row]:
-    """Projections of one fuse label as one matmul; the rest as they are."""
-    waiting: dict[str, Row] = {}
-    for row in rows:
-        if not row.fuse or not _fuses(engine, row.fuse):
-            yield row
-        elif row.fuse in waiting:
-            waiting[row.fuse] = replace(waiting[row.fuse], n=waiting[row.fuse].n + row.n)
-        else:
-            waiting[row.fuse] = row
-    yield from waiting.values()
-
-
-def _node_row(graph: ShardedGraph, node: ShardedOp, engine: EngineProfile) -> Row | None:
-    """The row of one operator; None where the engine runs it inside another kernel."""
+def _node_rows(graph: ShardedGraph, node: ShardedOp, engine: EngineProfile) -> Iterator[Row]:
+    """The rows of one operator; none where the engine runs it inside another kernel."""
     op = node.op
-    if op is None:
-        return None
+    if op is not None and op.kind == "swiglu" and "swiglu" not in engine.fused:
+        yield _pointwise(graph, node, "activation")
+        yield replace(_pointwise(graph, node, "swiglu"), kind="gate")
+    elif op is not None:
+        row = _node_row(graph, node, op, engine)
+        if row is not None:
+            yield row
+
+
+def _node_row(graph: ShardedGraph, node: ShardedOp, op: Op, engine: EngineProfile) -> Row | None:
+    """The row of an operator that is one kernel; None where it is part of another."""
     if op.kind == "matmul":
         return _matmul(graph, node, op)
     if op.kind in ("attention", "mla_attention", "mla_absorbed"):
@@ -261,60 +193,44 @@ def _node_row(graph: ShardedGraph, node: ShardedOp, engine: EngineProfile) -> Ro
     return _pointwise(graph, node, op.kind)
 
 
-def _join_rotary(rows: list[Row], graph: ShardedGraph, engine: EngineProfile) -> list[Row]:
-    """Rotary embeddings of queries and keys as one kernel, with their norms where fused."""
-    rope = [row for row in rows if row.kind == "rope"]
-    if not rope:
-        return rows
-    fused = graph.model.spec.qk_norm == "head" and "qk_norm_rope" in engine.fused
-    joined = replace(
-        rope[0],
-        kind="qk_norm_rope" if fused else "rope",
-        width=sum(row.width for row in rope),
-    )
-    return [row for row in rows if row.kind != "rope"] + [joined]
-
-
-def _head_norms(node: ShardedOp, graph: ShardedGraph, engine: EngineProfile) -> bool:
-    """Whether a node is a per-head norm that runs inside the rotary kernel."""
-    op = node.op
-    per_head = op is not None and op.kind == "rmsnorm" and op.role in ("heads", "kv_heads")
-    return per_head and graph.model.spec.qk_norm == "head" and "qk_norm_rope" in engine.fused
-
-
 def block_rows(
-    graph: ShardedGraph, block: ShardedBlock, cluster: Cluster, engine: EngineProfile
+    graph: ShardedGraph,
+    block: ShardedBlock,
+    cluster: Cluster,
+    engine: EngineProfile,
+    overlap: Overlap = NO_OVERLAP,
 ) -> tuple[Row, ...]:
-    """Rows of one template under one layout, fusions applied."""
-    rows: list[Row] = []
+    """Rows of one template under one layout, fusions applied, switches of `overlap` set."""
+    return tuple(
+        one.row
+        for one in mark(_placed(graph, block, cluster, engine), graph, block, engine, overlap)
+    )
+
+
+def _placed(
+    graph: ShardedGraph, block: ShardedBlock, cluster: Cluster, engine: EngineProfile
+) -> list[Placed]:
+    placed: list[Placed] = []
+    moving: list[str] = []
     for node in block.ops():
         if node.kind == "slice":
             ways = _ways(graph, node, node.layout)
             width = local_product(graph, node.dims, node.layout).factor * node.density
-            rows.append(Row(kind="slice", group="token", ways=ways, width=width))
-        elif node.kind not in ("input", "recv") and not _head_norms(node, graph, engine):
-            row = _node_row(graph, node, engine)
-            if row is not None:
-                rows.append(row)
-    rows = list(_merged(_join_rotary(rows, graph, engine), engine))
-    rows += [_collective(cluster, graph, block.name, one) for one in transfers(graph, block)]
+            row = Row(kind="slice", group="token", ways=ways, width=width)
+            placed.append(Placed(row, (node.name,)))
+        elif node.kind not in ("input", "recv") and not runs_inside_rotary(node, graph, engine):
+            placed += [Placed(row, (node.name,)) for row in _node_rows(graph, node, engine)]
+        if node.kind == "send" or (node.axes and node.kind != "slice"):
+            moving.append(node.name)
+    placed = list(merged(join_rotary(placed, graph, engine), engine))
+    for name, one in zip(moving, transfers(graph, block), strict=True):
+        placed.append(Placed(_collective(cluster, graph, block.name, one), (name,)))
     if block.name == "head" and engine.sampling:
-        rows.append(
-            Row(
-                kind="softmax_sample",
-                group="logits",
-                ways=graph.parallel.dp,
-                width=float(graph.model.sizes["V"]),
-            )
+        row = Row(
+            kind="softmax_sample",
+            group="logits",
+            ways=graph.parallel.dp,
+            width=float(graph.model.sizes["V"]),
         )
-    return tuple(rows)
-
-
-def pointwise_bytes(row: Row) -> float:
-    """Bytes moved an element."""
-    return _POINTWISE_BYTES[row.kind]
-
-
-def pointwise_kernel(row: Row) -> str:
-    """The fitted kernel that stands for a pointwise row."""
-    return _KIND_OF_POINTWISE.get(row.kind, row.kind)
+        placed.append(Placed(row, ()))
+    return placed

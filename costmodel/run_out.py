@@ -14,8 +14,9 @@ Closed loop (all prompts wait at time 0, a new one starts as one ends), n = w b 
                  the seconds that full steps of c tokens take for one prompt
 
 Offered rate R below capacity r: slots are the b in [1, slots] with r(b) = R / dp, which is Little's
-law (bisection; r rises with b); makespan = N / R + latency. At or above it the slots are full and
-the queue grows: makespan = N / r + latency, wait = N / 2 (1 / r - 1 / R).
+law (a bracket closed by secants and middles; r rises with b); makespan = N / R + latency. At or
+above it the slots are full and the queue grows: makespan = N / r + latency,
+wait = N / 2 (1 / r - 1 / R).
 
 Percentiles (99th):
     TTFT   wait of a queue with an exponential tail: mean wait * ln 100, at most (b - 1) prompts;
@@ -37,16 +38,21 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.bulk import Fleet, Indices
+from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.serving import Serving, ServingInput, serve, step_seconds
-from shardplan.costmodel.step import StepModel
 
 __all__ = ["Run", "run_out"]
 
 _NORMAL_P99 = 2.326
 _TAIL = 0.01
 _TAIL_P99 = math.log(1.0 / _TAIL)
-_BISECTIONS = 16
+_NARROW = 2e-3
+"""Width of a narrow bracket, of its high end."""
+_CLOSE = 1e-3
+"""How much more than what is offered is hardly more."""
+_MOST_TURNS = 32
 Bools = NDArray[np.bool_]
 
 
@@ -58,6 +64,8 @@ class Run:
     """The steady state at the slots in use."""
     slots: Array
     """Slots of one dp group in use."""
+    capacity_requests_per_s: Array
+    """What all slots together serve in steady state."""
     ttft_mean_s: Array
     ttft_p99_s: Array
     tpot_mean_s: Array
@@ -79,43 +87,117 @@ class _Case:
     later: Array
 
 
-def _at(model: StepModel, given: ServingInput, slots: Array) -> Serving:
+def _at(model: Pricer, given: ServingInput, slots: Array) -> Serving:
     """The steady state with other slots in use; requests beyond `given.batch` keep waiting."""
     return serve(model, replace(given, batch=slots, in_flight=None))
 
 
-def _slots_for_rate(model: StepModel, case: _Case, most: Array) -> tuple[Array, Bools]:
-    """(slots at which a dp group serves what is offered, whether even `most` do not)."""
+def _some(model: Pricer, case: _Case, rows: Indices) -> tuple[Pricer, _Case]:
+    """The rows alone, of the model too where it is a fleet of points."""
+    shape = case.prompts.shape
+
+    def taken(values: ArrayLike) -> Array:
+        return np.broadcast_to(as_array(values), shape)[rows]
+
+    given, in_flight = case.given, case.given.in_flight
+    few = replace(
+        given,
+        batch=taken(given.batch),
+        chunk=taken(given.chunk),
+        input_len=taken(given.input_len),
+        output_len=taken(given.output_len),
+        prefix_hit=taken(given.prefix_hit),
+        in_flight=None if in_flight is None else taken(in_flight),
+    )
+    own = _Case(
+        given=few,
+        prompts=case.prompts[rows],
+        rate=case.rate[rows],
+        prompt=taken(case.prompt),
+        later=taken(case.later),
+    )
+    return (model.take(rows) if isinstance(model, Fleet) else model), own
+
+
+def _serve_rate(
+    model: Pricer, case: _Case, most: Array, full: Serving
+) -> tuple[Array, Bools, Serving]:
+    """(slots at which a dp group serves what is offered, whether even `most` do not, the state).
+
+    `full` is the state at `most` slots, `[rows]`.
+    """
     offered = case.rate * model.groups
-    if not np.isfinite(offered).any():
-        return most, np.ones(most.shape, dtype=np.bool_)
-    saturated = _at(model, case.given, most).requests_per_s <= offered
-    low, high = np.ones_like(most), most.copy()
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2.0
-        enough = _at(model, case.given, middle).requests_per_s >= offered
-        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return np.where(saturated, most, high), saturated
+    saturated = full.requests_per_s <= offered
+    rows = np.flatnonzero(~saturated)
+    if not rows.size:
+        return most, saturated, full
+    few, own = _some(model, case, rows)
+    fewest = _fewest(few, own, most[rows], full.requests_per_s[rows], offered[rows])
+    state = _filled(_at(few, own.given, fewest), rows.shape)
+    slots = most.copy()
+    slots[rows] = fewest
+    columns = {one.name: getattr(full, one.name).copy() for one in fields(Serving)}
+    for name, values in columns.items():
+        values[rows] = getattr(state, name)
+    return slots, saturated, Serving(**columns)
+
+
+def _fewest(model: Pricer, case: _Case, most: Array, reached: Array, offered: Array) -> Array:
+    """The fewest slots b that serve `offered` (R), where `most` serve `reached`, which is more.
+
+    One slot is tried first. Then a bracket whose high end serves enough is closed around the root
+    of b (R / r(b) - 1), nearly straight in b, by the Illinois rule (a secant; the end that stays
+    twice counts half) and every third time by its middle, until it is narrow or its high end
+    serves hardly more than R.
+    """
+    low, high, side = np.zeros_like(most), most.copy(), np.zeros_like(most)
+    over, under = np.zeros_like(most), most * (offered / reached - 1.0)
+    held, few, own = np.arange(most.size), model, case
+    left = np.arange(most.size)
+    for turn in range(_MOST_TURNS):
+        if 2 * left.size < held.size:  # what stacks the points of a fleet is kept while it serves
+            held, (few, own) = left, _some(model, case, left)
+        share = np.full(most.shape, 0.5)
+        if turn % 3 != 1:
+            share = np.clip(over / np.where(over > under, over - under, 1.0), 1e-3, 1.0 - 1e-3)
+        tried = low + (high - low) * share if turn else np.ones_like(most)
+        served = np.full(most.shape, np.nan)
+        served[held] = _at(few, own.given, tried[held]).requests_per_s
+        served, slots, rate = served[left], tried[left], offered[left]
+        enough, off = served >= rate, slots * (rate / served - 1.0)
+        again = np.where(side[left] == np.where(enough, 1.0, -1.0), 0.5, 1.0)
+        ends = np.where(enough, (low[left], slots), (slots, high[left]))
+        kept = over[left] * again, under[left] * again
+        low[left], high[left] = ends
+        over[left], under[left] = np.where(enough, (kept[0], off), (off, kept[1]))
+        side[left] = np.where(enough, 1.0, -1.0)
+        wide = (ends[1] > 1.0) & (ends[1] - ends[0] > _NARROW * ends[1])
+        left = left[wide & ~(enough & (served <= rate * (1.0 + _CLOSE)))]
+        if not left.size:
+            break
+    return high
 
 
 def _chunk(case: _Case) -> Array:
     return np.minimum(np.maximum(case.given.chunk, 1.0), case.prompt)
 
 
-def _rest_s(model: StepModel, case: _Case, slots: Array) -> Array:
+def _rest_s(model: Pricer, case: _Case, slots: Array) -> Array:
     """Seconds of the last wave of a closed-loop run, where it is not a full one."""
-    finite = np.where(np.isfinite(case.prompts), case.prompts, 0.0)
+    closed = np.isfinite(case.prompts) & ~np.isfinite(case.rate)
+    finite = np.where(closed, case.prompts, 0.0)
     rest = finite - np.floor(finite / slots) * slots
-    if not (rest > 0.0).any():
-        return np.zeros_like(slots)
-    served = _at(model, case.given, np.maximum(rest, 1.0))
-    return np.where(rest > 0.0, np.maximum(rest, 1.0) * model.groups / served.requests_per_s, 0.0)
+    rows, seconds = np.flatnonzero(rest > 0.0), np.zeros_like(slots)
+    if rows.size:
+        few, own = _some(model, case, rows)
+        wave = np.maximum(rest[rows], 1.0)
+        seconds[rows] = wave * few.groups / _at(few, own.given, wave).requests_per_s
+    return seconds
 
 
-def _burst_s(model: StepModel, case: _Case, slots: Array) -> tuple[Array, Array]:
-    """(prompts that start at once, seconds in which full prefill steps take one of them)."""
+def _burst_s(model: Pricer, case: _Case, first: Array) -> Array:
+    """Seconds in which full prefill steps take one of the `first` prompts that start at once."""
     given = case.given
-    first = np.minimum(slots, case.prompts)
     tokens = np.minimum(np.maximum(given.chunk, 1.0), first * case.prompt)
     new = np.minimum(case.prompt, tokens)
     kept = as_array(given.input_len) - case.prompt
@@ -130,11 +212,11 @@ def _burst_s(model: StepModel, case: _Case, slots: Array) -> tuple[Array, Array]
         attention=given.attention,
     )
     slowest = functools.reduce(np.maximum, model.step_s(stages, "prefill"))
-    return first, (slowest + model.host_s("prefill")) * case.prompt / tokens
+    return np.asarray((slowest + model.host_s("prefill")) * case.prompt / tokens)
 
 
 def _makespan_s(
-    model: StepModel, case: _Case, served: Serving, slots: Array, saturated: Bools
+    model: Pricer, case: _Case, served: Serving, slots: Array, saturated: Bools
 ) -> Array:
     """Seconds from the first request to the last token; NaN for a steady state."""
     finite = np.isfinite(case.prompts)
@@ -154,7 +236,7 @@ def _makespan_s(
 
 
 def _ttft(
-    model: StepModel, case: _Case, served: Serving, slots: Array, saturated: Bools
+    model: Pricer, case: _Case, served: Serving, slots: Array, saturated: Bools
 ) -> tuple[Array, Array]:
     """(mean, 99th percentile)."""
     waiting = np.zeros_like(slots)
@@ -173,9 +255,12 @@ def _ttft(
     tail = np.minimum(served.wait_s * _TAIL_P99, np.maximum(slots - 1.0, 0.0) * served.prefill_s)
     mean = served.ttft_s + waiting
     worst = served.prefill_s + np.maximum(tail, served.wait_s) + np.maximum(waiting, grown)
-    first, one_s = _burst_s(model, case, slots)
+    first = np.minimum(slots, case.prompts)
     closed = finite & ~np.isfinite(case.rate)
     share = np.where(closed, first / prompts, 0.0)
+    one_s, rows = np.zeros_like(slots), np.flatnonzero(closed)
+    if rows.size:
+        one_s[rows] = _burst_s(*_some(model, case, rows), first[rows])
     burst = (first + 1.0) / 2.0 * one_s
     mean = (1.0 - share) * mean + share * np.maximum(burst, served.prefill_s)
     last = 1.0 - _TAIL / np.maximum(share, _TAIL)
@@ -183,7 +268,7 @@ def _ttft(
     return mean, np.maximum(np.maximum(worst, late), mean)
 
 
-def _tpot_p99(model: StepModel, case: _Case, served: Serving) -> Array:
+def _tpot_p99(model: Pricer, case: _Case, served: Serving) -> Array:
     steps = np.maximum(case.later, 1.0)
     decode = served.decode_step_s
     if model.engine.prefill_first:
@@ -197,7 +282,7 @@ def _tpot_p99(model: StepModel, case: _Case, served: Serving) -> Array:
 
 
 def run_out(
-    model: StepModel,
+    model: Pricer,
     given: ServingInput,
     *,
     request_rate: ArrayLike = math.inf,
@@ -223,8 +308,8 @@ def run_out(
     if given.in_flight is not None:
         most = np.minimum(most, as_array(given.in_flight))
     most = np.maximum(np.minimum(most, prompts), 1.0)
-    slots, saturated = _slots_for_rate(model, case, most)
-    served = _filled(_at(model, given, slots), shape)
+    full = _filled(_at(model, given, most), shape)
+    slots, saturated, served = _serve_rate(model, case, most, full)
     mean, worst = _ttft(model, case, served, slots, saturated)
     span = _makespan_s(model, case, served, slots, saturated)
     steady = np.minimum(served.requests_per_s, case.rate * model.groups)
@@ -233,6 +318,7 @@ def run_out(
     return Run(
         served=served,
         slots=slots,
+        capacity_requests_per_s=full.requests_per_s,
         ttft_mean_s=mean,
         ttft_p99_s=worst,
         tpot_mean_s=served.tpot_s,

@@ -10,7 +10,9 @@ those found in the prefix cache) and O output tokens. Chunked prefill, prefill m
     s  = ceil(I / (c - e))                steps that prefill one prompt
     u  = min(c - e, max(I / s, q I))      prompt tokens of a step that has any
     f  = min(1, q I / u)                  share of a request's steps that carry prompt tokens
-    t  = f mixed(e, u) + (1 - f) decode(d)             mean step
+    h  = 1 - (1 - f)^g                    the same of g groups that share experts: the prompt of
+                                          any makes the step of all a mixed one
+    t  = h mixed(e, u) + (1 - h) decode(d)             mean step
     TPOT = t        TTFT = wait + s mixed        throughput = b O / latency (Little's law)
 
 where wait = R - D of a closed loop of b requests around a server that takes D = I / (c - e) mixed a
@@ -37,37 +39,24 @@ them for a closed-loop benchmark of a given number of prompts).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.forward import forward_loads
+from shardplan.costmodel.forward import Pricer, forward_loads
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
-from shardplan.costmodel.step import Load, Parts, StepModel
+from shardplan.costmodel.load import Load, Parts
+from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
-__all__ = ["Serving", "ServingInput", "serve", "step_seconds"]
+__all__ = ["Serving", "ServingInput", "replay", "serve", "step_seconds"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingInput:
-    """One layout's grid: `batch` and `chunk` broadcast; the rest is common to all."""
-
-    batch: Array
-    """Slots of one dp group."""
-    chunk: Array
-    """Tokens of one step of one dp group."""
-    input_len: ArrayLike
-    output_len: ArrayLike
-    prefix_hit: ArrayLike = 0.0
-    weight_dtype: str = "bf16"
-    kv_dtype: str = "bf16"
-    attention: AttentionKernel = "flash"
-    in_flight: ArrayLike | None = None
-    """Requests in flight of one dp group; None: as many as there are slots."""
+Weigh = Callable[[str], None]
+Weighed = Callable[[Array], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +74,9 @@ class Serving:
     decode_step_s: Array
     mixed_step_s: Array
     mixed_share: Array
+    """Mixed steps in an average step."""
+    pure_share: Array
+    """Decode steps in an average step."""
     wait_s: Array
     compute_s: Array
     memory_s: Array
@@ -93,7 +85,7 @@ class Serving:
     """The four: of one average step."""
 
 
-def _flow(model: StepModel, stages: list[Parts], phase: Phase, chunks: ArrayLike) -> Array:
+def _flow(model: Pricer, stages: list[Parts], phase: Phase, chunks: ArrayLike) -> Array:
     """Seconds for `chunks` equal pieces through the pipeline, host time included."""
     times = model.step_s(stages, phase)
     total = sum(times, np.zeros(()))
@@ -103,14 +95,14 @@ def _flow(model: StepModel, stages: list[Parts], phase: Phase, chunks: ArrayLike
     return total + (as_array(chunks) - 1.0) * slowest + model.host_s(phase) * as_array(chunks)
 
 
-def _rotate(model: StepModel, stages: list[Parts], phase: Phase) -> Array:
+def _rotate(model: Pricer, stages: list[Parts], phase: Phase) -> Array:
     """Seconds of one token of every slot when p microbatches share p stages."""
     times = model.step_s(stages, phase)
     total = sum(times, np.zeros(()))
     slowest = times[0]
     for one in times[1:]:
         slowest = np.maximum(slowest, one)
-    return np.maximum(total, slowest * len(times)) + model.host_s(phase)
+    return np.maximum(total, slowest * model.stages) + model.host_s(phase)
 
 
 def _sum(*groups: list[Parts]) -> list[Parts]:
@@ -126,7 +118,7 @@ def _sum(*groups: list[Parts]) -> list[Parts]:
 
 
 def step_seconds(
-    model: StepModel,
+    model: Pricer,
     phase: Phase,
     *,
     batch: ArrayLike,
@@ -151,63 +143,7 @@ def step_seconds(
     return _flow(model, stages, phase, 1.0), stages
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shares:
-    """How an average step is made up; arrays of the grid."""
-
-    slots: Array
-    decoding: Array
-    beside: Array
-    room: Array
-    pieces: Array
-    piece: Array
-    mixed: Array
-    prompt: Array
-
-
-def _shares(given: ServingInput, prefill_first: bool) -> _Shares:
-    prompt = np.maximum(
-        np.ceil(as_array(given.input_len) * (1.0 - as_array(given.prefix_hit))), 1.0
-    )
-    later = as_array(given.output_len) - 1.0
-    chunk = np.maximum(given.chunk, 1.0)
-    slots = given.batch
-    if given.in_flight is not None:
-        slots = np.minimum(slots, as_array(given.in_flight))
-    if prefill_first:
-        zero = np.zeros(np.broadcast_shapes(slots.shape, chunk.shape))
-        piece = np.minimum(chunk, prompt) + zero
-        pieces = np.ceil(prompt / piece)
-        return _Shares(
-            slots=slots,
-            decoding=slots + zero,
-            beside=zero,
-            room=piece,
-            pieces=pieces,
-            piece=piece,
-            mixed=zero,
-            prompt=prompt,
-        )
-    wanted, most = slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later)
-    per_step = np.minimum(wanted, most)
-    others = np.minimum(wanted * (1.0 - 1.0 / np.maximum(slots, 1.0)), most)
-    beside = others * later
-    room = np.maximum(chunk - beside, 1.0)
-    pieces = np.ceil(prompt / room)
-    piece = np.minimum(room, np.maximum(prompt / pieces, prompt * others))
-    return _Shares(
-        slots=slots,
-        decoding=per_step * later,
-        beside=beside,
-        room=room,
-        pieces=pieces,
-        piece=piece,
-        mixed=np.where(later > 0.0, np.minimum(others * prompt / piece, 1.0), 1.0),
-        prompt=prompt,
-    )
-
-
-def _decode_stages(model: StepModel, given: ServingInput, sequences: Array) -> list[Parts]:
+def _decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
     """A decode step of `sequences` of one microbatch at the mean context."""
     engine = model.engine
     token = Load.of("decode", engine, tokens=sequences, weight_dtype=given.weight_dtype)
@@ -218,7 +154,7 @@ def _decode_stages(model: StepModel, given: ServingInput, sequences: Array) -> l
     )
 
 
-def _cached(model: StepModel, given: ServingInput, sequences: Array) -> Load:
+def _cached(model: Pricer, given: ServingInput, sequences: Array) -> Load:
     """One new token of each sequence at the mean context."""
     return Load.of(
         "decode",
@@ -231,10 +167,10 @@ def _cached(model: StepModel, given: ServingInput, sequences: Array) -> Load:
     )
 
 
-def _mixed_stages(
-    model: StepModel, given: ServingInput, shares: _Shares, sequences: Array
+def _prompt_stages(
+    model: Pricer, given: ServingInput, shares: Shares, sequences: Array
 ) -> list[Parts]:
-    """A step of `sequences` decoding beside one piece of a prompt."""
+    """A step of `sequences` decoding beside one piece of a prompt, but for their attention."""
     engine = model.engine
     piece, prompt = shares.piece, shares.prompt
     kept = as_array(given.input_len) - prompt
@@ -250,13 +186,42 @@ def _mixed_stages(
         attention=given.attention,
     )
     rows = Load.of("prefill", engine, tokens=sequences + many, weight_dtype=given.weight_dtype)
-    parts = _sum(
+    return _sum(
         model.parts("token", tokens), model.parts("attention", chunk), model.parts("logits", rows)
     )
-    if engine.prefill_first:
-        return parts
+
+
+def _beside_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
+    """Attention of `sequences` that decode beside a prompt; launches where there are none."""
     beside = model.parts("attention", _cached(model, given, np.maximum(sequences, 1.0)))
-    return _sum(parts, _where(sequences > 0.0, beside))
+    return _where(sequences > 0.0, beside)
+
+
+def _steps(
+    model: Pricer, given: ServingInput, shares: Shares, weigh: Weigh
+) -> tuple[list[Parts], list[Parts]]:
+    """(decode step, mixed step) of a steady state; `weigh` is told what is priced next."""
+    stages = as_array(model.stages)
+    weigh("decode")
+    decode = _decode_stages(model, given, np.maximum(np.ceil(shares.decoding / stages), 1.0))
+    sequences = np.ceil(shares.beside / stages)
+    weigh("mixed")
+    prompt = _prompt_stages(model, given, shares, sequences)
+    if model.engine.prefill_first:
+        return decode, prompt
+    weigh("beside")
+    return decode, _sum(prompt, _beside_stages(model, given, sequences))
+
+
+def replay(model: Pricer, given: ServingInput, served: Serving, weigh: Weighed) -> None:
+    """Price the steps of a steady state again, for whoever watches the model.
+
+    `weigh` is told, before each part of them, how often an average step runs it.
+    """
+    shares = step_shares(given, model.engine.prefill_first)
+    beside = served.mixed_share * (np.ceil(shares.beside / as_array(model.stages)) > 0.0)
+    often = {"decode": served.pure_share, "mixed": served.mixed_share, "beside": beside}
+    _steps(model, given, shares, lambda part: weigh(often[part]))
 
 
 def _where(present: NDArray[np.bool_], stages: list[Parts]) -> list[Parts]:
@@ -286,17 +251,17 @@ class _Pace(NamedTuple):
     """Decode steps in an average step; none where nothing is decoded."""
 
 
-def _chunked(shares: _Shares, later: Array, decode_s: Array, mixed_s: Array) -> _Pace:
-    """Prompts share steps with decoding requests."""
+def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array, locked: Array) -> _Pace:
+    """Prompts share steps with decoding requests, of all groups that step together."""
     prefill_s = shares.pieces * mixed_s
-    pure = 1.0 - shares.mixed
-    step_s = shares.mixed * mixed_s + pure * decode_s
+    pure = (1.0 - shares.mixed) ** locked
+    step_s = (1.0 - pure) * mixed_s + pure * decode_s
     service_s = shares.prompt / shares.room * mixed_s
     wait_s = _wait(service_s, prefill_s - service_s + later * step_s, shares.slots)
-    return _Pace(prefill_s, wait_s, step_s, shares.mixed, pure)
+    return _Pace(prefill_s, wait_s, step_s, 1.0 - pure, pure)
 
 
-def _prompts_first(shares: _Shares, later: Array, decode_s: Array, prefill_s: Array) -> _Pace:
+def _prompts_first(shares: Shares, later: Array, decode_s: Array, prefill_s: Array) -> _Pace:
     """A prompt stops decoding until it is done."""
     others_s = (shares.slots - 1.0) * prefill_s
     wait_s = others_s / np.maximum(2.0 * later, 1.0)
@@ -306,13 +271,11 @@ def _prompts_first(shares: _Shares, later: Array, decode_s: Array, prefill_s: Ar
     return _Pace(prefill_s, wait_s, step_s, mixed, pure)
 
 
-def serve(model: StepModel, given: ServingInput) -> Serving:
+def serve(model: Pricer, given: ServingInput) -> Serving:
     """Steady state of one layout over a grid of slots and step sizes."""
-    engine, stages = model.engine, len(model.graphs["decode"].stages)
-    shares = _shares(given, engine.prefill_first)
-    decode = _decode_stages(model, given, np.maximum(np.ceil(shares.decoding / stages), 1.0))
-    alone = np.ceil(shares.beside / stages)
-    mixed = _mixed_stages(model, given, shares, alone)
+    engine = model.engine
+    shares = step_shares(given, engine.prefill_first)
+    decode, mixed = _steps(model, given, shares, lambda _: None)
     decode_s = _rotate(model, decode, "decode")
     mixed_s = _rotate(model, mixed, "prefill")
     later = as_array(given.output_len) - 1.0
@@ -321,7 +284,7 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
             shares, later, decode_s, _flow(model, mixed, "prefill", shares.pieces)
         )
     else:
-        pace = _chunked(shares, later, decode_s, mixed_s)
+        pace = _chunked(shares, later, decode_s, mixed_s, as_array(model.locked))
     prefill_s, wait_s, step_s = pace.prefill_s, pace.wait_s, pace.step_s
     latency = wait_s + prefill_s + later * step_s
     each = shares.slots / latency
@@ -340,6 +303,7 @@ def serve(model: StepModel, given: ServingInput) -> Serving:
         decode_step_s=decode_s,
         mixed_step_s=mixed_s,
         mixed_share=pace.mixed,
+        pure_share=pace.pure,
         wait_s=wait_s + outside,
         compute_s=means.compute_s,
         memory_s=means.memory_s,

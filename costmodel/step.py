@@ -9,168 +9,32 @@ any shape (tokens, batch, context) and one dtype at a time, and give arrays of t
 stage: the same code prices one strategy and a million. Token rows depend on the tokens of a step
 alone, so a step that mixes prefill chunks and decoding requests is the token price of all of them
 together plus the attention price of each part.
-Left out: overlap of collectives with compute (the published A3 profiles show under 1 %).
+Collectives run beside compute only where a switch of the engine lets them (`overlap`): the
+published A3 profiles show under 1 % of it otherwise.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, cast
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
 from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.formulas import FORMULAS, local_tokens, pointwise_time
 from shardplan.costmodel.hardware import Cluster
-from shardplan.costmodel.kernels.attention import (
-    AttentionKernel,
-    attention_decode,
-    attention_prefill,
-)
-from shardplan.costmodel.kernels.base import Array, ArrayLike, KernelTime, Machine, as_array
-from shardplan.costmodel.kernels.collectives import CollectiveKind, collective
-from shardplan.costmodel.kernels.matmul import matmul
-from shardplan.costmodel.kernels.mla import mla_decode, mla_prefill
-from shardplan.costmodel.kernels.moe import grouped_matmul
-from shardplan.costmodel.kernels.pointwise import pointwise
+from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
+from shardplan.costmodel.kernels.collectives import CollectiveKind, collective, group_size
+from shardplan.costmodel.load import ZERO, Load, Parts, kernel_dtype
 from shardplan.costmodel.memo import FEW_POINTS, Memo, Points
-from shardplan.costmodel.optable import (
-    Group,
-    Row,
-    block_rows,
-    pointwise_bytes,
-    pointwise_kernel,
-)
+from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_rows
+from shardplan.costmodel.overlap import fused_parts, prefetched
 from shardplan.models.apply import ShardedGraph
 from shardplan.models.graph import Phase
 
-__all__ = ["Load", "Parts", "StepModel", "kernel_dtype"]
-
-_SIXTEEN_BIT = "bf16"
-
-
-class Parts(NamedTuple):
-    """Seconds, array by array, and kernels launched."""
-
-    compute_s: Array
-    memory_s: Array
-    collective_s: Array
-    overhead_s: Array
-    kernels: float
-
-    @property
-    def total_s(self) -> Array:
-        """All of it."""
-        return self.compute_s + self.memory_s + self.collective_s + self.overhead_s
-
-    def plus(self, other: Parts) -> Parts:
-        """Two in a row."""
-        return Parts(
-            self.compute_s + other.compute_s,
-            self.memory_s + other.memory_s,
-            self.collective_s + other.collective_s,
-            self.overhead_s + other.overhead_s,
-            self.kernels + other.kernels,
-        )
-
-    def times(self, count: float) -> Parts:
-        """The same `count` times."""
-        return Parts(
-            self.compute_s * count,
-            self.memory_s * count,
-            self.collective_s * count,
-            self.overhead_s * count,
-            self.kernels * count,
-        )
-
-    def at(self, points: Points) -> Parts:
-        """Spread from the different points over the grid that they stand for."""
-
-        seconds = (self.compute_s, self.memory_s, self.collective_s, self.overhead_s)
-        a, b, c, d = (one if one.ndim == 0 else one[points.inverse] for one in seconds)
-        return Parts(a, b, c, d, self.kernels)
-
-
-ZERO = Parts(np.zeros(()), np.zeros(()), np.zeros(()), np.zeros(()), 0.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """What a row is priced for; arrays broadcast against one another.
-
-    `tokens` are those of one dp group for the row's group; for attention rows, `batch` sequences
-    of one dp group with `new` tokens each after `prefix` cached ones.
-    """
-
-    phase: Phase
-    tokens: Array
-    batch: Array
-    new: Array
-    prefix: Array
-    weight_dtype: str
-    kv_dtype: str
-    attention: AttentionKernel
-    launch: Literal["graph", "host"]
-
-    @classmethod
-    def of(
-        cls,
-        phase: Phase,
-        engine: EngineProfile,
-        *,
-        tokens: ArrayLike = 0.0,
-        batch: ArrayLike = 0.0,
-        new: ArrayLike = 0.0,
-        prefix: ArrayLike = 0.0,
-        weight_dtype: str = _SIXTEEN_BIT,
-        kv_dtype: str = _SIXTEEN_BIT,
-        attention: AttentionKernel = "flash",
-    ) -> Load:
-        """A load, launched as the engine launches its phase."""
-        graph = engine.decode_graph if phase == "decode" else engine.prefill_graph
-        return cls(
-            phase=phase,
-            tokens=as_array(tokens),
-            batch=as_array(batch),
-            new=as_array(new),
-            prefix=as_array(prefix),
-            weight_dtype=weight_dtype,
-            kv_dtype=kv_dtype,
-            attention=attention,
-            launch="graph" if graph else "host",
-        )
-
-    @property
-    def points(self) -> int:
-        """Points of the grid that the arrays span."""
-        return math.prod(np.broadcast_shapes(*(one.shape for one in self._arrays)))
-
-    @property
-    def _arrays(self) -> tuple[Array, Array, Array, Array]:
-        return self.tokens, self.batch, self.new, self.prefix
-
-    def at_points(self, memo: Memo[Parts]) -> tuple[Load, Points]:
-        """The same load at its different points alone."""
-        points = memo.different(self._arrays)
-        tokens, batch, new, prefix = points.arrays
-        return replace(self, tokens=tokens, batch=batch, new=new, prefix=prefix), points
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """All that a price depends on beside the arrays."""
-        return self.phase, self.weight_dtype, self.kv_dtype, self.attention, self.launch
-
-
-def kernel_dtype(row: Row, weight_dtype: str) -> str:
-    """Linear and expert weights take the strategy's dtype, everything else stays 16-bit."""
-    return weight_dtype if row.weight_class in ("linear", "expert") else _SIXTEEN_BIT
-
-
-def _tokens(row: Row, load: Load, groups: int) -> Array:
-    """Local tokens of a row: those of all dp groups, cut `ways` ways, rounded up."""
-    return np.ceil(load.tokens * groups / row.ways)
+__all__ = ["FORMULAS", "Load", "Parts", "StepModel", "kernel_dtype"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,11 +58,15 @@ class StepModel:
         cluster: Cluster,
         engine: EngineProfile,
         memo: Memo[Parts] | None = None,
+        overlap: Overlap = NO_OVERLAP,
     ) -> StepModel:
-        """The op tables of both phases; `memo`: shared with models of this machine and engine."""
+        """The op tables of both phases; `memo`: shared with models of this machine and engine.
+
+        `overlap`: switches of the engine that let kernels run beside one another.
+        """
         rows = {
             phase: {
-                name: block_rows(graph, block, cluster, engine)
+                name: block_rows(graph, block, cluster, engine, overlap)
                 for name, block in graph.blocks.items()
                 if any(name in stage.counts for stage in graph.stages)
             }
@@ -216,6 +84,17 @@ class StepModel:
     def groups(self) -> int:
         """Data-parallel groups."""
         return self.graphs["decode"].parallel.dp
+
+    @property
+    def locked(self) -> int:
+        """Data-parallel groups whose steps run together: those that share experts."""
+        par = self.graphs["decode"].parallel
+        return max(par.ep // par.tp, 1)
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.graphs["decode"].parallel.pp
 
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """Per stage, the rows of one group under a load."""
@@ -282,117 +161,31 @@ class StepModel:
         engine = self.engine
         return engine.step_host_s if phase == "decode" else engine.prefill_step_host_s
 
+    def price(self, row: Row, load: Load) -> Parts:
+        """Price of one row under a load."""
+        return self._price(row, load)
+
     def _price(self, row: Row, load: Load) -> Parts:
         if row.is_collective:
-            time = collective(
-                cast("CollectiveKind", row.kind),
-                row.spans,
-                2.0 * row.n * _tokens(row, load, self.groups),
-                self.machine.calibration,
-                launch=load.launch,
-            )
-            return Parts(np.zeros(()), np.zeros(()), time.total_s, np.zeros(()), 1.0)
-        formula = FORMULAS.get(row.kind, _pointwise)
-        time = formula(self, row, load)
+            time = self.collective_time(row, load)
+            once = row.group == "logits"  # the last rank of a step is waited for once
+            late_s = self.engine.skew_s(load.phase, group_size(row.spans)) if once else 0.0
+            return Parts(np.zeros(()), np.zeros(()), time.total_s + late_s, np.zeros(()), 1.0)
+        if row.fused is not None:
+            return fused_parts(self, row, row.fused, load)
+        if row.behind:
+            time = prefetched(self, row, load)
+        else:
+            time = FORMULAS.get(row.kind, pointwise_time)(self, row, load)
         return Parts(time.compute_s, time.memory_s, np.zeros(()), time.overhead_s, 1.0)
 
-
-def _matmul(model: StepModel, row: Row, load: Load) -> KernelTime:
-    if row.group == "attention":
-        tokens = load.batch * (load.prefix + load.new if row.context else load.new)
-    else:
-        tokens = _tokens(row, load, model.groups)
-    return matmul(
-        model.machine,
-        np.maximum(tokens, 1.0),
-        row.n,
-        row.k,
-        kernel_dtype(row, load.weight_dtype),
-        weights="cold",
-    )
-
-
-def _grouped(model: StepModel, row: Row, load: Load) -> KernelTime:
-    tokens = np.maximum(_tokens(row, load, model.groups), 1.0)
-    active = row.experts * (1.0 - (1.0 - row.share / row.experts) ** tokens)
-    return grouped_matmul(
-        model.machine,
-        np.maximum(tokens * row.share, active),
-        row.experts,
-        row.n,
-        row.k,
-        kernel_dtype(row, load.weight_dtype),
-        active=active,
-        ep=row.spread,
-    )
-
-
-def _pointwise(model: StepModel, row: Row, load: Load) -> KernelTime:
-    elements = np.maximum(_tokens(row, load, model.groups) * row.width * row.share, 1.0)
-    kind = pointwise_kernel(row)
-    return pointwise(model.machine, kind, elements, elements * pointwise_bytes(row), _SIXTEEN_BIT)
-
-
-def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
-    window = int(row.window) or None
-    if load.phase == "decode":
-        return attention_decode(
-            model.machine,
-            load.batch,
-            load.prefix + load.new,
-            row.heads,
-            row.kv_heads,
-            row.head_dim,
-            kernel=load.attention,
-            kv_dtype=load.kv_dtype,
-            window=window,
+    def collective_time(self, row: Row, load: Load) -> KernelTime:
+        """Time of a collective between a network's kernels, as the engine launches its phase."""
+        return collective(
+            cast("CollectiveKind", row.kind),
+            row.spans,
+            2.0 * row.n * local_tokens(row, load, self.groups),
+            self.machine.calibration,
+            launch=load.launch,
+            in_service=True,
         )
-    return attention_prefill(
-        model.machine,
-        load.batch,
-        load.new,
-        load.prefix,
-        row.heads,
-        row.kv_heads,
-        row.head_dim,
-        kernel=load.attention,
-        kv_dtype=load.kv_dtype,
-        window=window,
-    )
-
-
-def _mla_prefill(model: StepModel, row: Row, load: Load) -> KernelTime:
-    return mla_prefill(
-        model.machine,
-        load.batch,
-        load.new,
-        load.prefix,
-        row.heads,
-        row.head_dim,
-        row.rope_dim,
-        row.value_dim,
-        kernel=load.attention,
-    )
-
-
-def _mla_decode(model: StepModel, row: Row, load: Load) -> KernelTime:
-    return mla_decode(
-        model.machine,
-        load.batch,
-        load.prefix + load.new,
-        row.heads,
-        row.head_dim,
-        row.rope_dim,
-        kernel=load.attention,
-        kv_dtype=load.kv_dtype,
-    )
-
-
-FORMULAS: Mapping[str, Callable[[StepModel, Row, Load], KernelTime]] = {
-    "matmul": _matmul,
-    "grouped_matmul": _grouped,
-    "attention": _attention,
-    "mla_attention": _mla_prefill,
-    "mla_absorbed": _mla_decode,
-}
-"""Kind of operator -> formula; every other kind moves bytes (`_pointwise`)."""

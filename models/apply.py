@@ -125,7 +125,11 @@ class ShardedGraph:
 
     def split(self, dim: str, layout: Layout) -> int:
         """How many ways a dim is cut under a layout."""
-        return self.mesh.size(tuple(a for a, d in layout if d == dim))
+        ways, axes = 1, self.mesh.axes
+        for axis, where in layout:
+            if where == dim:
+                ways *= self.mesh.shape[axes.index(axis)]
+        return ways
 
 
 class _Sharder:

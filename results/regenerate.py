@@ -1,10 +1,12 @@
-"""Runs the commands of README.md again: every plan, and the ablation.
+"""Runs the commands of README.md again: every plan, the ablation, and the validation.
 
     python results/regenerate.py            all of them
     python results/regenerate.py NAME...    those whose path below results/ holds a NAME
+    python results/regenerate.py validation --accept    also where an error grew
 
 The commands stand in README.md alone; this script reads them there. The ablation is one page of
-two clusters, so it is made here. Results replace those that are committed.
+two clusters, and the validation has a baseline, so these are made here. Results replace those that
+are committed; the baseline of the validation is a ratchet, which only --accept lets go back.
 """
 
 from __future__ import annotations
@@ -16,16 +18,24 @@ import shlex
 import sys
 from pathlib import Path
 
+from shardplan.costmodel.validation import baseline_of, tightened, worse
 from shardplan.search.ablation import run_ablation
 from shardplan.search.ablation_tables import to_markdown
 from shardplan.search.main import run
 from shardplan.search.plan import write_atomically
+from shardplan.search.validate import validate
+from shardplan.search.validate_out import README_MARKS, between
+from shardplan.search.validate_plot import scatter_svg
+from shardplan.search.validate_tables import summary_table
+from shardplan.search.validate_tables import to_markdown as validation_page
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "results" / "README.md"
 ABLATION = ROOT / "results" / "ablation" / "llama-65b.md"
 ABLATION_CLUSTERS = ("atlas-800-9000", "atlas-800t-a2")
+VALIDATION = ROOT / "results" / "validation" / "validation.md"
 _PROGRAM = "shardplan "
+_ACCEPT = "--accept"
 
 
 def commands() -> dict[str, list[str]]:
@@ -47,19 +57,48 @@ def write_ablation(page: Path) -> None:
     write_atomically(page.with_suffix(".json"), plain + "\n")
 
 
+def write_validation(page: Path, *, accept: bool = False) -> int:
+    """The page, the picture and the baseline beside it; 1 where an error grew and is not accepted.
+
+    The table in the project's README.md follows where the page is the committed one.
+    """
+    report = validate()
+    kept = page.with_name("baseline.json")
+    baseline = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    fallen = worse(baseline, report.groups)
+    for line in fallen:
+        sys.stderr.write(f"worse: {line}\n")
+    if fallen and not accept:
+        sys.stderr.write(f"error: {len(fallen)} errors grew; {_ACCEPT} takes them as they are\n")
+        return 1
+    new = baseline_of(report.groups) if accept else tightened(baseline, report.groups)
+    write_atomically(kept, json.dumps(new, indent=1) + "\n")
+    write_atomically(page, validation_page(report))
+    write_atomically(page.with_name("scatter.svg"), scatter_svg(report.figures))
+    if page == VALIDATION:
+        front = ROOT / "README.md"
+        text = front.read_text(encoding="utf-8")
+        write_atomically(front, between(text, README_MARKS, summary_table(report)))
+    return 0
+
+
 def _quiet(words: list[str]) -> int:
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         return run(words)
 
 
-def main(names: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Exit code: that of the first command that fails, 2 where a name matches nothing."""
     os.chdir(ROOT)
+    names = [word for word in arguments if word != _ACCEPT]
     known = commands()
-    page = ABLATION.relative_to(ROOT / "results").as_posix()
+    ablation, validation = (
+        page.relative_to(ROOT / "results").as_posix() for page in (ABLATION, VALIDATION)
+    )
     for name in names:
-        if not any(name in path for path in (*known, page)):
-            sys.stderr.write(f"error: no result has {name!r}; try {', '.join((*known, page))}\n")
+        if not any(name in path for path in (*known, ablation, validation)):
+            there = ", ".join((*known, ablation, validation))
+            sys.stderr.write(f"error: no result has {name!r}; try {there}\n")
             return 2
     for path, words in known.items():
         if not names or any(name in path for name in names):
@@ -67,9 +106,14 @@ def main(names: list[str]) -> int:
             if code:
                 return code
             sys.stderr.write(f"wrote results/{path}\n")
-    if not names or any(name in page for name in names):
+    if not names or any(name in ablation for name in names):
         write_ablation(ABLATION)
-        sys.stderr.write(f"wrote results/{page}\n")
+        sys.stderr.write(f"wrote results/{ablation}\n")
+    if not names or any(name in validation for name in names):
+        code = write_validation(VALIDATION, accept=_ACCEPT in arguments)
+        if code:
+            return code
+        sys.stderr.write(f"wrote results/{validation}\n")
     return 0
 
 

@@ -58,6 +58,8 @@ DIMENSIONS: tuple[str, ...] = (
     "attention",
     "weight_dtype",
     "kv_dtype",
+    "weight_prefetch",
+    "fused_collectives",
     "batch",
     "chunk",
 )

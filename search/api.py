@@ -84,7 +84,7 @@ def search(
     beside = _search_beside(resolved, question, outcomes[-1])
     quantized = time.perf_counter()
     scorer = LayoutScorer(question, best.parallel)
-    proof = prove_strategy(resolved.spec, best.parallel, scorer=scorer)
+    proof = prove_strategy(resolved.spec, best.parallel, scorer=scorer, choice=best.choice)
     if not proof.passed:
         raise ProofError(
             "the best strategy does not compute what the model computes",
@@ -189,14 +189,15 @@ def _run(
 
 
 def _search_beside(resolved: Resolved, question: Question, outcome: Outcome) -> Outcome | None:
-    """Other dtypes over the layouts that did best (all, where they are few)."""
-    if not resolved.beside:
+    """Other dtypes and switches over the layouts that did best (all, where they are few)."""
+    choices = (*resolved.beside, *resolved.switches)
+    if not choices:
         return None
     layouts = outcome.space.layouts
     if len(layouts) > _BESIDE_LAYOUTS:
         ranked = dict.fromkeys(one.parallel for one in outcome.kept if one.feasible)
         layouts = tuple(ranked)[:_BESIDE_LAYOUTS]
-    space = replace(outcome.space, choices=resolved.beside, layouts=layouts, broken={})
+    space = replace(outcome.space, choices=choices, layouts=layouts, broken={})
     return search_exact(question, space)
 
 

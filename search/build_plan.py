@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from shardplan.costmodel.basis import basis_in
+from shardplan.costmodel.confidence import fact_kind
 from shardplan.costmodel.forward import forward_loads, parts_by_kind
 from shardplan.costmodel.hardware import Device
 from shardplan.costmodel.kernels.attention import kv_element_bytes
@@ -17,6 +18,7 @@ from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
+from shardplan.search.build_confidence import plan_confidence
 from shardplan.search.evaluate import LayoutScorer, context_tokens
 from shardplan.search.exact import Kept, Outcome, pareto_mask
 from shardplan.search.plan import (
@@ -30,6 +32,7 @@ from shardplan.search.plan import (
     Plan,
     ProofInfo,
     QuantizationRow,
+    SwitchRow,
 )
 from shardplan.search.proof import model_digest
 from shardplan.search.request import Resolved
@@ -141,34 +144,39 @@ def _loads(scorer: LayoutScorer, best: Kept, phase: Phase) -> dict[Group, Load]:
 def breakdown(scorer: LayoutScorer, best: Kept) -> tuple[BreakdownRow, ...]:
     """Seconds by kind of operator of one prefill piece and one decode step, largest first.
 
-    The engine's own time between steps stands there as `host`.
+    The engine's own time is there too, so that the rows make the step.
     """
     rows: list[BreakdownRow] = []
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase in phases:
-        sums = parts_by_kind(scorer.model, _loads(scorer, best, phase))
+        sums = parts_by_kind(scorer.model_for(best.choice), _loads(scorer, best, phase))
         found = [_breakdown_row(scorer, best, phase, kind, parts) for kind, parts in sums.items()]
-        found += _host_row(scorer, phase)
+        found += _engine_rows(scorer, phase, sum(parts.kernels for parts in sums.values()))
         rows += sorted(found, key=lambda row: -row.total_s)
     return tuple(rows)
 
 
-def _host_row(scorer: LayoutScorer, phase: Phase) -> list[BreakdownRow]:
-    host_s = scorer.model.host_s(phase)
-    if not host_s:
-        return []
-    key = "step_host_s" if phase == "decode" else "prefill_step_host_s"
+def _engine_rows(scorer: LayoutScorer, phase: Phase, kernels: float) -> list[BreakdownRow]:
+    """The host's time between steps as `host`, gaps between kernels as `launch_gap`."""
+    engine = scorer.question.engine
+    host = "step_host_s" if phase == "decode" else "prefill_step_host_s"
+    gaps_s = engine.launch_gap_s * kernels
     nothing = dict.fromkeys(("compute_s", "memory_s", "collective_s"), 0.0)
     return [
         BreakdownRow(
             phase=phase,
-            kind="host",
-            calls=1,
+            kind=kind,
+            calls=calls,
             **nothing,
-            overhead_s=host_s,
-            total_s=host_s,
-            basis=scorer.question.engine.facts[key].kind,
+            overhead_s=seconds,
+            total_s=seconds,
+            basis=fact_kind(engine.facts[fact]),
         )
+        for kind, calls, seconds, fact in (
+            ("host", 1, scorer.model.host_s(phase), host),
+            ("launch_gap", round(kernels), gaps_s, "launch_gap_s"),
+        )
+        if seconds
     ]
 
 
@@ -185,7 +193,9 @@ def _breakdown_row(
         collective_s=float(parts.collective_s),
         overhead_s=float(parts.overhead_s),
         total_s=float(parts.total_s),
-        basis=basis_in(scorer.model, kind, choice.weight_dtype, phase, attention=choice.attention),
+        basis=basis_in(
+            scorer.model_for(choice), kind, choice.weight_dtype, phase, attention=choice.attention
+        ),
     )
 
 
@@ -252,13 +262,17 @@ def _quantization(beside: Outcome | None, best: Kept) -> tuple[QuantizationRow, 
     if beside is None:
         return ()
     rows = []
-    pairs = dict.fromkeys((c.weight_dtype, c.kv_dtype) for c in beside.space.choices)
+    pairs = dict.fromkeys(
+        (c.weight_dtype, c.kv_dtype) for c in beside.space.choices if not c.switched
+    )
     for weight, kv in pairs:
         found = next(
             (
                 one
                 for one in beside.kept
-                if one.feasible and (one.choice.weight_dtype, one.choice.kv_dtype) == (weight, kv)
+                if one.feasible
+                and not one.choice.switched
+                and (one.choice.weight_dtype, one.choice.kv_dtype) == (weight, kv)
             ),
             None,
         )
@@ -266,6 +280,27 @@ def _quantization(beside: Outcome | None, best: Kept) -> tuple[QuantizationRow, 
             QuantizationRow(
                 weight_dtype=weight,
                 kv_dtype=kv,
+                objective=found.columns["objective"] if found else None,
+                gain=found.columns["objective"] / best.columns["objective"] if found else None,
+                strategy=candidate(beside, found).strategy if found else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _switches(beside: Outcome | None, best: Kept) -> tuple[SwitchRow, ...]:
+    """What each switch that was not searched would give, alone."""
+    if beside is None:
+        return ()
+    rows = []
+    for overlap in dict.fromkeys(c.overlap for c in beside.space.choices if c.switched):
+        found = next(
+            (one for one in beside.kept if one.feasible and one.choice.overlap == overlap), None
+        )
+        rows.append(
+            SwitchRow(
+                weight_prefetch=overlap.weight_prefetch,
+                fused_collectives=overlap.fused_collectives,
                 objective=found.columns["objective"] if found else None,
                 gain=found.columns["objective"] / best.columns["objective"] if found else None,
                 strategy=candidate(beside, found).strategy if found else None,
@@ -302,11 +337,13 @@ def build_plan(
         memory=rows,
         largest_lever=_lever(rows, best, resolved.cluster.device),
         breakdown=breakdown(scorer, best),
+        confidence=plan_confidence(scorer, best),
         proof=proof,
         certificate=_certificate(resolved, outcomes),
         pareto=tuple(candidate(outcome, one) for one in pareto_front(outcome)[:_PARETO_KEPT]),
         alternatives=tuple(_distinct(others, chosen, top)),
         quantization=_quantization(beside, best),
+        switches=_switches(beside, best),
         notes=(*notes, _mean_note(best)),
     )
 

@@ -65,6 +65,18 @@ def search(
     ] = None,
     seed: Annotated[int, whole("--seed", "Of a sampling engine.")] = 0,
     engine_profile: EngineProfile = None,
+    weight_prefetch: Annotated[
+        str | None,
+        typer.Option("--weight-prefetch", help="Into L2: off, on or auto; the engine's own."),
+    ] = None,
+    fused_collectives: Annotated[
+        str | None,
+        typer.Option(
+            "--fused-collectives",
+            "--fused-comm",
+            help="Product and all_reduce in one kernel: off, on or auto; the engine's own.",
+        ),
+    ] = None,
     serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[

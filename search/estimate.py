@@ -6,10 +6,10 @@ A point is a row of `INPUT_COLUMNS`; its phase says what is priced:
     serve             a serving benchmark of a strategy      (`estimate_serve`)
     op                one operator alone                     (`estimate_ops`)
 
-An empty phase means op where `op` is filled and decode otherwise. Rows that share a layout are
-priced together, one call a choice of dtypes. Columns of the answer, in this order: `status`,
-`message`, `STEP_COLUMNS`, `SERVE_COLUMNS`, `fits`, `capacity_bytes`; a number that a row does not
-have is empty.
+An empty phase means op where `op` is filled and decode otherwise. Rows of one machine and engine
+are priced together (`estimate_fleets`). Columns of the answer, in this order: `status`,
+`message`, `STEP_COLUMNS`, `SERVE_COLUMNS`, `fits`, `capacity_bytes`, `SURE_COLUMNS`; a number that
+a row does not have is empty.
 
 `status` is `ok` or the code of the row's own error (`bad_input`, `unknown_name`,
 `illegal_strategy`, ...), with the error in `message`; no row stops another. A strategy that does
@@ -20,27 +20,19 @@ by how much it is over. `message` also holds the defaults that were chosen for t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.memo import FEW_POINTS
+from shardplan.costmodel.confidence import BASIS, operator_confidence
 from shardplan.models.errors import InputError, ShardplanError
-from shardplan.search.estimate_layout import (
-    LAYOUT_COLUMNS,
-    Layout,
-    attention_for,
-    kv_dtype_for,
-    make_layouts,
-    weight_dtype_for,
-)
+from shardplan.search.estimate_fleets import price_strategies
 from shardplan.search.estimate_ops import OP_GROUP, price_ops
 from shardplan.search.estimate_points import Indices, Points, grouped, read_points
-from shardplan.search.estimate_serve import SERVE_ARRAYS, price_serving
-from shardplan.search.estimate_steps import price_steps
+from shardplan.search.estimate_steps import STEP_COLUMNS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -49,15 +41,14 @@ __all__ = [
     "OUTPUT_COLUMNS",
     "SERVE_COLUMNS",
     "STEP_COLUMNS",
+    "SURE_COLUMNS",
     "Prices",
     "check_columns",
-    "dtypes_of",
     "estimate_one",
     "price_columns",
     "price_points",
 ]
 
-STEP_COLUMNS = ("step_s", "compute_s", "collective_s", "overhead_s", "memory_bytes")
 SERVE_COLUMNS = (
     "ttft_mean_s",
     "ttft_p99_s",
@@ -66,6 +57,14 @@ SERVE_COLUMNS = (
     "output_tokens_per_s",
     "requests_per_s",
 )
+SURE_COLUMNS = (
+    "step_low_s",
+    "step_high_s",
+    *BASIS,
+    "output_tokens_per_s_low",
+    "output_tokens_per_s_high",
+)
+"""Band and basis of a price (`costmodel.confidence`)."""
 OUTPUT_COLUMNS = (
     "status",
     "message",
@@ -73,8 +72,8 @@ OUTPUT_COLUMNS = (
     *SERVE_COLUMNS,
     "fits",
     "capacity_bytes",
+    *SURE_COLUMNS,
 )
-_CHOICES = ("weight_dtype", "kv_dtype", "attention")
 _GIB = 2.0**30
 Progress = Callable[[int], None]
 
@@ -93,7 +92,7 @@ class Prices:
     @classmethod
     def empty(cls, rows: int) -> Prices:
         """No row priced yet."""
-        names = (*STEP_COLUMNS, *SERVE_COLUMNS, "capacity_bytes")
+        names = (*STEP_COLUMNS, *SERVE_COLUMNS, "capacity_bytes", *SURE_COLUMNS)
         return cls(
             rows=rows,
             numbers={name: np.full(rows, np.nan) for name in names},
@@ -140,14 +139,21 @@ def price_columns(
         _attempt(points, part, functools.partial(_price_op_group, points, prices, part))
         if progress is not None:
             progress(len(part))
-    for part in grouped(points, LAYOUT_COLUMNS, np.flatnonzero(good & (phases != "op"))):
-        _attempt(points, part, functools.partial(_price_layout, points, prices, part, phases))
-        if progress is not None:
-            progress(len(part))
-    for row in points.errors:
-        for values in prices.numbers.values():
-            values[row] = np.nan
+    price_strategies(
+        points,
+        np.flatnonzero(good & (phases != "op")),
+        phases,
+        prices.numbers,
+        prices.messages,
+        (lambda _: None) if progress is None else progress,
+    )
+    bad = list(points.errors)
+    for values in prices.numbers.values():
+        values[bad] = np.nan
     prices.errors = points.errors
+    counted = np.isfinite(prices.numbers["memory_bytes"])
+    over = prices.numbers["memory_bytes"] > prices.numbers["capacity_bytes"]
+    prices.fits[counted] = ~over[counted]
     _say_memory(prices)
     return prices
 
@@ -163,7 +169,7 @@ def _attempt(points: Points, rows: Indices, price: Callable[[], None]) -> None:
 def _price_op_group(points: Points, prices: Prices, rows: Indices) -> None:
     if points.cell("op", int(rows[0])) == "":
         raise InputError("phase op needs an operator", got="op is empty", hint="see the column op")
-    rows, time = price_ops(points, rows)
+    rows, time, section = price_ops(points, rows)
     if time is None:
         return
     collective = points.cell("op", int(rows[0])).endswith(("reduce", "gather", "scatter", "to_all"))
@@ -173,101 +179,13 @@ def _price_op_group(points: Points, prices: Prices, rows: Indices) -> None:
     prices.numbers["compute_s"][rows] = zero if collective else body
     prices.numbers["collective_s"][rows] = time.total_s if collective else zero
     prices.numbers["overhead_s"][rows] = zero if collective else time.overhead_s
-
-
-def _price_layout(points: Points, prices: Prices, rows: Indices, phases: NDArray[np.str_]) -> None:
-    first = int(rows[0])
-    layouts = make_layouts(**{name: points.cell(name, first) for name in LAYOUT_COLUMNS})
-    for phase in ("prefill", "decode", "serve"):
-        among = rows[phases[rows] == phase]
-        parts = grouped(points, _CHOICES, among)
-        for part in parts:
-            wide = among if len(parts) > 1 else part
-            price = functools.partial(_price_choice, points, prices, layouts, phase, part, wide)
-            _attempt(points, part, price)
-
-
-def _price_choice(
-    points: Points,
-    prices: Prices,
-    layouts: Sequence[Layout],
-    phase: str,
-    rows: Indices,
-    wide: Indices,
-) -> None:
-    """Rows of one layout, phase and choice of dtypes, each under its faster exchange.
-
-    They are priced among the rows `wide` of all choices: most kernels cost the same under another
-    choice, and the step model remembers the points that it has priced.
-    """
-    first = int(rows[0])
-    kinds = dtypes_of(points, layouts[0], first)
-    asked = np.resize(wide, max(len(wide), FEW_POINTS)) if len(wide) > len(rows) else wide
-    places = np.searchsorted(wide, rows)
-    found = [_priced(points, layout, phase, asked, kinds) for layout in layouts]
-    best = found[0]
-    for other in found[1:]:
-        rank = "output_tokens_per_s" if phase == "serve" else "step_s"
-        better = other[rank] > best[rank] if phase == "serve" else other[rank] < best[rank]
-        best = {name: np.where(better, other[name], best[name]) for name in best}
-    best = {name: values[places] for name, values in best.items()}
-    for name, values in best.items():
+    sure = operator_confidence(section, time.total_s)
+    for name, values in sure.columns(time.total_s).items():
         prices.numbers[name][rows] = values
-    capacity = layouts[0].ledger.capacity_bytes
-    prices.numbers["capacity_bytes"][rows] = capacity
-    prices.fits[rows] = best["memory_bytes"] <= capacity
-    said = "; ".join(_chosen(points, layouts[0], kinds, first))
-    if said:
-        prices.messages.update(dict.fromkeys(rows.tolist(), said))
-
-
-def dtypes_of(points: Points, layout: Layout, row: int) -> dict[str, str]:
-    """The dtypes and the attention kernel that a row is priced with."""
-    device = layout.device
-    return {
-        "weight_dtype": weight_dtype_for(points.cell("weight_dtype", row), layout.spec, device),
-        "kv_dtype": kv_dtype_for(points.cell("kv_dtype", row), device),
-        "attention": attention_for(points.cell("attention", row), layout.engine),
-    }
-
-
-def _priced(
-    points: Points, layout: Layout, phase: str, rows: Indices, kinds: Mapping[str, str]
-) -> dict[str, NDArray[np.float64]]:
-    """Output columns of rows under one layout."""
-    extra: Mapping[str, NDArray[np.float64]] = {}
-    if phase == "serve":
-        given = {name: points.floats(name, rows) for name in SERVE_ARRAYS}
-        served = price_serving(layout, given=given, **kinds)
-        step, extra = served.step, served.columns
-    else:
-        step = price_steps(
-            layout,
-            "prefill" if phase == "prefill" else "decode",
-            batch=points.floats("batch", rows),
-            tokens=points.floats("tokens", rows),
-            **kinds,
-        )
-    return {**{name: getattr(step, name) for name in STEP_COLUMNS}, **extra}
-
-
-def _chosen(points: Points, layout: Layout, kinds: Mapping[str, str], row: int) -> Iterator[str]:
-    """What the row left open, or what was changed in it."""
-    yield from layout.notes
-    own = layout.spec.dtype
-    if not points.cell("weight_dtype", row) and own != kinds["weight_dtype"]:
-        yield f"weight_dtype={kinds['weight_dtype']}: {layout.device.name} does not run {own}"
-    for name in ("weight_dtype", "kv_dtype"):
-        asked = points.cell(name, row)
-        if asked and asked != kinds[name]:
-            yield f"{name}={kinds[name]} for {asked}"
 
 
 def _say_memory(prices: Prices) -> None:
     for row in np.flatnonzero(prices.fits == 0).tolist():
-        if row in prices.errors:
-            prices.fits[row] = -1
-            continue
         held = prices.numbers["memory_bytes"][row] / _GIB
         capacity = prices.numbers["capacity_bytes"][row] / _GIB
         said = f"does not fit: {held:.1f} GiB of {capacity:.1f} GiB"
@@ -311,11 +229,11 @@ def price_points(frame: DataFrame, *, defaults: Mapping[str, Any] | None = None)
     found: dict[str, Any] = {
         "status": [prices.status(row) for row in rows],
         "message": [prices.message(row) for row in rows],
-        **{name: prices.numbers[name] for name in (*STEP_COLUMNS, *SERVE_COLUMNS)},
+        **prices.numbers,
         "fits": pd.array([None if v < 0 else bool(v) for v in prices.fits], dtype="boolean"),
-        "capacity_bytes": prices.numbers["capacity_bytes"],
     }
-    return pd.concat([frame, pd.DataFrame(found, index=frame.index)], axis=1)
+    answer = pd.DataFrame({name: found[name] for name in OUTPUT_COLUMNS}, index=frame.index)
+    return pd.concat([frame, answer], axis=1)
 
 
 def check_columns(names: Sequence[str]) -> None:

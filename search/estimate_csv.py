@@ -2,7 +2,8 @@
 
 The input is UTF-8 with a header line and commas, at most `MAX_POINTS_BYTES`. Its cells go through
 as they are, in their order. A row with too few or too many cells is refused like any other bad
-row. Floats are written with nine significant digits: the same input gives the same bytes.
+row. Floats are written with nine significant digits, shares with four decimals: the same input
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import csv
 import difflib
 import io
 import math
+import re
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from shardplan.costmodel.confidence import BASIS
 from shardplan.models.errors import InputError, ShardplanError
 from shardplan.search.estimate import (
     OUTPUT_COLUMNS,
-    SERVE_COLUMNS,
-    STEP_COLUMNS,
     Prices,
     check_columns,
 )
@@ -29,6 +32,8 @@ from shardplan.search.estimate_points import INPUT_COLUMNS
 __all__ = ["MAX_POINTS_BYTES", "PointsTable", "priced_csv", "priced_rows", "read_points_csv"]
 
 MAX_POINTS_BYTES = 128 * 2**20
+_SHARE_DIGITS = 4
+_SPECIAL = re.compile('[,"\\r\\n]')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,26 +128,55 @@ def read_points_csv(path: Path, *, defaults: Sequence[str] = ()) -> PointsTable:
 
 
 def _numbers(prices: Prices, name: str) -> list[str]:
-    return ["" if math.isnan(v) else f"{v:.9g}" for v in prices.numbers[name].tolist()]
+    """Cells of a column of numbers; those that a row does not have are empty."""
+    rows = np.flatnonzero(~np.isnan(prices.numbers[name]))
+    values = prices.numbers[name][rows]
+    if name in BASIS:
+        distinct, codes = np.unique(np.round(values, _SHARE_DIGITS), return_inverse=True)
+        known = [f"{value:g}" for value in distinct.tolist()]
+        texts = [known[code] for code in codes.tolist()]
+    else:
+        texts = (("%.9g " * rows.size) % tuple(values.tolist())).split(" ")[:-1]
+    if rows.size == prices.rows:
+        return texts
+    cells = np.full(prices.rows, "", dtype=object)
+    cells[rows] = texts
+    found: list[str] = cells.tolist()
+    return found
+
+
+def _words(prices: Prices) -> dict[str, list[str]]:
+    """Cells of the columns `status` and `message`."""
+    status, message = ["ok"] * prices.rows, [""] * prices.rows
+    for row, text in prices.messages.items():
+        message[row] = text
+    for row, error in prices.errors.items():
+        status[row], message[row] = error.code, str(error)
+    return {"status": status, "message": message}
 
 
 def priced_csv(table: PointsTable, prices: Prices) -> str:
     """The text of `out.csv`."""
     words = {-1: "", 0: "false", 1: "true"}
-    rows = range(prices.rows)
-    answer: dict[str, list[str]] = {
-        "status": [prices.status(row) for row in rows],
-        "message": [prices.message(row) for row in rows],
-        **{name: _numbers(prices, name) for name in (*STEP_COLUMNS, *SERVE_COLUMNS)},
+    answer: dict[str, Sequence[str]] = {
+        **{name: _quoted(cells) for name, cells in _words(prices).items()},
+        **{name: _numbers(prices, name) for name in prices.numbers},
         "fits": [words[fits] for fits in prices.fits.tolist()],
-        "capacity_bytes": _numbers(prices, "capacity_bytes"),
     }
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*table.header, *OUTPUT_COLUMNS])
-    cells = [*table.columns.values(), *(answer[name] for name in OUTPUT_COLUMNS)]
-    writer.writerows(zip(*cells, strict=True))
-    return out.getvalue()
+    cells = [*map(_quoted, table.columns.values()), *(answer[name] for name in OUTPUT_COLUMNS)]
+    head = ",".join(_quoted([*table.header, *OUTPUT_COLUMNS]))
+    lines = map(",".join, zip(*cells, strict=True))
+    return "\n".join((head, *lines, ""))
+
+
+def _quoted(cells: Sequence[str]) -> Sequence[str]:
+    """Cells as CSV writes them: quoted where they hold a comma, a quote or the end of a line."""
+    if not _SPECIAL.search("\0".join(cells)):
+        return cells
+    found = {
+        cell: '"' + cell.replace('"', '""') + '"' for cell in set(cells) if _SPECIAL.search(cell)
+    }
+    return [found.get(cell, cell) for cell in cells]
 
 
 def priced_rows(table: PointsTable, prices: Prices) -> list[dict[str, object]]:

@@ -10,39 +10,46 @@ the machine are settled here, and every one that is taken is said in a note:
     attention        the first kernel that the engine runs
     exchange         how tokens reach experts of other ranks: gathered everywhere or sent where
                      needed, whichever is faster for the row
+    switches         off (`shardplan.costmodel.overlap`), whatever the engine's own setting
     nodes            the fewest that hold the strategy's ranks, not below the cluster's default
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from shardplan.costmodel.catalog import load_cluster, load_device, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, engine_names, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
+from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.ledger import Ledger
-from shardplan.costmodel.memo import Memo
-from shardplan.costmodel.step import Parts, StepModel
-from shardplan.models.apply import apply
+from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows
+from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.step import StepModel
+from shardplan.models.accounting import transfers
+from shardplan.models.apply import ShardedBlock, ShardedGraph, apply
 from shardplan.models.build import build_graph
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, LayoutError, UnknownNameError
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
+from shardplan.search.legality import Subject, first_broken_switch_rule, rules
 
 __all__ = [
     "LAYOUT_COLUMNS",
     "Layout",
+    "LayoutMaker",
     "attention_for",
+    "check_switches",
     "default_weight_dtype",
     "find_cluster",
     "find_engine",
     "kv_dtype_for",
-    "make_layout",
     "make_layouts",
     "weight_dtype_for",
 ]
@@ -58,12 +65,17 @@ LAYOUT_COLUMNS = (
     "dp",
     "ep",
     "cp",
+    "weight_prefetch",
+    "fused_collectives",
 )
-"""What fixes a layout."""
+"""What fixes a layout and its op tables."""
 
+_AXES = ("tp", "pp", "dp", "ep", "cp")
+_SWITCHES = ("weight_prefetch", "fused_collectives")
 _SIXTEEN_BIT = ("bf16", "fp16")
 _NATIVE = {"fp32": "bf16"}
 _SAME_WIDTH = {"bf16": "fp16", "fp16": "bf16", "fp8": "w8a8"}
+Rows = Mapping[str, tuple[Row, ...]]
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
@@ -78,6 +90,7 @@ class Layout:
     model: StepModel
     ledger: Ledger
     notes: tuple[str, ...]
+    overlap: Overlap = NO_OVERLAP
 
     @property
     def device(self) -> Device:
@@ -178,6 +191,28 @@ def kv_dtype_for(asked: str, device: Device) -> str:
     return dtype
 
 
+def check_switches(layout: Layout, weight_dtype: str) -> None:
+    """`InputError` where a switch of the engine is on and may not be."""
+    rule = first_broken_switch_rule(
+        Subject(
+            spec=layout.spec,
+            cluster=layout.cluster,
+            engine=layout.engine,
+            parallel=layout.parallel,
+            overlap=layout.overlap,
+            weight_dtype=weight_dtype,
+        )
+    )
+    if rule is not None:
+        on = [f"{name}=on" for name in _SWITCHES if getattr(layout.overlap, name)]
+        raise InputError(
+            f"this switch may not be on here: {rules()[rule].sentence}",
+            got=f"{', '.join(on)}, {layout.parallel.describe()}, device={layout.device.name}, "
+            f"engine_profile={layout.engine.name}, weight_dtype={weight_dtype}",
+            hint="leave it off",
+        )
+
+
 def _notes(cluster: Cluster, engine: EngineProfile, ranks: int, chosen: str) -> tuple[str, ...]:
     notes = []
     if not chosen:
@@ -189,48 +224,149 @@ def _notes(cluster: Cluster, engine: EngineProfile, ranks: int, chosen: str) -> 
     return tuple(notes)
 
 
-def make_layout(
-    *,
-    model: str | None,
-    cluster: str | None,
-    nodes: int | None,
-    device: str | None,
-    engine_profile: str,
-    tp: int,
-    pp: int,
-    dp: int,
-    ep: int,
-    cp: int,
-    memo: Memo[Parts] | None = None,
-    **graph: Any,
-) -> Layout:
-    """Everything that rows of one layout are priced with.
+@dataclass(slots=True)
+class LayoutMaker:
+    """Makes layouts; what several of them share is made once.
 
-    `memo` is that of another layout on the same machine and engine; `graph` takes the further
-    fields of `Parallelism` (sp, exchange, stage_layers). Raises the
-    `InputError` of whatever does not resolve, `LayoutError` where the strategy cannot be laid.
+    Applied graphs, op tables and peaks of memory do not depend on how many stages a pipeline of
+    more than one has; machines, not on the layout.
     """
-    spec = load_model(_needed("model", model, "see `shardplan models`"))
-    par = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp, **graph)
-    found = find_cluster(cluster, nodes=nodes, device=device, ranks=par.ranks)
-    engine = find_engine(engine_profile, found.device)
-    graphs = {phase: apply(build_graph(spec, phase), par) for phase in _PHASES}
-    return Layout(
-        spec=spec,
-        cluster=found,
-        engine=engine,
-        parallel=par,
-        model=StepModel.of(graphs, found, engine, memo),
-        ledger=Ledger.of(graphs["prefill"], found.device, engine),
-        notes=_notes(found, engine, par.ranks, engine_profile),
+
+    specs: dict[str, ModelSpec] = field(default_factory=dict)
+    clusters: dict[tuple[Any, ...], Cluster] = field(default_factory=dict)
+    engines: dict[tuple[str, int], EngineProfile] = field(default_factory=dict)
+    machines: list[tuple[Device, str, Machine]] = field(default_factory=list)
+    tables: dict[Hashable, tuple[Row, ...]] = field(default_factory=dict)
+    """Op tables of single templates, on the first cluster that asked for them."""
+    rows: dict[Hashable, Rows] = field(default_factory=dict)
+    peaks: dict[int, Ledger] = field(default_factory=dict)
+    kept: dict[int, Any] = field(default_factory=dict)
+    """Applied blocks whose id is a key here: while they are kept, it is theirs alone."""
+
+    def make(self, **columns: Any) -> tuple[Layout, ...]:
+        """The layouts that rows may be priced as: with experts split over ranks, one an exchange.
+
+        `columns` are `LAYOUT_COLUMNS`. Raises the `InputError` of whatever does not resolve,
+        `LayoutError` where the strategy cannot be laid.
+        """
+        first = self._one(Parallelism(**{name: columns[name] for name in _AXES}), columns)
+        if first.parallel.ep == 1:
+            return (first,)
+        note = "exchange: the faster of allgather and alltoall"
+        second = self._one(replace(first.parallel, exchange="alltoall"), columns)
+        return tuple(replace(one, notes=(*one.notes, note)) for one in (first, second))
+
+    def split(self, layout: Layout, columns: Mapping[str, Any]) -> Layout | None:
+        """The layout with tokens split over tp between products; None where that cannot be.
+
+        Engines that have `sequence_parallel_tokens` do so in longer prefill steps, of models with
+        experts where they are split over ranks.
+        """
+        par = layout.parallel
+        whole = layout.spec.moe is not None and par.ep == 1
+        if not layout.engine.sequence_parallel_tokens or par.tp == 1 or whole:
+            return None
+        try:
+            return self._one(replace(par, sp=True), columns)
+        except LayoutError:
+            return None
+
+    def _one(self, par: Parallelism, columns: Mapping[str, Any]) -> Layout:
+        spec = self._spec(_needed("model", columns["model"], "see `shardplan models`"))
+        cluster = self._cluster(columns, par.ranks)
+        engine = self._engine(columns["engine_profile"], cluster.device)
+        graphs = {phase: apply(build_graph(spec, phase), par) for phase in _PHASES}
+        self.kept |= {id(graph.blocks): graph.blocks for graph in graphs.values()}
+        overlap = Overlap(**{name: columns.get(name) == "on" for name in _SWITCHES})
+        return Layout(
+            spec=spec,
+            cluster=cluster,
+            engine=engine,
+            parallel=par,
+            model=self._model(graphs, cluster, engine, overlap),
+            ledger=self._ledger(graphs["prefill"], cluster.device, engine),
+            notes=_notes(cluster, engine, par.ranks, columns["engine_profile"]),
+            overlap=overlap,
+        )
+
+    def _spec(self, name: str) -> ModelSpec:
+        if name not in self.specs:
+            self.specs[name] = load_model(name)
+        return self.specs[name]
+
+    def _cluster(self, columns: Mapping[str, Any], ranks: int) -> Cluster:
+        names = {name: columns[name] for name in ("nodes", "device")}
+        key = (columns["cluster"], *names.values(), ranks)
+        if key not in self.clusters:
+            self.clusters[key] = find_cluster(columns["cluster"], **names, ranks=ranks)
+        return self.clusters[key]
+
+    def _engine(self, name: str, device: Device) -> EngineProfile:
+        if (name, id(device)) not in self.engines:
+            self.engines[name, id(device)] = find_engine(name, device)
+        return self.engines[name, id(device)]
+
+    def _machine(self, device: Device, engine: str) -> Machine:
+        for known, name, machine in self.machines:
+            if name == engine and (known is device or known == device):
+                return machine
+        self.machines.append((device, engine, Machine.of(device, engine)))
+        return self.machines[-1][2]
+
+    def _model(
+        self,
+        graphs: Mapping[Phase, ShardedGraph],
+        cluster: Cluster,
+        engine: EngineProfile,
+        overlap: Overlap,
+    ) -> StepModel:
+        machine = self._machine(cluster.device, engine.name)
+        if overlap != NO_OVERLAP:
+            switched = StepModel.of(graphs, cluster, engine, overlap=overlap)
+            return replace(switched, machine=machine)
+        rows = {phase: self._rows(graph, cluster, engine) for phase, graph in graphs.items()}
+        return StepModel(graphs=graphs, machine=machine, engine=engine, rows=rows)
+
+    def _rows(self, graph: ShardedGraph, cluster: Cluster, engine: EngineProfile) -> Rows:
+        """The op tables of the templates that a phase runs, as `StepModel.of` makes them.
+
+        They differ between clusters in the tiers that their collectives cross.
+        """
+        blocks = graph.blocks
+        key = (id(blocks), graph.parallel.pp > 1, cluster.tiers, id(engine))
+        if key not in self.rows:
+            used = dict.fromkeys(name for stage in graph.stages for name in stage.counts)
+            made = {}
+            for name in used:
+                first = (id(blocks), name, id(engine))
+                if first not in self.tables:
+                    self.tables[first] = block_rows(graph, blocks[name], cluster, engine)
+                    made[name] = self.tables[first]
+                else:
+                    made[name] = _moved(self.tables[first], graph, blocks[name], cluster)
+            self.rows[key] = made
+        return self.rows[key]
+
+    def _ledger(self, graph: ShardedGraph, device: Device, engine: EngineProfile) -> Ledger:
+        known = self.peaks.get(id(graph.blocks))
+        if known is None:
+            known = self.peaks[id(graph.blocks)] = Ledger.of(graph, device, engine)
+        return Ledger(graph=graph, device=device, engine=engine, peaks=known.peaks)
+
+
+def _moved(
+    rows: tuple[Row, ...], graph: ShardedGraph, block: ShardedBlock, cluster: Cluster
+) -> tuple[Row, ...]:
+    """The same rows on another cluster: collectives stand in the order of the transfers."""
+    moves = transfers(graph, block)
+    return tuple(
+        replace(row, spans=group_tiers(cluster, group=one.ranks, stride=one.stride))
+        if row.is_collective and (one := next(moves))
+        else row
+        for row in rows
     )
 
 
 def make_layouts(**columns: Any) -> tuple[Layout, ...]:
-    """The layouts that rows may be priced as: with experts split over ranks, one an exchange."""
-    first = make_layout(**columns)
-    if first.parallel.ep == 1:
-        return (first,)
-    note = "exchange: the faster of allgather and alltoall"
-    second = make_layout(**columns, exchange="alltoall", memo=first.model.memo)
-    return tuple(replace(one, notes=(*one.notes, note)) for one in (first, second))
+    """The layouts of one point (`LayoutMaker.make`)."""
+    return LayoutMaker().make(**columns)

@@ -22,6 +22,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
+from shardplan.costmodel.basis import op_section, weakest
+from shardplan.costmodel.calibration import Section
 from shardplan.costmodel.kernels.attention import attention_decode, attention_prefill
 from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective
@@ -180,8 +182,8 @@ def _refuse_sizes(points: Points, op: str, rows: Indices) -> Indices:
     return np.asarray([row for row in rows.tolist() if row not in points.errors], dtype=np.int64)
 
 
-def price_ops(points: Points, rows: Indices) -> tuple[Indices, KernelTime | None]:
-    """(rows priced, their times) of rows that agree in `OP_GROUP`.
+def price_ops(points: Points, rows: Indices) -> tuple[Indices, KernelTime | None, Section]:
+    """(rows priced, their times, the section behind them) of rows that agree in `OP_GROUP`.
 
     Raises the `InputError` of a name or dtype that does not resolve, for all of them.
     """
@@ -190,7 +192,7 @@ def price_ops(points: Points, rows: Indices) -> tuple[Indices, KernelTime | None
     op = str(chosen["op"])
     rows = _refuse_sizes(points, op, rows)
     if not len(rows):
-        return rows, None
+        return rows, None, weakest(())
     ranks = chosen["ranks"]
     if op in COLLECTIVE_OPS and ranks is None:
         raise InputError(f"`ranks` is needed for op {op}", got="ranks is empty")
@@ -206,14 +208,16 @@ def price_ops(points: Points, rows: Indices) -> tuple[Indices, KernelTime | None
     if chosen["attention"] == "auto":
         chosen["attention"] = "flash"
     given = {name: points.floats(name, rows) for name in OP_COLUMNS[op]}
-    if op in COLLECTIVE_OPS:
-        spans = group_tiers(cluster, group=ranks, stride=1)
-        launch: Literal["graph", "host"] = "host"
-        return rows, collective(
-            cast("CollectiveKind", op),
-            spans,
-            given["message_bytes"] * (ranks if op == "all_to_all" else 1),
-            machine.calibration,
-            launch=launch,
-        )
-    return rows, _FORMULAS[op](machine, given, chosen)
+    spans = group_tiers(cluster, group=ranks, stride=1) if op in COLLECTIVE_OPS else ()
+    section = op_section(machine, op, chosen["dtype"], chosen["attention"], spans)
+    if op not in COLLECTIVE_OPS:
+        return rows, _FORMULAS[op](machine, given, chosen), section
+    launch: Literal["graph", "host"] = "host"
+    time = collective(
+        cast("CollectiveKind", op),
+        spans,
+        given["message_bytes"] * (ranks if op == "all_to_all" else 1),
+        machine.calibration,
+        launch=launch,
+    )
+    return rows, time, section

@@ -156,6 +156,8 @@ INPUT_COLUMNS: Mapping[str, Column] = _columns(
     ("dp", _whole(1), 1),
     ("ep", _whole(1), 1),
     ("cp", _whole(1), 1),
+    ("weight_prefetch", _one_of("off", "on"), "off"),
+    ("fused_collectives", _one_of("off", "on"), "off"),
     ("phase", _one_of(*PHASES), ""),
     ("batch", _whole(1), 1),
     ("tokens", _whole(1), DEFAULT_INPUT),
@@ -228,16 +230,24 @@ class Points:
 
 def codes_of(cells: Sequence[Hashable]) -> tuple[list[Any], Indices]:
     """(distinct cells in order of appearance, code of each cell)."""
-    seen: dict[Any, int] = {}
-    codes = np.fromiter(
-        (seen.setdefault(cell, len(seen)) for cell in cells), dtype=np.int64, count=len(cells)
-    )
-    return list(seen), codes
+    places = {cell: place for place, cell in enumerate(dict.fromkeys(cells))}
+    if len(places) == 1:
+        return list(places), np.zeros(len(cells), dtype=np.int64)
+    found = np.fromiter(map(places.__getitem__, cells), dtype=np.int64, count=len(cells))
+    return list(places), found
 
 
-def _keys(cells: Sequence[Cell]) -> list[Hashable]:
-    """Cells as keys that tell 1, 1.0, True and '1' apart only where it matters, NaN as None."""
-    return [None if _empty(c) else c if isinstance(c, str) else str(c) for c in cells]
+def _distinct(cells: Sequence[Cell]) -> tuple[list[Cell], Indices]:
+    """Distinct cells as text, None for empty ones; code of each cell."""
+    try:
+        "".join(cells)
+    except TypeError:  # not all of them are text
+        cells = [None if _empty(c) else str(c) for c in cells]
+    known, codes = codes_of(cells)
+    if not any(cell is not None and not cell.strip() for cell in known):
+        return known, codes
+    merged, again = codes_of([None if cell is None or not cell.strip() else cell for cell in known])
+    return merged, again[codes]
 
 
 def read_points(
@@ -253,7 +263,7 @@ def read_points(
         spare = read_cell(name, defaults.get(name))
         distinct, codes = [None], np.zeros(rows, dtype=np.int64)
         if name in columns:
-            distinct, codes = codes_of(_keys(columns[name]))
+            distinct, codes = _distinct(columns[name])
         values: list[Cell] = []
         bad: dict[int, ShardplanError] = {}
         for place, cell in enumerate(distinct):

@@ -1,4 +1,4 @@
-"""Rows of phase serve: a serving benchmark, priced for all rows of a layout at once.
+"""Rows of phase serve: a serving benchmark, priced for all points of a fleet at once.
 
     slots of a dp group = min(max_num_seqs, what the memory holds, ceil(concurrency / dp))
     memory holds        = (capacity - everything but the cache) // cache of input + output / 2
@@ -13,19 +13,20 @@ is that of the slots in use. Fewer requests in flight than dp groups leave group
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from shardplan.costmodel.kernels.attention import AttentionKernel
+from shardplan.costmodel.bulk import Fleet
+from shardplan.costmodel.bulk_memory import FleetMemory
+from shardplan.costmodel.confidence import Confidence, serving_confidence
+from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.run_out import Run, run_out
 from shardplan.costmodel.serving import ServingInput
-from shardplan.search.estimate_layout import Layout
-from shardplan.search.estimate_steps import Step, fullest_bytes
+from shardplan.search.estimate_steps import Step
 
-__all__ = ["SERVE_ARRAYS", "Served", "memory_slots", "price_serving"]
+__all__ = ["SERVE_ARRAYS", "Served", "price_serving"]
 
 SERVE_ARRAYS = (
     "input_len",
@@ -42,66 +43,27 @@ SERVE_ARRAYS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What rows of one layout give, beside the parts of an average step."""
+    """What each point gives, beside the parts of an average step."""
 
     step: Step
     columns: Mapping[str, Array]
     """The output columns of phase serve."""
 
 
-def memory_slots(
-    layout: Layout,
-    *,
-    weight_dtype: str,
-    kv_dtype: str,
-    attention: str,
-    chunk: Array,
-    context: Array,
-) -> Array:
-    """Sequences of `context` tokens that fit beside steps of `chunk` tokens; below 1 for none."""
-    none = np.zeros_like(context)
-    stages = layout.ledger.stages(
-        layout.model.machine,
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        attention=cast("AttentionKernel", attention),
-        batch=none,
-        tokens=chunk,
-        context=context,
-    )
-    block = float(layout.engine.kv_block_tokens)
-    held = np.ceil(context / block) * block
-    most = np.full(context.shape, np.inf)
-    for stage, memory in zip(layout.model.graphs["decode"].stages, stages, strict=True):
-        each = held * layout.ledger.kv_bytes_per_token(stage, kv_dtype)
-        free = layout.ledger.capacity_bytes - memory.total_bytes
-        most = np.minimum(most, np.floor(free / each))
-    return most
-
-
-def _chosen(given: Mapping[str, Array], layout: Layout) -> tuple[Array, Array]:
+def _chosen(given: Mapping[str, Array], engine: EngineProfile) -> tuple[Array, Array]:
     """(slots, step tokens) that the engine allows a dp group."""
-    engine = layout.engine
     seqs, chunk = given["max_num_seqs"], given["max_num_batched_tokens"]
     seqs = np.where(np.isnan(seqs), float(engine.max_num_seqs), seqs)
     return seqs, np.where(np.isnan(chunk), float(engine.max_num_batched_tokens), chunk)
 
 
-def price_serving(
-    layout: Layout,
-    *,
-    weight_dtype: str,
-    kv_dtype: str,
-    attention: str,
-    given: Mapping[str, Array],
-) -> Served:
-    """Price rows `[rows]` of one layout and choice of dtypes; `given` holds `SERVE_ARRAYS`."""
-    kinds = {"weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "attention": attention}
-    slots, chunk = _chosen(given, layout)
+def price_serving(fleet: Fleet, memory: FleetMemory, given: Mapping[str, Array]) -> Served:
+    """Price a benchmark on each point `[points]` of a fleet; `given` holds `SERVE_ARRAYS`."""
+    slots, chunk = _chosen(given, fleet.engine)
     context = given["input_len"] + given["output_len"] / 2.0
-    fits = memory_slots(layout, **kinds, chunk=chunk, context=context)
+    fits = memory.slots(chunk=chunk, context=context)
     slots = np.maximum(np.minimum(slots, fits), 1.0)
-    in_flight = given["concurrency"] / layout.parallel.dp
+    in_flight = given["concurrency"] / fleet.groups
     in_flight = np.where(np.isnan(in_flight), slots, in_flight)
     asked = ServingInput(
         batch=slots,
@@ -109,20 +71,44 @@ def price_serving(
         input_len=given["input_len"],
         output_len=given["output_len"],
         prefix_hit=given["prefix_hit"],
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        attention=cast("AttentionKernel", attention),
         in_flight=np.maximum(in_flight, 1.0),
+        **fleet.choices[0]._asdict(),
     )
     prompts = np.where(np.isnan(given["num_prompts"]), np.inf, given["num_prompts"])
-    run = run_out(layout.model, asked, request_rate=given["request_rate"], num_prompts=prompts)
-    batch = np.ceil(run.slots)
-    memory = fullest_bytes(layout, **kinds, batch=batch, step_tokens=chunk, context=context)
+    run = run_out(fleet, asked, request_rate=given["request_rate"], num_prompts=prompts)
+    held = memory.fullest_bytes(batch=np.ceil(run.slots), step_tokens=chunk, context=context)
     used = np.where(np.isfinite(given["request_rate"]), 1.0, np.minimum(in_flight, 1.0))
-    return Served(step=_mean_step(run, memory), columns=_columns(run, used))
+    state = replace(asked, batch=run.slots, in_flight=None)
+    sure = serving_confidence(fleet, state, run.served)
+    columns = _columns(run, used)
+    return Served(
+        step=_mean_step(run, held, sure),
+        columns={**columns, **_rates(run, columns, given, sure, used)},
+    )
 
 
-def _mean_step(run: Run, memory_bytes: Array) -> Step:
+def _rates(
+    run: Run,
+    columns: Mapping[str, Array],
+    given: Mapping[str, Array],
+    sure: Confidence,
+    used: Array,
+) -> Mapping[str, Array]:
+    """The band of the output rate: as wide as that of the steps, but never above what is offered.
+
+    Where fewer requests are offered than the slots can serve, the rate falls only if the slots
+    could serve less than that.
+    """
+    rate = columns["output_tokens_per_s"]
+    offered = given["request_rate"] * given["output_len"]
+    most = run.capacity_requests_per_s * given["output_len"] * used
+    spare = most > offered
+    low = np.where(spare, np.minimum(rate, most / sure.high), rate / sure.high)
+    high = np.where(spare, rate, np.minimum(rate / sure.low, np.maximum(offered, rate)))
+    return {"output_tokens_per_s_low": low, "output_tokens_per_s_high": high}
+
+
+def _mean_step(run: Run, memory_bytes: Array, sure: Confidence) -> Step:
     """One average step; its parts sum to it."""
     mean = run.served
     compute = mean.compute_s + mean.memory_s
@@ -133,6 +119,7 @@ def _mean_step(run: Run, memory_bytes: Array) -> Step:
         collective_s=mean.collective_s,
         overhead_s=overhead,
         memory_bytes=memory_bytes,
+        sure=sure,
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of phase prefill and decode: one forward pass, priced for all rows of a layout at once.
+"""Rows of phase prefill and decode: one forward pass, priced for all points of a fleet at once.
 
     prefill   `batch` sequences a dp group of `tokens` prompt tokens each, in one step
     decode    one new token of each of `batch` sequences, seeing `tokens` tokens with itself
@@ -15,31 +15,38 @@ A batch passes the pipeline's stages one after another (no microbatches).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 
+from shardplan.costmodel.bulk import Fleet
+from shardplan.costmodel.bulk_memory import FleetMemory
+from shardplan.costmodel.confidence import Confidence, Tally, confidence
 from shardplan.costmodel.forward import forward_loads, parts_by_kind
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.load import Parts
 from shardplan.costmodel.serving import step_seconds
 from shardplan.models.graph import Phase
 from shardplan.search.estimate_layout import Layout
 
-__all__ = ["KindTime", "Step", "breakdown", "fullest_bytes", "price_steps"]
+__all__ = ["STEP_COLUMNS", "KindTime", "Step", "breakdown", "price_steps"]
+
+STEP_COLUMNS = ("step_s", "compute_s", "collective_s", "overhead_s", "memory_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Seconds and bytes of rows of one layout."""
+    """Seconds and bytes of each point."""
 
     step_s: Array
     compute_s: Array
     collective_s: Array
     overhead_s: Array
     memory_bytes: Array
+    sure: Confidence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,75 +73,30 @@ def _lengths(phase: Phase, tokens: Array) -> tuple[Array, Array]:
     return np.ones_like(tokens), tokens - 1.0
 
 
-def fullest_bytes(
-    layout: Layout,
-    *,
-    weight_dtype: str,
-    kv_dtype: str,
-    attention: str,
-    batch: Array,
-    step_tokens: Array,
-    context: Array,
-) -> Array:
-    """Bytes on a rank of the fullest stage, for steps of `step_tokens` of one dp group."""
-    stages = layout.ledger.stages(
-        layout.model.machine,
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        attention=cast("AttentionKernel", attention),
-        batch=batch,
-        tokens=step_tokens,
-        context=context,
-    )
-    totals = [np.broadcast_to(stage.total_bytes, batch.shape) for stage in stages]
-    return np.asarray(np.max(totals, axis=0), dtype=np.float64)
-
-
-def _summed(parts: Sequence[Array], shape: tuple[int, ...]) -> Array:
-    return np.asarray(sum((np.broadcast_to(one, shape) for one in parts), np.zeros(shape)))
-
-
 def price_steps(
-    layout: Layout,
-    phase: Phase,
-    *,
-    weight_dtype: str,
-    kv_dtype: str,
-    attention: str,
-    batch: Array,
-    tokens: Array,
+    fleet: Fleet, memory: FleetMemory, phase: Phase, *, batch: Array, tokens: Array
 ) -> Step:
-    """Price rows `[rows]` of one layout, phase and choice of dtypes."""
+    """Price one pass of each point `[points]` of a fleet."""
     new, prefix = _lengths(phase, tokens)
+    tally = Tally.of(fleet)
     total, stages = step_seconds(
-        layout.model,
+        fleet.watched(tally),
         phase,
         batch=batch,
         new=new,
         prefix=prefix,
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        attention=cast("AttentionKernel", attention),
+        **fleet.choices[0]._asdict(),
     )
-    shape = batch.shape
-    total = np.broadcast_to(total, shape)
-    compute = _summed([one.compute_s + one.memory_s for one in stages], shape)
-    collective = _summed([one.collective_s for one in stages], shape)
-    memory = fullest_bytes(
-        layout,
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        attention=attention,
-        batch=batch,
-        step_tokens=batch * new,
-        context=tokens,
-    )
+    parts = functools.reduce(Parts.plus, stages)
+    compute = parts.compute_s + parts.memory_s
+    host_s = np.full(total.shape, fleet.host_s(phase))
     return Step(
         step_s=total,
         compute_s=compute,
-        collective_s=collective,
-        overhead_s=np.maximum(total - compute - collective, 0.0),
-        memory_bytes=memory,
+        collective_s=parts.collective_s,
+        overhead_s=np.maximum(total - compute - parts.collective_s, 0.0),
+        memory_bytes=memory.fullest_bytes(batch=batch, step_tokens=batch * new, context=tokens),
+        sure=confidence(tally, fleet, phase, total, host_s),
     )
 
 

@@ -1,7 +1,7 @@
 """Scores of strategies: one layout applied once, then its whole grid priced at a time.
 
 `LayoutScorer` holds the applied graphs, the op tables and the ledger of one layout; `score`
-prices one choice (attention, weight dtype, KV dtype) over arrays of batch and chunk. The exact
+prices one choice (attention, dtypes, switches) over arrays of batch and chunk. The exact
 search calls it with the whole grid, a sampled search with one point: the same code and numbers.
 
 Limits, in the order that names the one that binds: memory, context (prompt and output within the
@@ -23,10 +23,12 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.optable import Overlap
 from shardplan.costmodel.serving import ServingInput, serve
 from shardplan.costmodel.step import Parts, StepModel
-from shardplan.models.apply import apply
+from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
+from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.plan import Limits, Workload
@@ -36,6 +38,7 @@ __all__ = ["LIMITS", "LayoutScorer", "Question", "Scores", "context_tokens"]
 
 LIMITS = ("memory", "context", "step", "ttft", "tpot", "rate")
 Objective = str
+_PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +79,27 @@ class LayoutScorer:
         self, question: Question, par: Parallelism, memo: Memo[Parts] | None = None
     ) -> None:
         self.question, self.parallel = question, par
-        graphs = {
-            phase: apply(build_graph(question.spec, phase), par) for phase in ("prefill", "decode")
+        graphs: dict[Phase, ShardedGraph] = {
+            phase: apply(build_graph(question.spec, phase), par) for phase in _PHASES
         }
-        self.model = StepModel.of(graphs, question.cluster, question.engine, memo)  # type: ignore[arg-type]  # phases are literals
+        self.model = StepModel.of(graphs, question.cluster, question.engine, memo)
         self.ledger = Ledger.of(graphs["prefill"], question.cluster.device, question.engine)
+        self._switched: dict[Overlap, StepModel] = {}
+
+    def model_for(self, choice: Choice) -> StepModel:
+        """The step model with the choice's switches set."""
+        if not choice.switched:
+            return self.model
+        overlap = choice.overlap
+        if overlap not in self._switched:
+            self._switched[overlap] = StepModel.of(
+                self.model.graphs,
+                self.question.cluster,
+                self.question.engine,
+                self.model.memo,
+                overlap,
+            )
+        return self._switched[overlap]
 
     def least_bytes(self, choice: Choice) -> float:
         """Memory that any strategy of this layout and choice needs at least: one slot."""
@@ -117,7 +136,7 @@ class LayoutScorer:
             attention=choice.attention,
             in_flight=work.concurrency / self.parallel.dp if work.concurrency else None,
         )
-        served = serve(self.model, given)
+        served = serve(self.model_for(choice), given)
         shape = np.broadcast_shapes(batch.shape, chunk.shape)
         memory = np.broadcast_to(self.memory(choice, batch, chunk), shape)
         columns = {

@@ -1,6 +1,6 @@
 """The exact search: every strategy of the space, priced or provably not needed.
 
-For every legal layout (applied once) and every choice, in a fixed order:
+For every legal layout (applied once) and every choice that its switches allow, in a fixed order:
   1. a bound: if one slot with the smallest step does not fit, no grid point of it does (memory
      grows with batch and chunk), so its whole grid is pruned unpriced (`memory`);
   2. otherwise the whole grid is priced at once (`LayoutScorer.score`).
@@ -180,6 +180,10 @@ def search_exact(
         memo.make_room()
         scorer = LayoutScorer(question, par, memo)
         for choice in space.choices:
+            rule = space.broken_switch(par, choice)
+            if rule is not None:
+                tally.pruned_by[f"rule {rule}"] += batch.size * chunk.size
+                continue
             if scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
                 tally.pruned_by["memory"] += batch.size * chunk.size
                 _note_too_big(tally, scorer, choice, space)

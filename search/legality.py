@@ -1,7 +1,8 @@
 """Legality rules: sentences with sources (`data/rules.toml`) and the predicates that check them.
 
 A predicate takes a `Subject` and says whether the rule holds. Rules are checked in the order of
-`RULES`; the first that is broken names the reason.
+`RULES`; the first that is broken names the reason. `SWITCH_RULES` say where an engine's switches
+(`shardplan.costmodel.overlap`) may be on; they look at the weight dtype too.
 """
 
 from __future__ import annotations
@@ -16,13 +17,28 @@ from types import MappingProxyType
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
+from shardplan.costmodel.optable import NO_OVERLAP, Overlap
+from shardplan.costmodel.placement import group_tiers
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
+from shardplan.search.families import device_family
 
-__all__ = ["RULES", "Rule", "Subject", "first_broken_rule", "rules"]
+__all__ = [
+    "RULES",
+    "SWITCH_RULES",
+    "Rule",
+    "Subject",
+    "first_broken_rule",
+    "first_broken_switch_rule",
+    "rules",
+    "unsupported_switch",
+]
 
 _EXPERTS_OVER_ALL = ("vllm-ascend", "vllm-ascend-eager", "vllm")
 _NO_PIPELINE = ("mindie",)
+_FUSED_RANKS = {"a2": (2, 4, 8), "950": (2, 4, 8, 16, 32, 64)}
+_PREFETCH_FAMILIES = ("a2", "a3", "950")
+_PREFETCH_WITH_SP = ("vllm-ascend", "vllm-ascend-eager")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +49,8 @@ class Subject:
     cluster: Cluster
     engine: EngineProfile
     parallel: Parallelism
+    overlap: Overlap = NO_OVERLAP
+    weight_dtype: str = "bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +113,74 @@ RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
         "tp-tier": _tp_tier,
     }
 )
+
+
+def _family(s: Subject) -> str:
+    family = device_family(s.cluster.device.soc_versions)
+    return "" if family is None else str(family["name"])
+
+
+def _fused_group(s: Subject) -> bool:
+    if s.parallel.tp not in _FUSED_RANKS.get(_family(s), ()):
+        return False
+    spans = group_tiers(s.cluster, group=s.parallel.tp, stride=1)
+    return len(spans) == 1 and spans[0].tier.topology != "roce"
+
+
+def _prefetched(s: Subject) -> bool:
+    able = set(s.engine.weight_prefetch)
+    has = {"gate_up", "down"} if s.spec.moe is None else {"experts"}
+    return bool(able & (has | ({"qkv_a"} if s.spec.mla is not None else set())))
+
+
+def _prefetch_sp(s: Subject) -> bool:
+    custom = s.parallel.sp or s.overlap.fused_collectives
+    return s.engine.name not in _PREFETCH_WITH_SP or s.spec.moe is not None or custom
+
+
+def _unless(switch: str, holds: Callable[[Subject], bool]) -> Callable[[Subject], bool]:
+    """A rule that only binds where a switch is on."""
+    return lambda s: not getattr(s.overlap, switch) or holds(s)
+
+
+_FUSED = functools.partial(_unless, "fused_collectives")
+_PREFETCH = functools.partial(_unless, "weight_prefetch")
+
+SWITCH_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
+    {
+        "fused-device": _FUSED(lambda s: _family(s) in _FUSED_RANKS),
+        "fused-engine": _FUSED(lambda s: s.weight_dtype in s.engine.fused_collectives),
+        "fused-group": _FUSED(_fused_group),
+        "fused-sp": _FUSED(lambda s: not s.parallel.sp),
+        "prefetch-device": _PREFETCH(lambda s: _family(s) in _PREFETCH_FAMILIES),
+        "prefetch-engine": _PREFETCH(_prefetched),
+        "prefetch-sp": _PREFETCH(_prefetch_sp),
+    }
+)
+_ANY_LAYOUT = ("fused-device", "fused-engine", "prefetch-device", "prefetch-engine")
+"""Rules that no layout can change."""
+
+
+def first_broken_switch_rule(subject: Subject) -> str | None:
+    """Id of the first rule that the switches of a layout break; None when they are legal."""
+    if subject.overlap == NO_OVERLAP:
+        return None
+    return next((name for name, holds in SWITCH_RULES.items() if not holds(subject)), None)
+
+
+def unsupported_switch(
+    spec: ModelSpec, cluster: Cluster, engine: EngineProfile, overlap: Overlap, weight_dtype: str
+) -> str | None:
+    """Id of the first rule that rules a switch out whatever the layout; None where none does."""
+    subject = Subject(
+        spec=spec,
+        cluster=cluster,
+        engine=engine,
+        parallel=Parallelism(),
+        overlap=overlap,
+        weight_dtype=weight_dtype,
+    )
+    return next((name for name in _ANY_LAYOUT if not SWITCH_RULES[name](subject)), None)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from shardplan.search.cli_list import clusters, devices, models
 from shardplan.search.cli_plan import emit, verify
 from shardplan.search.cli_profile import profile
 from shardplan.search.cli_search import search
+from shardplan.search.cli_validate import validate
 
 __all__ = ["app", "main"]
 
@@ -60,6 +61,7 @@ for _command in (
     analyze,
     calibrate,
     profile,
+    validate,
     devices,
     clusters,
     models,

@@ -80,6 +80,8 @@ def trial_frame(outcome: Outcome, kept: Iterable[Kept], engine: str) -> DataFram
                 "batch": one.batch,
                 "chunk": one.chunk,
                 "engine": engine,
+                "weight_prefetch": choice.weight_prefetch,
+                "fused_collectives": choice.fused_collectives,
             }
         )
     return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))

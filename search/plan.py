@@ -15,17 +15,20 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import Parallelism
+from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
 
 __all__ = [
     "PLAN_VERSION",
+    "BasisShares",
     "BreakdownRow",
     "Candidate",
     "Certificate",
     "ClusterInfo",
+    "Confidence",
     "Limits",
     "MemoryRow",
     "ModelInfo",
@@ -35,6 +38,8 @@ __all__ = [
     "QuantizationRow",
     "Request",
     "StrategyInfo",
+    "SwitchRow",
+    "WeakestPart",
     "Workload",
     "plan_schema",
     "write_atomically",
@@ -44,13 +49,7 @@ PLAN_VERSION = 1
 MAX_PLAN_BYTES = 16 * 2**20
 
 
-class _Part(BaseModel):
-    """Every part refuses keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Workload(_Part):
+class Workload(Part):
     """What is asked of the deployment. Lengths in tokens of one request."""
 
     input_len: int = Field(ge=1)
@@ -63,14 +62,14 @@ class Workload(_Part):
     """Share of the prompt tokens found in the prefix cache."""
 
 
-class Limits(_Part):
+class Limits(Part):
     """Service level: upper limits of mean time to first token and mean time per output token."""
 
     ttft_s: float | None = Field(default=None, gt=0)
     tpot_s: float | None = Field(default=None, gt=0)
 
 
-class Request(_Part):
+class Request(Part):
     """The question, as asked, with every default filled in."""
 
     objective: Literal["throughput", "latency", "cards"]
@@ -80,6 +79,9 @@ class Request(_Part):
     weight_dtype: str
     kv_dtype: str
     attention: str
+    weight_prefetch: str = "off"
+    """off, on or auto: searched both ways."""
+    fused_collectives: str = "off"
     engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
     """Search engine."""
     engine_profile: str
@@ -88,7 +90,7 @@ class Request(_Part):
     trials: int | None = None
 
 
-class ModelInfo(_Part):
+class ModelInfo(Part):
     """Which model, and the digest of its sizes that a plan is bound to."""
 
     name: str
@@ -103,7 +105,7 @@ class ModelInfo(_Part):
     max_context: int
 
 
-class ClusterInfo(_Part):
+class ClusterInfo(Part):
     """Which machine."""
 
     name: str
@@ -116,7 +118,7 @@ class ClusterInfo(_Part):
     hbm_bytes: float
 
 
-class StrategyInfo(_Part):
+class StrategyInfo(Part):
     """One point of the space."""
 
     tp: int
@@ -130,6 +132,10 @@ class StrategyInfo(_Part):
     attention: Literal["flash", "naive"]
     weight_dtype: str
     kv_dtype: str
+    weight_prefetch: bool = False
+    """Weights of the next product come into L2 while other kernels run."""
+    fused_collectives: bool = False
+    """A row-parallel product and its all_reduce are one kernel in prefill."""
     batch: int
     """Sequences that decode together in one dp group (the engine's max_num_seqs)."""
     chunk: int
@@ -154,7 +160,7 @@ class StrategyInfo(_Part):
         )
 
 
-class Performance(_Part):
+class Performance(Part):
     """What the deployment does under the workload; rates are of the whole deployment."""
 
     ttft_s: float
@@ -175,7 +181,7 @@ class Performance(_Part):
     """Share of steps that do."""
 
 
-class MemoryRow(_Part):
+class MemoryRow(Part):
     """Bytes on one rank of one pipeline stage."""
 
     stage: int
@@ -190,7 +196,7 @@ class MemoryRow(_Part):
     """What the engine may use of the card's memory."""
 
 
-class BreakdownRow(_Part):
+class BreakdownRow(Part):
     """Seconds of one step by kind of operator, summed over the stages a token passes."""
 
     phase: Literal["prefill", "decode"]
@@ -205,7 +211,7 @@ class BreakdownRow(_Part):
     """What the formula's coefficients rest on: measured, fitted, derived, assumed."""
 
 
-class Candidate(_Part):
+class Candidate(Part):
     """A strategy with what it does, as one row of `trials.csv`."""
 
     strategy: StrategyInfo
@@ -214,7 +220,7 @@ class Candidate(_Part):
     objective: float
 
 
-class QuantizationRow(_Part):
+class QuantizationRow(Part):
     """The best strategy at other dtypes: shown beside the answer, never applied unasked."""
 
     weight_dtype: str
@@ -226,7 +232,19 @@ class QuantizationRow(_Part):
     strategy: StrategyInfo | None
 
 
-class ProofInfo(_Part):
+class SwitchRow(Part):
+    """The best strategy with one of the engine's switches on: shown, never applied unasked."""
+
+    weight_prefetch: bool
+    fused_collectives: bool
+    objective: float | None
+    """None when no layout allows it, fits or meets the limits."""
+    gain: float | None
+    """Objective over the plan's own."""
+    strategy: StrategyInfo | None
+
+
+class ProofInfo(Part):
     """What was proven of the strategy, and how far."""
 
     level: int
@@ -235,7 +253,7 @@ class ProofInfo(_Part):
     failures: tuple[str, ...]
 
 
-class Certificate(_Part):
+class Certificate(Part):
     """Why nothing in the stated space is better."""
 
     engine: str
@@ -256,7 +274,7 @@ class Certificate(_Part):
     """Upper bound of the search's wall time, rounded up to a power of ten (at least 10)."""
 
 
-class Plan(_Part):
+class Plan(Part):
     """`plan.json`."""
 
     schema_version: Literal[1] = 1
@@ -270,11 +288,14 @@ class Plan(_Part):
     largest_lever: str
     """What frees most memory at least cost, in one sentence."""
     breakdown: tuple[BreakdownRow, ...]
+    confidence: Confidence | None = None
+    """None in plans of versions that did not tell."""
     proof: ProofInfo
     certificate: Certificate
     pareto: tuple[Candidate, ...]
     alternatives: tuple[Candidate, ...]
     quantization: tuple[QuantizationRow, ...]
+    switches: tuple[SwitchRow, ...] = ()
     notes: tuple[str, ...]
 
     @classmethod

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from shardplan.costmodel.audit import audit_collectives, audit_memory
 from shardplan.costmodel.catalog import cluster_names, device_names, load_cluster
 from shardplan.costmodel.engines import engine_names, load_engine
+from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.step import StepModel
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError, ProofError
 from shardplan.models.parallel import Parallelism
@@ -17,6 +19,7 @@ from shardplan.models.spec import ModelSpec
 from shardplan.models.verify import prove
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Plan, ProofInfo
+from shardplan.search.space import Choice
 
 __all__ = ["model_digest", "prove_strategy", "verify_plan"]
 
@@ -30,11 +33,17 @@ def model_digest(spec: ModelSpec) -> str:
 
 
 def prove_strategy(
-    spec: ModelSpec, par: Parallelism, *, level: int = 1, scorer: LayoutScorer | None = None
+    spec: ModelSpec,
+    par: Parallelism,
+    *,
+    level: int = 1,
+    scorer: LayoutScorer | None = None,
+    choice: Choice | None = None,
 ) -> ProofInfo:
     """Prove one strategy; `LayoutError` where it cannot be laid on the model.
 
-    With a `scorer`, what it charges for collectives and memory is held against the graph (L0).
+    With a `scorer`, what it charges for collectives and memory is held against the graph (L0),
+    with the switches of `choice` on where one is given: they change prices, never the graph.
     """
     if level not in (0, 1):
         raise InputError("proof levels are 0 and 1", got=f"level={level}")
@@ -43,7 +52,8 @@ def prove_strategy(
         for check in prove(spec, par, level=level).checks
     ]
     if scorer is not None:
-        checks = [*_audit(scorer), *checks]
+        model = scorer.model if choice is None else scorer.model_for(choice)
+        checks = [*_audit(model, scorer.ledger), *checks]
     return ProofInfo(
         level=level,
         passed=all(passed for passed, _ in checks),
@@ -52,9 +62,8 @@ def prove_strategy(
     )
 
 
-def _audit(scorer: LayoutScorer) -> Iterator[tuple[bool, str]]:
+def _audit(model: StepModel, ledger: Ledger) -> Iterator[tuple[bool, str]]:
     """(whether it holds, what was found) of each check of prices against the graph."""
-    model, ledger = scorer.model, scorer.ledger
     audits: dict[str, Callable[[], str]] = {
         "prefill: priced collectives are the graph's": lambda: audit_collectives(model, "prefill"),
         "decode: priced collectives are the graph's": lambda: audit_collectives(model, "decode"),
@@ -101,5 +110,14 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
             got=f"{spec.name}: {model_digest(spec)[:12]}, plan: {plan.model.digest[:12]}",
             hint="name the model's config.json with --model",
         )
-    par = plan.strategy.parallelism()
-    return prove_strategy(spec, par, level=level, scorer=_scorer_of(plan, spec))
+    way = plan.strategy
+    choice = Choice(
+        attention=way.attention,
+        weight_dtype=way.weight_dtype,
+        kv_dtype=way.kv_dtype,
+        weight_prefetch=way.weight_prefetch,
+        fused_collectives=way.fused_collectives,
+    )
+    return prove_strategy(
+        spec, way.parallelism(), level=level, scorer=_scorer_of(plan, spec), choice=choice
+    )

@@ -2,22 +2,27 @@
 
 Every default is written down as a note, so that an answer never hides what it assumed. Weights
 and cache keep the checkpoint's own types; where the device has no such type, the nearest of the
-same width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16).
+same width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16). Switches of the engine
+(`shardplan.costmodel.overlap`) stay as the engine has them: off, or searched both ways where it has
+one on by itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
+from shardplan.costmodel.optable import Overlap
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
+from shardplan.search.legality import rules, unsupported_switch
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 from shardplan.search.workload import (
@@ -32,6 +37,7 @@ from shardplan.search.workload import (
 __all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
 Objective = Literal["throughput", "latency", "cards"]
+SWITCHES = ("weight_prefetch", "fused_collectives")
 SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "cmaes", "random"]
 DEFAULT_TRIALS = 200
 _MOST_TRIALS = 10**7
@@ -66,6 +72,9 @@ class Asked:
     seed: int = 0
     engine_profile: str | None = None
     serving: str = "auto"
+    weight_prefetch: str | None = None
+    """off, on or auto (searched both ways); None: as the engine has it."""
+    fused_collectives: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +88,8 @@ class Resolved:
     choices: tuple[Choice, ...]
     beside: tuple[Choice, ...]
     """Other dtypes, priced only to show what quantizing would buy."""
+    switches: tuple[Choice, ...]
+    """The same dtypes with switches on that are not searched, to show what those would buy."""
     notes: tuple[str, ...]
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
@@ -154,6 +165,59 @@ def _beside(device: Device, weight: str, kv: str, attention: tuple[str, ...]) ->
     )
 
 
+def _switch(
+    name: str,
+    subject: tuple[ModelSpec, Cluster, EngineProfile],
+    weight: str,
+    asked: str | None,
+    notes: list[str],
+) -> tuple[str, bool]:
+    """(off, on or auto; whether it can be on at all) of one switch of the engine."""
+    engine = subject[2]
+    rule = unsupported_switch(*subject, Overlap(**{name: True}), weight)
+    if asked == "on" and rule is not None:
+        raise InputError(
+            f"`{name}` is not to be had here: {rules()[rule].sentence}",
+            got=f"{name}=on, device={subject[1].device.name}, engine_profile={engine.name}, "
+            f"weight_dtype={weight}",
+            hint="leave it off",
+        )
+    if rule is not None:
+        if asked == "auto":
+            notes.append(f"{name} is off: {rules()[rule].sentence}")
+        return "off", False
+    own = name == "fused_collectives" and engine.fused_collectives_default
+    if asked is None and own:
+        notes.append(f"{engine.name} has {name} on by itself: searched both ways")
+    return asked or ("auto" if own else "off"), True
+
+
+def _switched(
+    subject: tuple[ModelSpec, Cluster, EngineProfile],
+    base: tuple[Choice, ...],
+    asked: Asked,
+    notes: list[str],
+) -> tuple[tuple[Choice, ...], tuple[Choice, ...], dict[str, str]]:
+    """(choices to search, choices to show beside, what each switch is set to)."""
+    settings, possible = {}, {}
+    for name in SWITCHES:
+        found = _switch(name, subject, base[0].weight_dtype, getattr(asked, name), notes)
+        settings[name], possible[name] = found
+    values = {"off": (False,), "on": (True,), "auto": (False, True)}
+    searched = list(product(*(values[settings[name]] for name in SWITCHES)))
+    every = product(*((False, True) if possible[name] else (False,) for name in SWITCHES))
+    others = [one for one in every if sum(one) == 1 and one not in searched]
+
+    def spread(states: list[tuple[bool, ...]]) -> tuple[Choice, ...]:
+        return tuple(
+            replace(choice, weight_prefetch=prefetch, fused_collectives=fused)
+            for prefetch, fused in states
+            for choice in base
+        )
+
+    return spread(searched), spread(others), settings
+
+
 def _engine_profile(cluster: Cluster, asked: str | None, notes: list[str]) -> EngineProfile:
     known = cluster.device.engine_profiles
     if asked is None:
@@ -178,6 +242,9 @@ def _check_words(asked: Asked) -> None:
     one_of("engine", asked.engine, get_args(SearchEngine))
     one_of("attention", asked.attention, ("auto", "flash", "naive"))
     one_of("serving", asked.serving, ("auto", "agg", "disagg"))
+    for name in SWITCHES:
+        if getattr(asked, name) is not None:
+            one_of(name, getattr(asked, name), ("off", "on", "auto"))
     if asked.serving == "disagg":
         raise InputError(
             "disaggregated prefill and decode is not searched by this version",
@@ -221,7 +288,12 @@ def _attention(engine: EngineProfile, asked: str, notes: list[str]) -> tuple[str
 
 
 def _request(
-    asked: Asked, engine: EngineProfile, cards: int, work: Workload, limits: Limits
+    asked: Asked,
+    engine: EngineProfile,
+    cards: int,
+    work: Workload,
+    limits: Limits,
+    settings: dict[str, str],
 ) -> Request:
     return Request(
         objective=asked.objective,  # type: ignore[arg-type]  # checked before
@@ -231,6 +303,7 @@ def _request(
         weight_dtype=asked.weight_dtype,
         kv_dtype=asked.kv_dtype,
         attention=asked.attention,
+        **settings,
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
         serving="agg",
@@ -256,15 +329,18 @@ def resolve(asked: Asked) -> Resolved:
     if asked.objective == "cards" and work.request_rate is None and limits == Limits():
         notes.append("no rate or limit was given: the fewest cards that hold the model")
     both_auto = asked.weight_dtype == asked.kv_dtype == "auto"
+    base = tuple(
+        Choice(attention=a, weight_dtype=weight, kv_dtype=kv)  # type: ignore[arg-type]  # checked
+        for a in attention
+    )
+    choices, switches, settings = _switched((spec, cluster, engine), base, asked, notes)
     return Resolved(
-        request=_request(asked, engine, cards, work, limits),
+        request=_request(asked, engine, cards, work, limits, settings),
         spec=spec,
         cluster=cluster,
         engine=engine,
-        choices=tuple(
-            Choice(attention=a, weight_dtype=weight, kv_dtype=kv)  # type: ignore[arg-type]  # checked
-            for a in attention
-        ),
+        choices=choices,
+        switches=switches,
         beside=_beside(cluster.device, weight, kv, attention) if both_auto else (),
         notes=(*notes, *spec.extra),
         soft_limits=soft,

@@ -1,6 +1,6 @@
 """The sampled searches: Optuna proposes strategies, the scorer of the exact search prices them.
 
-    ask  -> tp, pp, ep, sp, exchange, attention, weight dtype, KV dtype, batch, chunk
+    ask  -> tp, pp, ep, sp, exchange, attention, dtypes, switches, batch, chunk
          -> dp = cards / (tp pp); the legality rules
          -> `LayoutScorer.score` at one point
     tell <- the objective, and by how much each limit is missed
@@ -28,7 +28,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -79,6 +79,8 @@ class _Point:
         return (
             f"{self.parallel.describe()} {choice.attention} {choice.weight_dtype} "
             f"kv {choice.kv_dtype} batch {self.batch} chunk {self.chunk}"
+            + " weight_prefetch" * choice.weight_prefetch
+            + " fused_collectives" * choice.fused_collectives
         )
 
 
@@ -109,7 +111,7 @@ class _Run:
                     engine=question.engine,
                     parallel=par,
                 )
-            )
+            ) or self.space.broken_switch(par, point.choice)
         if rule is not None:
             self.refused[point] = rule
             self.tally.pruned_by[f"rule {rule}"] += 1
@@ -163,10 +165,10 @@ def _sizes(space: Space, axis: str) -> tuple[int, ...]:
 
 
 def _choice_words(space: Space) -> dict[str, Sequence[int | str]]:
-    """Values of the three dimensions of a choice, or the places of the choices there are."""
+    """Values of each dimension of a choice, or the places of the choices there are."""
     values: dict[str, Sequence[int | str]] = {
-        name: sorted({getattr(choice, name) for choice in space.choices})
-        for name in ("attention", "weight_dtype", "kv_dtype")
+        one.name: sorted({getattr(choice, one.name) for choice in space.choices})
+        for one in fields(Choice)
     }
     if math.prod(len(one) for one in values.values()) == len(set(space.choices)):
         return values
@@ -187,10 +189,8 @@ def point_of(space: Space, params: Mapping[str, Any]) -> _Point:
             sp=tp > 1 and bool(params.get("sp", False)),
             exchange="alltoall" if sent else "allgather",
         ),
-        choice=Choice(
-            attention=params.get("attention", base.attention),
-            weight_dtype=params.get("weight_dtype", base.weight_dtype),
-            kv_dtype=params.get("kv_dtype", base.kv_dtype),
+        choice=replace(
+            base, **{one.name: params[one.name] for one in fields(Choice) if one.name in params}
         ),
         batch=space.batches[params.get("batch", 0)],
         chunk=space.chunks[params.get("chunk", 0)],

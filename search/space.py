@@ -1,11 +1,12 @@
 """The strategy space: every combination of the searched dimensions, and which of them are legal.
 
     layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts
-    choices   attention kernel, weight dtype, KV dtype
+    choices   attention kernel, weight dtype, KV dtype, switches of the engine
     grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
 
 The size of the space is the full product, legal or not: |layouts| * |choices| * |grid|. A layout
-that breaks a rule is left out with all its choices, under the first rule that it breaks.
+that breaks a rule is left out with all its choices, under the first rule that it breaks; a choice
+whose switches a layout does not allow is left out of that layout (`broken_switch`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import numpy as np
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.attention import AttentionKernel
+from shardplan.costmodel.optable import Overlap
 from shardplan.models.parallel import Parallelism, balanced_stages
 from shardplan.models.spec import ModelSpec
-from shardplan.search.legality import Subject, first_broken_rule
+from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import StrategyInfo
 
 __all__ = ["Choice", "Space", "batch_grid", "build_space", "chunk_grid", "divisors"]
@@ -42,6 +44,20 @@ class Choice:
     attention: AttentionKernel
     weight_dtype: str
     kv_dtype: str
+    weight_prefetch: bool = False
+    fused_collectives: bool = False
+
+    @property
+    def overlap(self) -> Overlap:
+        """The switches of the engine."""
+        return Overlap(
+            weight_prefetch=self.weight_prefetch, fused_collectives=self.fused_collectives
+        )
+
+    @property
+    def switched(self) -> bool:
+        """Whether any switch is on."""
+        return self.weight_prefetch or self.fused_collectives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +98,26 @@ class Space:
             "attention": [*sorted({c.attention for c in self.choices})],
             "weight_dtype": [*sorted({c.weight_dtype for c in self.choices})],
             "kv_dtype": [*sorted({c.kv_dtype for c in self.choices})],
+            "weight_prefetch": [*sorted({c.weight_prefetch for c in self.choices})],
+            "fused_collectives": [*sorted({c.fused_collectives for c in self.choices})],
             "batch": list(self.batches),
             "chunk": list(self.chunks),
         }
+
+    def broken_switch(self, par: Parallelism, choice: Choice) -> str | None:
+        """Id of the first rule that the choice's switches break on a layout; None when legal."""
+        if not choice.switched:
+            return None
+        return first_broken_switch_rule(
+            Subject(
+                spec=self.spec,
+                cluster=self.cluster,
+                engine=self.engine,
+                parallel=par,
+                overlap=choice.overlap,
+                weight_dtype=choice.weight_dtype,
+            )
+        )
 
     def strategy(self, par: Parallelism, choice: Choice, batch: int, chunk: int) -> StrategyInfo:
         """One point as the plan writes it."""
@@ -100,6 +133,8 @@ class Space:
             attention=choice.attention,
             weight_dtype=choice.weight_dtype,
             kv_dtype=choice.kv_dtype,
+            weight_prefetch=choice.weight_prefetch,
+            fused_collectives=choice.fused_collectives,
             batch=batch,
             chunk=chunk,
         )

@@ -22,6 +22,7 @@ __all__ = [
     "memory_table",
     "model_table",
     "new_table",
+    "print_confidence",
     "print_estimate",
     "print_proof",
     "rate_text",
@@ -224,6 +225,18 @@ _LABELS = {
 }
 
 
+def print_confidence(sure: Mapping[str, Any], console: Console) -> None:
+    """What a price rests on, and what would make it surer."""
+    from shardplan.search.how_sure import basis_words
+
+    weak = sure["weakest"]
+    console.print(f"rests on: {basis_words(sure['basis'])}", markup=False)
+    share = f"{weak['error_share']:.0%} of what all parts add to the band"
+    console.print(f"weakest: {weak['name']} ({weak['kind']}), {share}", markup=False)
+    console.print(f"surer: {weak['advice']}", markup=False)
+    console.print()
+
+
 def print_estimate(found: Mapping[str, Any], console: Console) -> None:
     """One point: its price, what time and memory are made of, what was assumed."""
     point = ", ".join(f"{name}={value}" for name, value in found["point"].items())
@@ -241,7 +254,16 @@ def print_estimate(found: Mapping[str, Any], console: Console) -> None:
     if "memory_bytes" in found:
         held, capacity = found["memory_bytes"], found["capacity_bytes"]
         add(table, "memory, fullest rank", f"{bytes_text(held)} of {bytes_text(capacity)}")
+    if "confidence" in found:
+        sure, step_s = found["confidence"], found["step_s"]
+        ends = (seconds_text(step_s * sure[end]) for end in ("low_factor", "high_factor"))
+        add(table, f"step, {sure['level']:.0%} band", " to ".join(ends))
+        if "output_tokens_per_s_low" in found:
+            rates = (rate_text(found[f"output_tokens_per_s_{end}"]) for end in ("low", "high"))
+            add(table, f"output tokens/s, {sure['level']:.0%} band", " to ".join(rates))
     show(console, table)
+    if "confidence" in found:
+        print_confidence(found["confidence"], console)
     if "breakdown" in found:
         host = {"kind": "engine", "calls": 0, "compute_s": 0.0, "memory_s": 0.0}
         host |= {"collective_s": 0.0, "overhead_s": found["host_s"], "total_s": found["host_s"]}

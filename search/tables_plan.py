@@ -11,6 +11,7 @@ from shardplan.search.tables import (
     bytes_text,
     memory_table,
     new_table,
+    print_confidence,
     rate_text,
     seconds_text,
     show,
@@ -76,6 +77,22 @@ def _print_quantization(plan: Plan, console: Console) -> None:
     show(console, table)
 
 
+def _print_switches(plan: Plan, console: Console) -> None:
+    if not plan.switches:
+        return
+    numbers = ("gain",)
+    names = ("weight prefetch", "fused collectives")
+    table = new_table(
+        "what the engine's switches would buy", *names, *numbers, "with", right=numbers
+    )
+    for row in plan.switches:
+        gain = "not possible" if row.gain is None else f"{row.gain:.3f}x"
+        words = "" if row.strategy is None else row.strategy.parallelism().describe()
+        on = ("on" if value else "off" for value in (row.weight_prefetch, row.fused_collectives))
+        add(table, *on, gain, words)
+    show(console, table)
+
+
 def _print_alternatives(plan: Plan, console: Console) -> None:
     if not plan.alternatives:
         return
@@ -88,6 +105,21 @@ def _print_alternatives(plan: Plan, console: Console) -> None:
         rate = rate_text(done.output_tokens_per_s)
         add(table, rate, *times, bytes_text(one.memory_bytes), words)
     show(console, table)
+
+
+def _print_confidence(plan: Plan, console: Console) -> None:
+    """The bands, what they rest on, and what would make them narrower."""
+    sure = plan.confidence
+    if sure is None:
+        return
+    rates = (rate_text(sure.output_tokens_per_s_low), rate_text(sure.output_tokens_per_s_high))
+    times = (seconds_text(sure.tpot_low_s), seconds_text(sure.tpot_high_s))
+    console.print("how sure", style="bold")
+    console.print(
+        f"{sure.level:.0%} band: {' to '.join(rates)} output tokens/s, TPOT {' to '.join(times)}",
+        markup=False,
+    )
+    print_confidence(sure.model_dump(), console)
 
 
 def _print_next(plan: Plan, folder: Path, console: Console) -> None:
@@ -125,8 +157,10 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
         total = sum(row["total_s"] for row in rows)
         if rows:
             show(console, time_table(f"one {phase} step: {seconds_text(total)}", rows, total))
+    _print_confidence(plan, console)
     _print_alternatives(plan, console)
     _print_quantization(plan, console)
+    _print_switches(plan, console)
     verdict = "all hold" if plan.proof.passed else "FAILED"
     console.print(f"certificate: {certificate_sentence(plan.certificate)}", markup=False)
     console.print(f"proof: {len(plan.proof.checks)} checks of level {plan.proof.level}, {verdict}")

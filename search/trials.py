@@ -1,8 +1,9 @@
 """The trial table: `trials.csv` and `pareto.csv`, one row a strategy, the best first.
 
 Columns are stable, in the order of `TRIAL_COLUMNS`; a reader takes files with further columns
-and drops them. Seconds, bytes and their rates, as everywhere. `objective` is better the larger
-it is. `compute_s`, `memory_s`, `collective_s` and `overhead_s` are those of one average step.
+and drops them, and takes the switches of `LATER_COLUMNS` as off where a file lacks them. Seconds,
+bytes and their rates, as everywhere. `objective` is better the larger it is. `compute_s`,
+`memory_s`, `collective_s` and `overhead_s` are those of one average step.
 
 Floats are written with nine significant digits: the same table gives the same bytes, and a
 table that was read is written as it was read. A cell without a finite number is empty, which only
@@ -68,8 +69,12 @@ TRIAL_COLUMNS: tuple[str, ...] = (
     "collective_s",
     "overhead_s",
     "engine",
+    "weight_prefetch",
+    "fused_collectives",
 )
-SWITCH_COLUMNS = ("feasible", "sp")
+LATER_COLUMNS = ("weight_prefetch", "fused_collectives")
+"""What files of the first releases lack."""
+SWITCH_COLUMNS = ("feasible", "sp", *LATER_COLUMNS)
 """true | false."""
 WORD_COLUMNS = (
     "limit",
@@ -106,9 +111,15 @@ def write_trials(path: Path, frame: DataFrame) -> None:
     `InputError` when a column is missing or the file cannot be written.
     """
     _require_columns(frame.columns, "a trial table")
+    frame = _completed(frame)
     starts = range(0, len(frame), _CHUNK_ROWS)
     parts = [_lines(frame.iloc[start : start + _CHUNK_ROWS]) for start in starts]
     write_atomically(path, "".join([",".join(TRIAL_COLUMNS) + "\n", *parts]))
+
+
+def _completed(frame: DataFrame) -> DataFrame:
+    """The frame with the columns that the first releases did not have, off."""
+    return frame.assign(**{name: False for name in LATER_COLUMNS if name not in frame})
 
 
 def _lines(frame: DataFrame) -> str:
@@ -155,7 +166,7 @@ def read_trials(path: Path) -> DataFrame:
     try:
         chunks = pd.read_csv(
             path,
-            usecols=list(TRIAL_COLUMNS),
+            usecols=lambda name: name in TRIAL_COLUMNS,
             dtype=_read_dtypes(),
             keep_default_na=False,
             na_values={name: [""] for name in ("rank", *NUMBER_COLUMNS)},
@@ -194,7 +205,7 @@ def _read_dtypes() -> dict[str, str]:
 
 def _typed(chunk: DataFrame) -> DataFrame:
     """The final types of one chunk; `ValueError` where a cell breaks a rule."""
-    frame = chunk.loc[:, list(TRIAL_COLUMNS)]
+    frame = _completed(chunk).loc[:, list(TRIAL_COLUMNS)]
     rank = frame["rank"].fillna(0.0)
     if not ((rank >= 0) & (rank <= _MAX_INTEGER) & (rank == np.floor(rank))).all():
         raise ValueError("rank")
@@ -233,7 +244,7 @@ def _join(frames: list[DataFrame]) -> DataFrame:
 
 def _require_columns(columns: Iterable[object], what: str) -> None:
     held = {str(name) for name in columns}
-    missing = [name for name in TRIAL_COLUMNS if name not in held]
+    missing = [name for name in TRIAL_COLUMNS if name not in {*held, *LATER_COLUMNS}]
     if missing:
         raise InputError(
             f"{what} has the columns of trials.csv",
@@ -295,7 +306,7 @@ def _faults(path: Path) -> Iterator[InputError]:
                 )
                 continue
             cells = dict(zip(header, row, strict=True))
-            for name in TRIAL_COLUMNS:
+            for name in (one for one in TRIAL_COLUMNS if one in cells):
                 rule = _broken_rule(name, cells[name], feasible=cells["feasible"] == _TRUE)
                 if rule:
                     yield InputError(rule, got=f"{where}, {name}={cells[name]!r}")

@@ -100,6 +100,32 @@ def test_the_ablation_is_what_its_command_gives(tmp_path: Path) -> None:
     same_words(page.read_text("utf-8"), SCRIPT.ABLATION.read_text("utf-8"))
 
 
+def test_the_validation_is_what_its_command_gives(tmp_path: Path) -> None:
+    """The page, the picture and the baseline, made again elsewhere."""
+    page = tmp_path / SCRIPT.VALIDATION.name
+    assert SCRIPT.write_validation(page) == 0
+    for name in (page.name, "scatter.svg"):
+        texts = [folder / name for folder in (tmp_path, SCRIPT.VALIDATION.parent)]
+        same_words(*(one.read_text("utf-8") for one in texts))
+
+
+def test_a_worse_validation_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The baseline of a better model beside the page: refused by name, until it is accepted."""
+    page = tmp_path / SCRIPT.VALIDATION.name
+    kept = json.loads((SCRIPT.VALIDATION.parent / "baseline.json").read_text("utf-8"))
+    kept["910b2 matmul bf16"]["mape"] /= 2
+    better = json.dumps(kept)
+    (tmp_path / "baseline.json").write_text(better, encoding="utf-8")
+    assert SCRIPT.write_validation(page) == 1
+    assert "worse: 910b2 matmul bf16: mape was" in capsys.readouterr().err
+    assert not page.exists()
+    assert (tmp_path / "baseline.json").read_text("utf-8") == better
+    assert SCRIPT.write_validation(page, accept=True) == 0
+    assert page.exists()
+
+
 @pytest.mark.parametrize("folder", PLANS, ids=lambda folder: folder.name)
 def test_every_plan_is_whole(folder: Path) -> None:
     """Each file is there and is read by its reader; the plan is proven and optimal."""
@@ -115,7 +141,7 @@ def test_readme_names_every_result() -> None:
     """Every folder, and every plan and page with its command."""
     folders = [path for path in RESULTS.iterdir() if path.is_dir() and path.name != "runs"]
     folders = [path for path in folders if path.name != "__pycache__"]
-    assert {"ablation", "calibration", "plans"} <= {path.name for path in folders}
+    assert {"ablation", "calibration", "plans", "validation"} <= {path.name for path in folders}
     for folder in folders:
         assert f"## {folder.name}/" in README
     for folder in (RESULTS / "plans").iterdir():
@@ -125,8 +151,9 @@ def test_readme_names_every_result() -> None:
     assert sorted(path.name for path in PLANS) == sorted(
         path.name for path in (RESULTS / "plans").iterdir() if path.is_dir()
     )
-    for page in (RESULTS / "ablation").iterdir():
-        assert f"`ablation/{page.name}`" in README
+    for folder in (RESULTS / "ablation", RESULTS / "validation"):
+        for page in folder.iterdir():
+            assert f"`{folder.name}/{page.name}`" in README
 
 
 def test_a_name_without_a_result_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

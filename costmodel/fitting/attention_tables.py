@@ -67,7 +67,7 @@ def _npu(data: Path, name: str, what: str) -> Table:
 
     source = (
         f"{what} on a 910B of 24 cores, FusedInferAttentionScore of vllm-ascend 0.18 in NPU-graph "
-        "replay (github hudingyi688/aiconfigurator-npu 90d7765a)"
+        "replay (github hudingyi688/aiconfigurator-npu 90d7765a); errors by cross-validation"
     )
     return _table((shape(row) for row in read_rows(data / _KERNELS / name)), source)
 
@@ -85,7 +85,7 @@ def npu_decode(data: Path) -> Table:
 def _latent(data: Path, name: str, tokens: str, time: str, unit: float, what: str) -> Table:
     source = (
         f"MLA {what} on a 910B of 24 cores, fp16, vllm-ascend 0.23 "
-        "(github xiaowanCN/aiconfigurator-npu 6eca62fc)"
+        "(github xiaowanCN/aiconfigurator-npu 6eca62fc); errors by cross-validation"
     )
     return _table(
         (

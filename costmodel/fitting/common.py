@@ -14,7 +14,7 @@ import gzip
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "HELD_OUT",
     "ErrorStats",
     "FittedSection",
+    "cross_validated",
     "error_stats",
     "held_out",
     "markdown_errors",
@@ -85,6 +86,35 @@ def held_out(shapes: Iterable[Sequence[object]], fraction: float = HELD_OUT) -> 
         for shape in shapes
     ]
     return np.asarray(marks, dtype=np.bool_)
+
+
+def cross_validated(
+    shapes: Sequence[Sequence[object]],
+    measured_s: Array,
+    predict: Callable[[NDArray[np.bool_]], Array],
+    *,
+    seeds: Sequence[int] = (0,),
+    folds: int = 5,
+) -> ErrorStats:
+    """Errors of every row under a fit that did not see it, pooled over each seed's folds.
+
+    `predict(left_out)` fits the other rows and gives the seconds `[rows left out]`. Repeats of a
+    shape are left out together.
+    """
+    model, measured = [], []
+    for seed in seeds:
+        marks = [
+            hashlib.blake2b(repr((seed, *shape)).encode(), digest_size=4).digest()
+            for shape in shapes
+        ]
+        fold = np.asarray([int.from_bytes(mark, "big") % folds for mark in marks])
+        for one in range(folds):
+            left_out = np.asarray(fold == one, dtype=np.bool_)
+            model.append(predict(left_out))
+            measured.append(measured_s[left_out])
+    return replace(
+        error_stats(np.concatenate(model), np.concatenate(measured)), rows=measured_s.size
+    )
 
 
 def error_stats(model_s: Array, measured_s: Array) -> ErrorStats:

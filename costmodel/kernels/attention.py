@@ -1,6 +1,8 @@
 """Attention of one rank: prefill and decode, FlashAttention or the naive sequence of kernels.
 
-Flash: the formulas of `flash`, with the coefficients `attention.prefill` and `attention.decode`.
+Flash: the formulas of `flash`, with the coefficients `attention.prefill` and `attention.decode`,
+and the correction `nearby.grid_factor` of either that has one: over batch times query heads and the
+context in prefill, over batch times kv heads and the context in decode.
 
 Naive. The operators that eager attention launches (Hugging Face transformers,
 `eager_attention_forward` of models/llama/modeling_llama.py): no causal skip, and every
@@ -35,6 +37,7 @@ from shardplan.costmodel.kernels.base import (
     Machine,
     as_array,
     as_measured,
+    scaled,
 )
 from shardplan.costmodel.kernels.flash import (
     ELEMENT_BYTES,
@@ -47,6 +50,7 @@ from shardplan.costmodel.kernels.flash import (
     split_time,
     tile_rows,
 )
+from shardplan.costmodel.nearby import grid_factor
 from shardplan.models.errors import InputError
 
 __all__ = [
@@ -113,7 +117,10 @@ def attention_prefill(
     )
     if kernel == "naive":
         return naive_attention(machine, work)
-    time = flash_prefill(machine, machine.calibration.section("attention.prefill"), work)
+    section = machine.calibration.section("attention.prefill")
+    tasks, context = work.batch * work.heads, work.new_tokens + work.prefix_tokens
+    time = flash_prefill(machine, section, work)
+    time = scaled(time, grid_factor(section.coefficients, tasks, context))
     return as_measured(time, machine.calibration, "attention.prefill")
 
 
@@ -210,7 +217,9 @@ def attention_decode(
         streams_per_token=keys,
         kv_tokens=seen,
     )
-    time = flash_decode(machine, machine.calibration.section("attention.decode"), work)
+    section = machine.calibration.section("attention.decode")
+    time = flash_decode(machine, section, work)
+    time = scaled(time, grid_factor(section.coefficients, work.tasks, seen))
     return as_measured(time, machine.calibration, "attention.decode")
 
 

@@ -21,8 +21,18 @@ from shardplan.costmodel.calibration import (
 from shardplan.costmodel.correction import ALL, Correction
 from shardplan.costmodel.hardware import Device
 
-__all__ = ["Array", "ArrayLike", "KernelTime", "Machine", "as_array", "as_measured"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "KernelTime",
+    "Machine",
+    "as_array",
+    "as_measured",
+    "near_shapes",
+    "scaled",
+]
 
+_SIXTEEN_BIT = ("bf16", "fp16")
 Array = NDArray[np.float64]
 ArrayLike = float | int | Array | NDArray[np.int64]
 
@@ -71,14 +81,32 @@ def _applicable(device: Device, calibration: Calibration) -> dict[str, Correctio
     return {
         name: change
         for name, change in device.corrections.items()
-        if name == ALL
-        or measured[name].coefficients == calibration.section(name).coefficients
+        if name == ALL or measured[name].coefficients == calibration.section(name).coefficients
     }
 
 
 def as_array(value: ArrayLike) -> Array:
     """The value as a float64 array."""
     return np.asarray(value, dtype=np.float64)
+
+
+def scaled(time: KernelTime, factor: Array | float) -> KernelTime:
+    """The time with all its parts times a factor; the same object where the factor is 1."""
+    if isinstance(factor, float) and factor == 1.0:
+        return time
+    return KernelTime(*(as_array(part * factor) for part in time))
+
+
+def near_shapes(
+    time: KernelTime, calibration: Calibration, dtype: str, sizes: tuple[Array, Array, Array]
+) -> KernelTime:
+    """The time of a product (m, n, k) after what was measured of shapes like it (`nearby`).
+
+    The same object where the calibration holds no shapes, or for a dtype that is not 16-bit.
+    """
+    if calibration.shapes is None or dtype not in _SIXTEEN_BIT:
+        return time
+    return scaled(time, calibration.shapes.factor(*sizes))
 
 
 def as_measured(time: KernelTime, calibration: Calibration, *sections: str) -> KernelTime:

@@ -16,24 +16,37 @@ Volume / rate and steps of one tier (HCCL user guide, "collective communication 
     all_reduce = reduce_scatter + all_gather; send = n over b (mesh) or B, one step
 
     tier  = steps (latency + step_s) + (v + sqrt(v r)) / (rate e)
-    total = max(floor_s + floor_rank_s log2 g, base_s + sync_s log2 g + protocol + sum of tiers)
+    floor = floor_s + floor_rank_s log2 g + floor_link_s (g (g - 1) - 2)
+    total = max(floor, base_s + sync_s log2 g + protocol + all tiers)
 
 g = ranks of the group, v = the volume of the table, e = efficiency exp(e_r L + e_rr L^2) and
 r = ramp_bytes exp(ramp_r L) with L = log2(p / 2), held beyond the fitted ranks; protocol =
-protocol_s from protocol_bytes a rank on (HCCL leaves the vector-core kernels there). Up to
-`oneshot_bytes` an all_reduce reads every peer's tensor once, at `oneshot_efficiency`: n over b
-(mesh), (p-1) n over B else.
+protocol_s + protocol_sync_s log2 g from protocol_bytes a rank on (HCCL leaves the vector-core
+kernels, AIV, there). Up to `oneshot_bytes` an all_reduce reads every peer's tensor once, at
+`oneshot_efficiency`: n over b (mesh), (p-1) n over B else.
 
 Several tiers (HCCL user guide, hierarchical communication): all_reduce = reduce_scatter inside,
 all_reduce outside on n/p, all_gather inside; all_gather = inside, then outside; reduce_scatter =
-outside, then inside; all_to_all = inside, then outside. Launch and synchronisation are paid once,
-those of the outermost tier.
+outside, then inside; all_to_all = inside, then outside. One after another, except that (all_reduce
+apart) a die pair's own link carries its share while the switch above carries the rest, and the
+slower binds: an all_gather on 16 A3 dies gathers more bytes a second than either link can carry.
+Launch and synchronisation are paid once, those of the outermost tier.
+
+In service (`in_service`) a collective costs more than back to back in a benchmark, since kernels
+of unequal length come before it on every rank:
+
+    in service = total + service_s (min(g, service_ranks) / service_ranks)^service_power
+                 below protocol_bytes a rank,  total (1 + service_share) from there on
+
+and its launch is not in it: launches run ahead of the device there and are the step's (`step`), so
+the section of captured graphs counts whatever the launch. Ranks that come late to a step as a whole
+are the engine's (`engines`: step_skew).
 
 A KernelTime holds the wire time as memory_s and launches, steps and synchronisation as overhead_s.
 Sections: `collectives.<topology>.<launch>.<kind>`, or `.any` where kinds share one; `custom` stands
-for an engine's own all_reduce kernel (vLLM and TensorRT-LLM have one on NVIDIA).
-Left out: contention between groups, uneven shares, ranks that arrive late (in-service fits hold it
-on average), buffers smaller than the message.
+for an engine's own all_reduce kernel (vLLM and TensorRT-LLM have one on NVIDIA). The service and
+link terms and protocol_sync_s may lack: they are 0 then.
+Left out: contention between groups, uneven shares, buffers smaller than the message.
 """
 
 from __future__ import annotations
@@ -54,6 +67,7 @@ from shardplan.costmodel.kernels.base import (
     as_array,
     as_measured,
 )
+from shardplan.costmodel.nearby import grid_factor
 from shardplan.costmodel.placement import TierSpan
 from shardplan.models.errors import InputError
 
@@ -67,6 +81,7 @@ _KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 class _Stage(NamedTuple):
     """One form run on one tier: wire seconds `[...]` and step overhead seconds."""
 
+    topology: str
     wire_s: Array
     overhead_s: float
 
@@ -122,7 +137,8 @@ def _wire_s(section: Section, tier: Tier, members: int, volume_bytes: Array) -> 
 def _stage(section: Section, span: TierSpan, kind: CollectiveKind, message: Array) -> _Stage:
     tier, members = span.tier, span.members
     wire = _wire_s(section, tier, members, message * _volume_share(tier, kind, members))
-    return _Stage(wire, _steps(tier, kind, members) * (tier.latency_s + section["step_s"]))
+    overhead = _steps(tier, kind, members) * (tier.latency_s + section["step_s"])
+    return _Stage(tier.topology, wire, overhead)
 
 
 def _stages(
@@ -144,6 +160,34 @@ def _stages(
     return [first, *_stages(pick, outer, kind, n)]
 
 
+def _wire_total_s(kind: CollectiveKind, stages: Sequence[_Stage]) -> Array:
+    """Wire seconds of all stages: one after another, or a die pair beside the switch above it."""
+    pair = sum(stage.wire_s for stage in stages if stage.topology == "pair")
+    switch = sum(stage.wire_s for stage in stages if stage.topology == "switch")
+    rest = sum(stage.wire_s for stage in stages if stage.topology not in ("pair", "switch"))
+    both = pair + switch if kind == "all_reduce" else np.maximum(pair, switch)
+    return np.asarray(both + rest, dtype=np.float64)
+
+
+def _floor_s(section: Section, ranks: int) -> float:
+    links = float(ranks * (ranks - 1) - 2)
+    by_rank = section["floor_rank_s"] * math.log2(ranks)
+    return section["floor_s"] + by_rank + section.coefficients.get("floor_link_s", 0.0) * links
+
+
+def _served(section: Section, ranks: int, message: Array, total: Array) -> Array:
+    """The time in service of a collective that takes `total` in a benchmark."""
+    known = section.coefficients
+    limit = known.get("service_ranks", 1.0)
+    share = min(float(ranks), limit) / limit
+    small = total + known.get("service_s", 0.0) * share ** known.get("service_power", 0.0)
+    if section["protocol_bytes"] <= 0.0:
+        return np.asarray(small, dtype=np.float64)
+    large = total * (1.0 + known.get("service_share", 0.0))
+    left = message / ranks >= section["protocol_bytes"]
+    return np.asarray(np.where(left, large, small), dtype=np.float64)
+
+
 def _oneshot_s(section: Section, span: TierSpan, message: Array, floor_s: float) -> Array:
     share = 1.0 if span.tier.topology == "mesh" else span.members - 1.0
     rate = _rate(span.tier) * section["oneshot_efficiency"]
@@ -158,11 +202,13 @@ def collective(
     *,
     launch: Launch,
     custom: bool = False,
+    in_service: bool = False,
 ) -> KernelTime:
     """Time of one collective of a group that crosses `spans`, for `message_bytes` (any shape).
 
     `launch`: inside a captured graph or launched by the host. `custom`: take the engine's own
-    all_reduce kernel where the calibration has one. No spans, or one member in all: no time.
+    all_reduce kernel where the calibration has one. `in_service`: between a network's kernels, its
+    launch hidden, rather than alone in a benchmark. No spans, or one member in all: no time.
     `InputError` for an unknown kind or launch; `CalibrationError` without coefficients.
     """
     if kind not in _KINDS:
@@ -174,24 +220,31 @@ def collective(
     if not crossed:
         none = np.zeros_like(message)
         return KernelTime(none, none, none, none)
-    pick = functools.partial(_pick, calibration, launch, custom)
+    pick = functools.partial(_pick, calibration, "graph" if in_service else launch, custom)
     stages = _stages(pick, crossed, kind, message)
     last = pick(crossed[-1].tier, kind)
     ranks = group_size(crossed)
-    late = np.where(message / ranks >= last["protocol_bytes"], last["protocol_s"], 0.0)
-    wire = np.asarray(sum(stage.wire_s for stage in stages), dtype=np.float64)
+    wire = _wire_total_s(kind, stages)
     level = math.log2(ranks)
+    protocol_s = last["protocol_s"] + last.coefficients.get("protocol_sync_s", 0.0) * level
+    late = np.where(message / ranks >= last["protocol_bytes"], protocol_s, 0.0)
     steps = sum(stage.overhead_s for stage in stages)
     fixed = last["base_s"] + last["sync_s"] * level + late + steps
-    floor = last["floor_s"] + last["floor_rank_s"] * level
+    floor = _floor_s(last, ranks)
     total = np.maximum(fixed + wire, floor)
     if kind == "all_reduce" and len(crossed) == 1 and last["oneshot_bytes"] > 0.0:
         limit = last["oneshot_bytes"]
         small = _oneshot_s(last, crossed[0], np.minimum(message, limit), floor)
         total = np.where(message <= limit, small, np.maximum(total, small))
+    total = total * grid_factor(last.coefficients, as_array(float(ranks)), message)
+    names = [last.name]
+    if in_service:
+        total = _served(last, ranks, message, total)
+        if calibration.corrections:  # a benchmark launched by the host corrects it too
+            names.append(_section(calibration, crossed[-1].tier, kind, launch, custom).name)
     wire = np.minimum(wire, total)
     time = KernelTime(total, np.zeros_like(total), wire, total - wire)
-    return as_measured(time, calibration, last.name)
+    return as_measured(time, calibration, *names)
 
 
 def collective_section(

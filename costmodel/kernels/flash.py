@@ -32,6 +32,7 @@ Decode. Keys and values are streamed once, from L2 while all of them fit it:
     tasks  = B K task_s (1 + task_g ln G) / C
     total  = floor_s (1 + floor_g if grouped) + batch_s ln^2 B + keys_s ln(S / keys_min)
              + (stream^4 + tasks^4 + compute^4)^(1/4)
+             all times exp(surface(B, S, K)) where the section has one (`kernels.surface`)
 
 u = waves over cores above an even share, for grouped heads; for others e falls with the share of
 the cores that have a task (e_t). e is an exponential as above, of ln S, ln G and ln K. hidden =
@@ -55,6 +56,7 @@ import numpy as np
 from shardplan.costmodel.calibration import Section
 from shardplan.costmodel.hardware import Device
 from shardplan.costmodel.kernels.base import Array, KernelTime, Machine, as_array
+from shardplan.costmodel.kernels.surface import surface_of
 
 __all__ = [
     "ELEMENT_BYTES",
@@ -253,4 +255,10 @@ def flash_decode(machine: Machine, section: Section, work: DecodeWork) -> Kernel
     grouped = np.where(work.group > 1.0, section["floor_g"], 0.0)
     floor = section["floor_s"] * (1.0 + grouped) + section["batch_s"] * batch * batch
     floor = floor + section["keys_s"] * np.log(keys)
+    surface = surface_of(section.coefficients)
+    if surface.whole:
+        factor = surface.factor(
+            np.broadcast_arrays(work.batch, work.kv_tokens, work.streams_per_token)
+        )
+        floor, body = floor * factor, body * factor
     return split_time(floor, np.maximum(compute, tasks), stream, body)

@@ -3,14 +3,15 @@
     active  = groups * (1 - (1 - 1/groups)^rows)          experts with at least one row
     again   = max(0, min(u - 1/2, 5 * (u - 0.9)))         u = rows * imbalance / active / tile_rows
     compute = 2 * (rows * imbalance + 8 * active) * n * k / (peak * e_compute)
-    memory  = active * (1 + reread * again) * b_w*n*k / (HBM * e_hbm)
+    memory  = active * (1 + reread * again) * b_w*n*k / (HBM * e_hbm) * max(1, n*k / 2^24)^size
               + rows * (b_x*k + 2*n) / (L2 * e_l2)
     total   = floor + quantize + (compute^p + memory^p)^(1/p)
 
 rows routed rows that reach the rank, over its `groups` local experts; n output and k input
 features of one expert; peak in FLOP/s, HBM and L2 in bytes/s are the device's; b_w and b_x are
 bytes per weight and activation, e_* fractions of peak, p the blend of the two limits. An
-expert's rows are padded to 16, half of it wasted on average. `again` is how many further passes
+expert's rows are padded to 16, half of it wasted on average. Measured weights of wide experts
+stream slower: `size` (`hbm_size`, 0 where a section has none). `again` is how many further passes
 over its weights an expert needs on average, one for each `tile_rows` of its rows: with a mean of
 one tile half of the experts have more, and a Poisson spread of 128 rows is 9 % of them; a further
 pass costs `reread` of the first. `imbalance` (>= 1, and 1 without expert parallelism) is how many
@@ -49,6 +50,7 @@ from shardplan.costmodel.kernels.precision import (
     merged_coefficients,
     peak_flop_per_s,
     precision_of,
+    unpack_s_per_weight,
 )
 
 __all__ = ["MOE_FAMILY", "expected_active", "grouped_matmul", "moe_block", "moe_block_with"]
@@ -56,6 +58,7 @@ __all__ = ["MOE_FAMILY", "expected_active", "grouped_matmul", "moe_block", "moe_
 MOE_FAMILY = "moe"
 _OUTPUT_BYTES = 2.0
 _PADDING_ROWS = 8.0
+_EXPERT_WEIGHTS = 2.0**24
 _TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -82,10 +85,12 @@ def _body(
     compute_s = computed * n * k * (2.0 / (peak_flop_per_s(device, rule) * coef["compute"]))
     l2_byte_s = 1.0 / (device.l2_bytes_per_s * coef["l2"])
     weight_s = n * k * (rule.weight_bytes / (device.hbm_bytes_per_s * coef["hbm"]))
+    if coef.get("hbm_size", 0.0) > 0.0:
+        weight_s = weight_s * np.maximum(n * k / _EXPERT_WEIGHTS, 1.0) ** coef["hbm_size"]
     if rule.unpacks:
-        vector_s = coef["vector_flop_per_weight"] / device.vector_flop_per_s
-        unpack_s = max(vector_s, coef["unpack_passes"] * rule.cube_bytes * l2_byte_s)
-        compute_s = np.maximum(compute_s, active * n * k * unpack_s)
+        beside_s, before_s = unpack_s_per_weight(device, rule, coef)
+        weights = active * n * k
+        compute_s = np.maximum(compute_s, weights * beside_s) + weights * before_s
     moved = busy * (k * rule.input_bytes + n * _OUTPUT_BYTES)
     tiles = busy / np.maximum(active, _TINY) / coef["tile_rows"]
     again = np.maximum(0.0, np.minimum(tiles - 0.5, 5.0 * (tiles - 0.9)))
@@ -144,6 +149,7 @@ def grouped_matmul(
     `UnknownNameError`, `InputError`, `CalibrationError` as `matmul` does.
     """
     rule = precision_of(dtype)
+    peak_flop_per_s(machine.device, rule)
     coef = merged_coefficients(machine.calibration, MOE_FAMILY, rule)
     touched = expected_active(rows, groups) if active is None else as_array(active)
     busy = as_array(rows) * _imbalance(as_array(ep), coef)
@@ -192,6 +198,7 @@ def moe_block(
     `matmul`. Raises as `matmul` does.
     """
     rule = precision_of(dtype)
+    peak_flop_per_s(machine.device, rule)
     coef = merged_coefficients(machine.calibration, MOE_FAMILY, rule)
     sizes = (tokens, hidden, ffn, experts, topk, ep)
     arrays = tuple(as_array(size) for size in sizes)

@@ -357,6 +357,17 @@ def _assumed(plan: Plan) -> list[str]:
         + ("with sequence parallelism." if way.sp else "without sequence parallelism."),
         f"- Attention is what the ONNX file and the compiler's fusion make it; the plan priced "
         f"{way.attention} attention.",
+        *_switches(plan),
+    ]
+
+
+def _switches(plan: Plan) -> list[str]:
+    way = plan.strategy
+    if not (way.weight_prefetch or way.fused_collectives):
+        return []
+    return [
+        "- The plan priced weight prefetch or fused collectives, which are an engine's switches; "
+        "whether the compiler does the like is its own choice."
     ]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from shardplan.models.config_fields import plain
 from shardplan.models.errors import InputError
+from shardplan.search.families import device_family
 from shardplan.search.plan import Plan
 
 __all__ = [
@@ -100,13 +101,10 @@ def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
 
 def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:
     """Family of the plan's device. `InputError` with `hint` for one outside `families`."""
-    versions = plan.cluster.soc_versions
-    title = "not an Ascend device"
-    for family in table("ascend_families")["families"]:
-        if versions and versions[0].startswith(tuple(family["prefixes"])):
-            if family["name"] in families:
-                return str(family["name"])
-            title = str(family["title"])
+    family = device_family(plan.cluster.soc_versions)
+    if family is not None and family["name"] in families:
+        return str(family["name"])
+    title = "not an Ascend device" if family is None else family["title"]
     raise refuse(
         target,
         "the device is not supported",

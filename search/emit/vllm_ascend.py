@@ -17,7 +17,15 @@ import math
 from collections.abc import Sequence
 
 from shardplan.models.errors import InputError
-from shardplan.search.emit.common import Raw, command_line, family_of, model_name, refuse, table
+from shardplan.search.emit.common import (
+    Raw,
+    command_line,
+    family_of,
+    model_name,
+    printable,
+    refuse,
+    table,
+)
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
 from shardplan.search.emit.vllm_readme import bench, readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
@@ -38,7 +46,7 @@ def files(plan: Plan) -> dict[str, str]:
         "; use target atc" if plan.cluster.soc_versions else "; plan for an Ascend cluster"
     )
     family = family_of(plan, _TARGET, facts["families"], hint)
-    _check_strategy(plan)
+    _check_strategy(plan, family)
     checkpoint = checkpoint_of(plan, family)
     split = split_servers(plan)
     todo = launches(plan, split)
@@ -54,7 +62,7 @@ def files(plan: Plan) -> dict[str, str]:
     return made
 
 
-def _check_strategy(plan: Plan) -> None:
+def _check_strategy(plan: Plan, family: str) -> None:
     """`InputError` for what no flag of the engine says."""
     way, work = plan.strategy, plan.request.workload
     longest = work.input_len + work.output_len
@@ -78,6 +86,7 @@ def _check_strategy(plan: Plan) -> None:
             "sp=True, ep=1",
             f"try sp off, or ep={way.tp}",
         ),
+        *_switch_rules(plan, family),
         (
             0 < plan.model.max_context < longest,
             "requests must fit the model's context",
@@ -88,6 +97,39 @@ def _check_strategy(plan: Plan) -> None:
     for broken, rule, got, hint in rules:
         if broken:
             raise refuse(_TARGET, rule, got=got, hint=hint)
+
+
+def _switch_rules(plan: Plan, family: str) -> list[tuple[bool, str, str, str]]:
+    """(broken, rule, got, hint) of the plugin's switches that a plan sets."""
+    way, facts = plan.strategy, table("vllm_ascend")["switches"]
+    fused, prefetch = way.fused_collectives, way.weight_prefetch
+    dense = not has_experts(plan)
+    return [
+        (
+            fused and (family not in facts["fused_families"] or way.tp not in facts["fused_tp"]),
+            "fused collectives run on Atlas A2 with tp 2, 4 or 8",
+            f"fused_collectives=True, device family {family}, tp={way.tp}",
+            "search with fused collectives off",
+        ),
+        (
+            fused and (way.sp or way.weight_dtype not in _DTYPES),
+            "fused collectives take 16-bit weights and no sequence parallelism",
+            f"fused_collectives=True, sp={way.sp}, weight_dtype={printable(way.weight_dtype)}",
+            "search with fused collectives off",
+        ),
+        (
+            prefetch and family not in facts["prefetch_families"],
+            "weight prefetch runs on Atlas A2, A3 and 950",
+            f"weight_prefetch=True, device family {family}",
+            "search with weight prefetch off",
+        ),
+        (
+            prefetch and dense and not (way.sp or fused),
+            "weight prefetch of a dense model needs sequence parallelism or fused collectives",
+            "weight_prefetch=True, sp=False, fused_collectives=False",
+            "search with weight prefetch off",
+        ),
+    ]
 
 
 def _script(
@@ -232,12 +274,23 @@ def _sizes(plan: Plan) -> list[Flag]:
     return flags
 
 
+def _additional(plan: Plan) -> list[Flag]:
+    """The plugin's own switches, one JSON object."""
+    way, names = plan.strategy, table("vllm_ascend")["additional_config"]
+    on: dict[str, object] = {}
+    if way.sp:
+        on[names["sequence_parallel"]] = True
+    if way.weight_prefetch:
+        on[names["weight_prefetch"]] = {"enabled": True}
+    if way.fused_collectives:
+        on[names["fused_collectives"]] = True
+    return [("--additional-config", json.dumps(on))] if on else []
+
+
 def _graphs(plan: Plan) -> list[Flag]:
     """Decode graphs of the sizes that the plan meets, or none in eager mode."""
     way = plan.strategy
-    flags: list[Flag] = []
-    if way.sp:
-        flags.append(("--additional-config", json.dumps({"enable_flashcomm1": True})))
+    flags = _additional(plan)
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
     step = way.tp if way.sp else 1

@@ -163,6 +163,16 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
             "- vLLM puts the stages of one data-parallel group side by side; the plan priced all "
             "groups of one stage side by side. Traffic between nodes may differ."
         )
+    if way.weight_prefetch:
+        lines.append(
+            "- Weight prefetch is on with the plugin's default ratios; its gain was priced from an "
+            "assumed rate: compare bench.sh with it off."
+        )
+    if way.fused_collectives:
+        lines.append(
+            "- Fused matmul and all_reduce is on (enable_matmul_allreduce, gone after this "
+            "release); priced as a gain of prefill alone, though decode steps run it too."
+        )
     if way.weight_dtype == "w4a16":
         lines.append("- The engine's W4A16 covers experts; attention stays in 16 bit.")
     return lines

@@ -1,14 +1,16 @@
 """The calls that are timed: tensors on the device and the operator that an engine would run.
 
-Inputs are random, never zeros (zeros draw less power and run faster). What a model reads once a
-step is rotated: weights of `matmul` and `moe` and the cache of `attention_decode` lie as often in
-memory as it takes to exceed three last-level caches, so that each call finds its own cold.
+Inputs are random, never zeros (zeros draw less power and run faster). What a model touches once a
+step is rotated: weights of `matmul` and `moe` and the cache of `attention_decode` and `kv_append`
+lie as often in memory as it takes to exceed three last-level caches, so that each call finds its
+own cold.
 Activations stay the same from call to call, as they are warm from the kernel before.
 
     backend      operator                      where
     linear       torch.nn.functional.linear    everywhere
     int_mm       torch._int_mm                 cuda, cpu; 17 rows or more on cuda
-    sdpa         scaled_dot_product_attention  everywhere; sdpa_flash: the flash kernel of cuda
+    sdpa         scaled_dot_product_attention  everywhere; on cuda the kernel is named:
+                 sdpa_cudnn (what PyTorch picks on Hopper), sdpa_flash (its FlashAttention-2)
     grouped_mm   torch grouped_mm              cuda, where PyTorch has it
     expert_loop  one linear an active expert   elsewhere
     torch        a sequence of torch calls     everywhere
@@ -27,7 +29,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from shardplan.search.profiling.backend import Target
-from shardplan.search.profiling.points import Point
+from shardplan.search.profiling.points import CACHE_POSITIONS, Point
 from shardplan.search.profiling.timing import Call
 
 __all__ = ["build_calls", "rotations"]
@@ -37,6 +39,7 @@ _MOST_ROTATIONS = 256
 _MEMORY_SHARE = 0.5
 _EPSILON = 1e-5
 _INT8_LOW, _INT8_HIGH = -127, 128
+_SDPA_KERNELS = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION"}
 
 
 def rotations(target: Target, point: Point) -> int:
@@ -108,15 +111,15 @@ def _sdpa(target: Target, point: Point, *, causal: bool) -> Callable[..., Any]:
         views = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return attend(*views, is_causal=causal, enable_gqa=grouped)
 
-    if point.backend != "sdpa_flash":
+    if point.backend not in _SDPA_KERNELS:
         return run
-    kernel = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    kernel = getattr(torch.nn.attention.SDPBackend, _SDPA_KERNELS[point.backend])
 
-    def run_flash(q: Any, k: Any, v: Any) -> Any:
+    def run_named(q: Any, k: Any, v: Any) -> Any:
         with torch.nn.attention.sdpa_kernel(kernel):
             return run(q, k, v)
 
-    return run_flash
+    return run_named
 
 
 def _attention(target: Target, point: Point) -> list[Call]:
@@ -237,7 +240,8 @@ def _add_rmsnorm(target: Target, point: Point) -> list[Call]:
 
 
 def _rope(target: Target, point: Point) -> list[Call]:
-    cat = target.torch.cat
+    cat, norm = target.torch.cat, target.torch.nn.functional.rms_norm
+    size, weight = (point.head_dim,), _random(target, point, point.head_dim)
     q = _random(target, point, point.tokens, point.heads, point.head_dim)
     k = _random(target, point, point.tokens, point.kv_heads, point.head_dim)
     cos = _random(target, point, point.tokens, 1, point.head_dim)
@@ -250,7 +254,21 @@ def _rope(target: Target, point: Point) -> list[Call]:
     def run(q: Any, k: Any, cos: Any, sin: Any) -> Any:
         return turn(q, cos, sin), turn(k, cos, sin)
 
+    def run_normed(q: Any, k: Any, cos: Any, sin: Any, weight: Any) -> Any:
+        return run(norm(q, size, weight, _EPSILON), norm(k, size, weight, _EPSILON), cos, sin)
+
+    if point.op == "qk_norm_rope":
+        return _pointwise(target, point, run_normed, q, k, cos, sin, weight)
     return _pointwise(target, point, run, q, k, cos, sin)
+
+
+def _kv_append(target: Target, point: Point) -> list[Call]:
+    new = _random(target, point, point.batch, point.tokens, point.kv_heads, point.head_dim)
+    positions = max(point.tokens, CACHE_POSITIONS)
+    shape = (point.batch, point.kv_heads, positions, point.head_dim)
+    pool = _random(target, point, rotations(target, point), *shape)
+    places = (cache[:, :, positions - point.tokens :] for cache in pool)
+    return [functools.partial(place.copy_, new.transpose(1, 2)) for place in places]
 
 
 def _swiglu(target: Target, point: Point) -> list[Call]:
@@ -260,6 +278,45 @@ def _swiglu(target: Target, point: Point) -> list[Call]:
 
         return [functools.partial(torch_npu.npu_swiglu, x)]
     return _pointwise(target, point, _swiglu_rows(target), x)
+
+
+def _order(target: Target, chosen: Any, experts: int) -> tuple[Any, Any]:
+    """Positions of the routed rows by expert, and where each expert's rows end."""
+    torch = target.torch
+    flat = chosen.flatten()
+    counts = torch.zeros(experts, dtype=torch.int32, device=target.place)
+    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+    return flat.argsort(), counts.cumsum(0, dtype=torch.int32)
+
+
+def _topk_router(target: Target, point: Point) -> list[Call]:
+    x = _random(target, point, point.tokens, point.experts)
+
+    def run() -> Any:
+        scores, chosen = x.softmax(-1).topk(point.topk, dim=-1)
+        return scores / scores.sum(-1, keepdim=True), _order(target, chosen, point.experts)
+
+    return [run]
+
+
+def _dispatch(target: Target, point: Point) -> list[Call]:
+    x = _random(target, point, point.tokens, point.hidden)
+    order = target.torch.randperm(point.tokens * point.topk, device=target.place)
+    return [lambda: x[order // point.topk]]
+
+
+def _combine(target: Target, point: Point) -> list[Call]:
+    rows = point.tokens * point.topk
+    done = _random(target, point, rows, point.hidden)
+    scores = _random(target, point, point.tokens, point.topk)
+    order = target.torch.randperm(rows, device=target.place)
+
+    def run() -> Any:
+        back = target.torch.empty_like(done)
+        back[order] = done
+        return (back.view(point.tokens, point.topk, -1) * scores[..., None]).sum(1)
+
+    return [run]
 
 
 def _copy(target: Target, point: Point) -> list[Call]:
@@ -274,6 +331,11 @@ _BUILDERS: Mapping[str, Callable[[Target, Point], list[Call]]] = {
     "moe": _moe,
     "add_rmsnorm": _add_rmsnorm,
     "rope": _rope,
+    "qk_norm_rope": _rope,
+    "kv_append": _kv_append,
     "swiglu": _swiglu,
+    "topk_router": _topk_router,
+    "dispatch": _dispatch,
+    "combine": _combine,
     "copy": _copy,
 }

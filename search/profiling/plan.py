@@ -19,6 +19,10 @@ _MEMORY_SHARE = 0.5
 _INT_MM_ROWS = 17
 """torch._int_mm of cuda refuses fewer rows."""
 _GROUPED_CAPABILITY = (9, 0)
+_CUDNN_CAPABILITIES = ((9, 0), (10, 0))
+_CUDNN_VERSION = 91500
+"""From here on PyTorch prefers cuDNN's attention on Hopper and Blackwell (seen with 9.19: both
+take the same time)."""
 
 
 def chosen_ops(given: str | None, world: int) -> tuple[str, ...]:
@@ -53,6 +57,17 @@ def _grouped(target: Target) -> bool:
     return bool(has and target.runtime.get_device_capability() >= _GROUPED_CAPABILITY)
 
 
+def _attention_backend(target: Target, point: Point) -> str:
+    """The kernel that the grid names, or that PyTorch picks here."""
+    if target.kind != "cuda":
+        return "sdpa"
+    if point.backend:
+        return point.backend
+    hopper = target.runtime.get_device_capability() in _CUDNN_CAPABILITIES
+    version = target.torch.backends.cudnn.version() or 0
+    return "sdpa_cudnn" if hopper and version >= _CUDNN_VERSION else "sdpa_flash"
+
+
 def _backend(target: Target, point: Point) -> str | None:
     """What runs the point here; None where nothing does."""
     npu, cuda = target.kind == "npu", target.kind == "cuda"
@@ -65,7 +80,7 @@ def _backend(target: Target, point: Point) -> str | None:
     if point.dtype == "int8":
         return None
     if point.op.startswith("attention"):
-        return "sdpa_flash" if cuda else "sdpa"
+        return _attention_backend(target, point)
     if point.op == "moe":
         if npu:
             return "torch_npu"
@@ -77,7 +92,7 @@ def _backend(target: Target, point: Point) -> str | None:
     if point.backend != "fused":
         raise UnknownNameError("backend of a grid", point.backend, ("torch", "fused"))
     if npu:
-        return None if point.op == "rope" else "torch_npu"
+        return None if point.op in ("rope", "qk_norm_rope") else "torch_npu"
     return "inductor"
 
 

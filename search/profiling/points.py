@@ -21,7 +21,14 @@ Column names are those of phase op of `shardplan estimate`, so that a CSV can be
     moe                gate and up, SwiGLU, down; each token in `topk` distinct experts, uniformly
     add_rmsnorm        residual sum and RMSNorm of x[tokens, hidden]
     rope               rotation of q[tokens, heads, head_dim] and k[tokens, kv_heads, head_dim]
+    qk_norm_rope       the same after an RMSNorm of each head of q and k
+    kv_append          keys [batch, tokens, kv_heads, head_dim] of `tokens` new positions into a
+                       cache [batch, kv_heads, positions, head_dim]; the values are a second call
     swiglu             silu(x[:, :ffn]) * x[:, ffn:] of x[tokens, 2 ffn]
+    topk_router        softmax, top-k, weights to a sum of 1, order of the rows by expert, of
+                       x[tokens, experts]
+    dispatch           the rows of x[tokens, hidden] in that order, `topk` a token
+    combine            those rows back in the order of the tokens, and their weighted sum
     copy               `message_bytes` read and as many written, device memory to device memory
     collectives        `message_bytes` of the full tensor, as `kernels.collectives` counts it
 """
@@ -39,6 +46,7 @@ from typing import Any
 from shardplan.models.errors import InputError, UnknownNameError
 
 __all__ = [
+    "CACHE_POSITIONS",
     "COLLECTIVES",
     "GRIDS",
     "OPERATORS",
@@ -59,10 +67,17 @@ _SIZES_OF: Mapping[str, tuple[str, ...]] = {
     "moe": ("tokens", "hidden", "ffn", "experts", "topk"),
     "add_rmsnorm": ("tokens", "hidden"),
     "rope": ("tokens", "heads", "kv_heads", "head_dim"),
+    "qk_norm_rope": ("tokens", "heads", "kv_heads", "head_dim"),
+    "kv_append": ("batch", "tokens", "kv_heads", "head_dim"),
     "swiglu": ("tokens", "ffn"),
+    "topk_router": ("tokens", "experts", "topk"),
+    "dispatch": ("tokens", "hidden", "topk"),
+    "combine": ("tokens", "hidden", "topk"),
     "copy": ("message_bytes",),
     **dict.fromkeys(COLLECTIVES, ("message_bytes",)),
 }
+CACHE_POSITIONS = 1024
+"""Positions that a cache has at least where keys are written into it."""
 OPERATORS = tuple(name for name in _SIZES_OF if name not in COLLECTIVES)
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "int8": 1}
 _OTHER_KEYS = {"dtype", "backend", "shapes", "shape", "limit_flop", "limit_bytes"}
@@ -91,8 +106,8 @@ class Point:
     mode: str = ""
     """graph (captured once and replayed) or eager (launched by the host)."""
     backend: str = ""
-    """What runs it: linear, int_mm, sdpa, sdpa_flash, grouped_mm, expert_loop, torch, inductor,
-    nccl, hccl, gloo."""
+    """What runs it: linear, int_mm, sdpa, sdpa_cudnn, sdpa_flash, grouped_mm, expert_loop, torch,
+    inductor, nccl, hccl, gloo."""
 
     def flop(self) -> float:
         """Multiplications and additions of the matrix products; 0 where there are none."""
@@ -114,6 +129,9 @@ class Point:
             return 3.0 * self.experts * self.hidden * self.ffn * size
         if self.op == "attention_decode":
             return 2.0 * self.batch * self.tokens * self.kv_heads * self.head_dim * size
+        if self.op == "kv_append":
+            positions = max(self.tokens, CACHE_POSITIONS)
+            return float(self.batch * positions * self.kv_heads * self.head_dim * size)
         return 0.0
 
     def tensor_bytes(self) -> float:
@@ -124,6 +142,8 @@ class Point:
         rows = max(self.batch, 1) * self.tokens * max(self.topk, 1)
         if self.op == "attention_decode":
             rows = self.batch
+        if self.op == "topk_router":
+            return float(2 * self.tokens * self.experts * size + 16 * rows)
         per_row = 2 * heads * self.head_dim + 4 * self.hidden + 4 * self.ffn
         return self.stored_bytes() + wide + rows * per_row * size
 

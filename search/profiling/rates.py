@@ -17,10 +17,19 @@ from shardplan.search.profiling.points import COLLECTIVES, Point
 from shardplan.search.profiling.table import Row
 from shardplan.search.profiling.timing import Timing
 
-__all__ = ["Ceiling", "Peak", "ceiling_of", "cold_bytes", "impossible", "peaks"]
+__all__ = [
+    "Ceiling",
+    "Peak",
+    "ceiling_of",
+    "cold_bytes",
+    "heats",
+    "impossible",
+    "peaks",
+]
 
 _MARGIN = 1.12
 _HOT_CACHES = 4.0
+_HOT_FLOP_PER_BYTE = 100.0
 
 
 class Ceiling(NamedTuple):
@@ -67,10 +76,15 @@ def cold_bytes(point: Point, cache_bytes: float, copies: int = 1) -> float:
     if point.op == "copy":
         big = point.message_bytes > _HOT_CACHES * cache_bytes
         return 2.0 * point.message_bytes if big else 0.0
-    if point.op == "moe":
+    if point.op in ("moe", "kv_append"):
         return 0.0
     stored = point.stored_bytes()
     return stored if stored * copies > (_HOT_CACHES - 1.0) * cache_bytes else 0.0
+
+
+def heats(point: Point) -> bool:
+    """Whether arithmetic binds, so that the device may come to its power limit."""
+    return point.flop() > _HOT_FLOP_PER_BYTE * point.tensor_bytes()
 
 
 def impossible(point: Point, timing: Timing, ceiling: Ceiling, cold: float) -> str:

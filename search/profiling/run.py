@@ -16,11 +16,16 @@ from shardplan.search.profiling.collectives import World, join, local_rank, worl
 from shardplan.search.profiling.operators import build_calls, rotations
 from shardplan.search.profiling.plan import chosen_ops, collective_points, operator_points
 from shardplan.search.profiling.points import Point, load_grid
-from shardplan.search.profiling.rates import ceiling_of, cold_bytes, impossible
+from shardplan.search.profiling.rates import (
+    ceiling_of,
+    cold_bytes,
+    heats,
+    impossible,
+)
 from shardplan.search.profiling.table import Row, Table
 from shardplan.search.profiling.timing import Timing, measure
 
-__all__ = ["Report", "Show", "profile", "profile_operators"]
+__all__ = ["Report", "Show", "left_to_do", "profile", "profile_operators"]
 
 Show = Callable[[int, int], None]
 """Draws progress: (points done, points in all)."""
@@ -70,22 +75,24 @@ class Report:
         self.measured += 1
 
 
-def _left(points: Iterable[Point], rows: Iterable[Row]) -> list[Point]:
+def left_to_do(points: Iterable[Point], rows: Iterable[Row]) -> list[Point]:
+    """Points that are missing, those that heat the device after all others."""
     done = {row.point for row in rows}
-    return [point for point in dict.fromkeys(points) if point not in done]
+    return sorted((point for point in dict.fromkeys(points) if point not in done), key=heats)
 
 
 def profile_operators(target: Target, points: Sequence[Point], out: Path, show: Show) -> Report:
     """Measure the operators of `points` that `out` does not hold."""
     report = Report(target=target)
     with Table(out, target.name) as table:
-        left = _left(points, table.rows)
+        left = left_to_do(points, table.rows)
         report.kept = len(dict.fromkeys(points)) - len(left)
         with target.torch.inference_mode():
             for done, point in enumerate(left):
                 show(done, len(left))
                 try:
-                    timing = measure(target, build_calls(target, point), point.mode)
+                    calls = build_calls(target, point)
+                    timing = measure(target, calls, point.mode, hot=heats(point))
                 except (RuntimeError, ImportError) as error:
                     report.fail(point, error)
                     continue
@@ -113,7 +120,7 @@ def _opened(world: World, out: Path) -> Table | None:
 def _profile_collectives(world: World, points: Sequence[Point], out: Path, show: Show) -> Report:
     report = Report(target=world.target, leader=world.rank == 0)
     table = _opened(world, out)
-    left = world.share(_left(points, table.rows) if table else None)
+    left = world.share(left_to_do(points, table.rows) if table else None)
     report.kept = len(points) - len(left)
     for done, point in enumerate(left):
         if table:

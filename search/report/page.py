@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
 from shardplan.search.report.breakdown import breakdown_section
+from shardplan.search.report.how_sure import confidence_section
 from shardplan.search.report.markup import Html, raw, table, tag
 from shardplan.search.report.memory import memory_section
 from shardplan.search.report.tradeoffs import (
     alternatives_section,
     quantization_section,
+    switches_section,
     tradeoff_section,
 )
 from shardplan.search.report.words import (
@@ -57,9 +59,11 @@ def page(plan: Plan, trials: DataFrame) -> str:
         _certificate_section(plan),
         memory_section(plan),
         breakdown_section(plan),
+        confidence_section(plan),
         tradeoff_section(plan, trials),
         alternatives_section(plan),
         quantization_section(plan),
+        switches_section(plan),
         _proof_section(plan),
         _notes_section(plan),
         _making_section(plan),

@@ -18,7 +18,12 @@ from shardplan.search.report.words import gib, limit_time, number, signed_percen
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["alternatives_section", "quantization_section", "tradeoff_section"]
+__all__ = [
+    "alternatives_section",
+    "quantization_section",
+    "switches_section",
+    "tradeoff_section",
+]
 
 MAX_POINTS = 2_000
 MAX_FRONT = 400
@@ -183,6 +188,34 @@ def alternatives_section(plan: Plan) -> Html:
     if left_out:
         parts.append(tag("p", f"{left_out:,} more are in plan.json.", class_="soft"))
     return tag("section", *parts)
+
+
+def switches_section(plan: Plan) -> Html:
+    """What the engine's switches would buy; never applied unasked."""
+    if not plan.switches:
+        return Html("")
+    rows = []
+    for item in plan.switches:
+        gain = "" if item.gain is None else signed_percent(item.gain - 1)
+        name = "not possible" if item.strategy is None else strategy_name(item.strategy)
+        on = ["on" if value else "off" for value in (item.weight_prefetch, item.fused_collectives)]
+        rows.append([*on, name, gain])
+    return tag(
+        "section",
+        tag("h2", "What the engine's switches would buy"),
+        tag(
+            "p",
+            "Weight prefetch brings weights into L2 behind other kernels; fused collectives run a"
+            " product and its all_reduce as one kernel in prefill. Both rest on assumptions more"
+            " than on measurements.",
+        ),
+        table(
+            "Best strategy with switches on",
+            ("Weight prefetch", "Fused collectives", "Strategy", "Objective"),
+            rows,
+            words=3,
+        ),
+    )
 
 
 def quantization_section(plan: Plan) -> Html:

@@ -47,18 +47,15 @@ class Measured(NamedTuple):
     tpot_s: float
 
 
-class _Stages(NamedTuple):
-    stages: tuple[int, ...]
-
-
 class LinearModel:
     """Stands for a StepModel of one stage whose step takes BASE_S + TOKEN_S * tokens."""
 
     groups = 1
+    locked = 1
+    stages = 1
 
     def __init__(self, engine: str) -> None:
         self.engine = load_engine(engine)
-        self.graphs = {"decode": _Stages((0,))}
 
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """All of the time is the token rows'."""

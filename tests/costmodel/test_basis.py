@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.costmodel.priced import CASES, PHASES, Priced, load, price
 
-from shardplan.costmodel.basis import basis_of
+from shardplan.costmodel.basis import basis_in, row_section
 from shardplan.costmodel.calibration import load_calibration
 from shardplan.costmodel.kernels.pointwise import pointwise_kinds
 from shardplan.costmodel.optable import Row, pointwise_bytes, pointwise_kernel
@@ -20,7 +20,7 @@ CLUSTERS = ("atlas-800i-a3", "hgx-h200", "hgx-h100")
 
 def section_of(row: Row, phase: Phase) -> str:
     """The section that the step model prices a row with, at 16 bits."""
-    if row.kind not in FORMULAS:
+    if row.kind not in FORMULAS or row.kind.endswith("rmsnorm"):
         return f"pointwise.{pointwise_kernel(row)}"
     family = {
         "matmul": "matmul.bf16",
@@ -40,7 +40,7 @@ def check(case: Priced) -> None:
             if row.is_collective:
                 continue
             section = calibration.section(section_of(row, phase))
-            assert basis_of(calibration, row.kind, "bf16", phase) == section.kind
+            assert row_section(calibration, row, "bf16", phase) == section
             if row.kind not in FORMULAS:
                 assert pointwise_kernel(row) in pointwise_kinds(case.model.machine)
                 assert pointwise_bytes(row) >= 2
@@ -69,20 +69,35 @@ def test_a_collective_rests_on_the_weakest_tier_that_it_crosses(name: str, clust
         own = [f"collectives.{tier}.graph.{row.kind}" for tier in tiers]
         shared = [f"collectives.{tier}.graph.any" for tier in tiers]
         kinds = [sections[a if a in sections else b].kind for a, b in zip(own, shared, strict=True)]
-        found = basis_of(
-            case.model.machine.calibration, row.kind, "bf16", "decode", topologies=tiers
-        )
+        found = row_section(case.model.machine.calibration, row, "bf16", "decode")
         order = ("measured", "fitted", "derived", "assumed")
-        assert found == max(kinds, key=order.index)
+        assert found.kind == max(kinds, key=order.index)
 
 
 def test_kernels_that_stand_for_another_lend_it_their_basis() -> None:
     """A routed copy is priced as a slice, a weighted sum of experts as an add."""
     for kind, kernel in (("dispatch", "slice"), ("combine", "add"), ("scale", "mul")):
-        own = NPU.sections[f"pointwise.{kernel}"].kind
-        assert basis_of(NPU, kind, "bf16", "decode") == own
+        row = Row(kind=kind, group="token")
+        assert row_section(NPU, row, "bf16", "decode") == NPU.sections[f"pointwise.{kernel}"]
 
 
 def test_a_quantized_product_rests_on_its_own_fit() -> None:
+    """Linear weights take the strategy's dtype, a router's stay 16-bit."""
+    linear = Row(kind="matmul", group="token", weight_class="linear")
     for dtype in ("bf16", "w8a16", "w8a8", "w4a16"):
-        assert basis_of(NPU, "matmul", dtype, "decode") == NPU.sections[f"matmul.{dtype}"].kind
+        assert row_section(NPU, linear, dtype, "decode") == NPU.sections[f"matmul.{dtype}"]
+        router = Row(kind="matmul", group="token", weight_class="small")
+        assert row_section(NPU, router, dtype, "decode") == NPU.sections["matmul.bf16"]
+
+
+def test_the_naive_kernel_rests_on_its_own_section() -> None:
+    row = Row(kind="attention", group="attention")
+    assert row_section(NPU, row, "bf16", "decode", "naive") == NPU.sections["attention.naive"]
+
+
+def test_a_kind_rests_on_its_weakest_row() -> None:
+    """With int8 weights, products are fitted; where one type is assumed, so is the kind."""
+    model = load("dense tp8", "atlas-800t-a2").model
+    sections = model.machine.calibration.sections
+    for dtype in ("w8a8", "w4a16"):
+        assert basis_in(model, "matmul", dtype, "decode") == sections[f"matmul.{dtype}"].kind

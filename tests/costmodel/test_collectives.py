@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,8 +12,15 @@ from hypothesis import strategies as st
 from shardplan.costmodel.calibration import Calibration, Section, load_calibration
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.errors import CalibrationError
+from shardplan.costmodel.fitting.collective_tables import ServiceRow
+from shardplan.costmodel.fitting.collectives import in_service
 from shardplan.costmodel.hardware import Tier, Topology
-from shardplan.costmodel.kernels.collectives import CollectiveKind, collective, group_size
+from shardplan.costmodel.kernels.collectives import (
+    CollectiveKind,
+    Launch,
+    collective,
+    group_size,
+)
 from shardplan.costmodel.placement import TierSpan, group_tiers
 from shardplan.models.errors import InputError
 
@@ -132,6 +141,114 @@ def test_all_to_all_over_two_tiers_sends_a_rank_s_share_only() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "seconds"),
+    [
+        ("all_gather", 0.75 * 1e9 / 100e9),
+        ("reduce_scatter", 0.75 * 1e9 / 100e9),
+        ("all_reduce", 2 * 0.5 * 1e9 / 100e9 + 2 * 0.75 * 0.5e9 / 100e9),
+    ],
+)
+def test_a_die_pair_s_link_carries_its_share_beside_the_switch(
+    kind: CollectiveKind, seconds: float
+) -> None:
+    """8 dies in 4 packages: the pair's 1/8 takes less than the 3/4 that cross the switch."""
+    assert _seconds(kind, _span("pair", 2), _span("switch", 4)) == pytest.approx(seconds)
+
+
+def test_a_slow_pair_binds_where_its_share_takes_longer() -> None:
+    slow = replace(_span("pair", 2).tier, bytes_per_s=1e9)
+    pair = TierSpan(tier=slow, members=2)
+    assert _seconds("all_gather", pair, _span("switch", 4)) == pytest.approx(0.5 * 0.25e9 / 1e9)
+
+
+def _served(ranks: int, message: float, **changes: float) -> float:
+    ideal = _ideal(**changes)
+    spans = (_span("switch", ranks),)
+    return float(
+        collective("all_gather", spans, message, ideal, launch="host", in_service=True).total_s
+    )
+
+
+def test_service_adds_a_constant_by_dies_and_a_share_to_large_messages() -> None:
+    """10 us on 16 ranks, a fourth of that on 8; 5 % beyond the size that leaves AIV."""
+    known = {
+        "service_s": 1e-5,
+        "service_ranks": 16.0,
+        "service_power": 2.0,
+        "service_share": 0.05,
+        "protocol_bytes": 1e6,
+    }
+    small = 1e6
+    for ranks, more in ((16, 1e-5), (8, 2.5e-6), (32, 1e-5)):
+        alone = (ranks - 1) / ranks * small / 100e9
+        assert _served(ranks, small, **known) == pytest.approx(alone + more)
+    alone = 15 / 16 * 1e9 / 100e9
+    assert _served(16, 1e9, **known) == pytest.approx(1.05 * alone)
+
+
+def test_a_launch_is_not_in_the_price_in_service() -> None:
+    spans = group_tiers(load_cluster("atlas-800i-a3"), group=16, stride=1)
+    calibration = load_calibration("a3-die")
+    graph, host = (
+        float(
+            collective(
+                "all_gather", spans, 1e5, calibration, launch=launch, in_service=True
+            ).total_s
+        )
+        for launch in ("graph", "host")
+    )
+    assert graph == host
+    alone = collective("all_gather", spans, 1e5, calibration, launch="host")
+    assert float(alone.total_s) >= 43e-6 > graph
+
+
+@pytest.mark.parametrize(
+    ("kind", "dies", "shard_bytes", "bench_s", "service_s"),
+    [
+        ("all_gather", 16, 40.0 * 2**20, 3080.2e-6, 3141.1e-6),
+        ("reduce_scatter", 16, 21.4 * 2**20, 2044.3e-6, 2115.1e-6),
+        ("all_gather", 16, 297.0 * 2**10, 33.0e-6, 48.2e-6),
+        ("all_gather", 8, 14.0 * 2**10, 5.6e-6, 7.0e-6),
+        ("all_reduce", 16, 10.0 * 2**10, 12.1e-6, 19.8e-6),
+    ],
+)
+def test_measured_a3_collectives_are_reproduced(
+    kind: CollectiveKind, dies: int, shard_bytes: float, bench_s: float, service_s: float
+) -> None:
+    """Alone in a benchmark and inside a serving network (AIV, HCCL 8.5)."""
+    spans = group_tiers(load_cluster("atlas-800i-a3"), group=dies, stride=1)
+    calibration = load_calibration("a3-die")
+    for inside, seconds in ((False, bench_s), (True, service_s)):
+        time = collective(
+            kind, spans, dies * shard_bytes, calibration, launch="graph", in_service=inside
+        )
+        assert time.total_s == pytest.approx(seconds, rel=0.06)
+
+
+def test_service_constants_are_the_differences_of_the_two_columns() -> None:
+    def row(kind: CollectiveKind, ranks: int, size: float, bench: float, more: float) -> ServiceRow:
+        return ServiceRow(
+            kind=kind,
+            ranks=ranks,
+            message_bytes=size,
+            bench_s=bench * 1e-6,
+            service_s=(bench + more) * 1e-6,
+        )
+
+    rows = [
+        row("all_gather", 8, 1e4, 5.0, 1.0),
+        row("all_gather", 8, 2e4, 5.5, 3.0),
+        row("all_gather", 16, 1e5, 12.0, 16.0),
+        row("all_gather", 16, 1e9, 4000.0, 100.0),
+        row("all_reduce", 16, 1e5, 12.0, 8.0),
+    ]
+    gather, reduce = in_service(rows, "all_gather"), in_service(rows, "all_reduce")
+    assert (gather["service_s"], gather["service_power"]) == pytest.approx((16e-6, 3.0))
+    assert gather["service_share"] == pytest.approx(0.025)
+    assert (reduce["service_s"], reduce["service_power"]) == pytest.approx((8e-6, 3.0))
+
+
 def test_a_small_all_reduce_reads_every_peer_once() -> None:
     ideal = _ideal(oneshot_bytes=1e5, floor_s=1e-5)
     time = collective("all_reduce", (_span("mesh", 8),), 5e4, ideal, launch="graph")
@@ -144,6 +261,33 @@ def test_large_messages_leave_the_fast_kernels() -> None:
         "all_gather", (_span("switch", 8),), np.asarray([7.9e6, 8e6]), ideal, launch="graph"
     ).total_s
     assert above - below == pytest.approx(5e-5, rel=0.02)
+
+
+def test_leaving_the_fast_kernels_costs_more_on_more_ranks() -> None:
+    ideal = _ideal(protocol_bytes=1e6, protocol_s=1e-5, protocol_sync_s=2e-5)
+    for ranks, more in ((2, 3e-5), (8, 7e-5)):
+        sizes = ranks * np.asarray([0.999e6, 1e6])
+        below, above = collective(
+            "all_gather", (_span("switch", ranks),), sizes, ideal, launch="graph"
+        ).total_s
+        assert above - below == pytest.approx(more, rel=0.02)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter"])
+def test_a_910b_graph_saves_the_launch_of_small_messages_alone(
+    kind: CollectiveKind, ranks: int
+) -> None:
+    """What hccl_test pays at every size is the device's own; only its floor is the launch."""
+    spans = group_tiers(load_cluster("atlas-800t-a2"), group=ranks, stride=1)
+    calibration = load_calibration("910b2")
+    sizes = np.asarray([16e3, 256e6])
+    graph, host = (
+        collective(kind, spans, sizes, calibration, launch=launch).total_s
+        for launch in ("graph", "host")
+    )
+    assert graph[0] < 0.5 * host[0]
+    assert graph[1] == pytest.approx(host[1], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -210,13 +354,15 @@ def test_more_bytes_are_never_faster_and_the_parts_sum(
     cluster = load_cluster(name, nodes=nodes)
     spans = group_tiers(cluster, group=min(group, cluster.ranks), stride=1)
     calibration = load_calibration(cluster.device.calibration)
-    for launch in ("graph", "host"):
+    settings: tuple[tuple[Launch, bool], ...] = (("graph", False), ("host", False), ("host", True))
+    for launch, inside in settings:
         time = collective(
             kind,
             spans,
             np.asarray([small, small + more]),
             calibration,
             launch=launch,
+            in_service=inside,
         )
         assert np.isfinite(time.total_s).all()
         assert time.total_s[0] <= time.total_s[1] * (1 + 1e-12)
@@ -228,7 +374,7 @@ def test_more_bytes_are_never_faster_and_the_parts_sum(
 def test_a_scalar_equals_its_array_element_and_shapes_are_kept() -> None:
     spans = group_tiers(load_cluster("atlas-800i-a3"), group=16, stride=1)
     assert group_size(spans) == 16
-    calibration = load_calibration("910b2")
+    calibration = load_calibration("a3-die")
     sizes = np.asarray([[1e3, 1e5, 1e7], [1e8, 1e9, 2e9]])
     many = collective("all_gather", spans, sizes, calibration, launch="graph")
     one = collective("all_gather", spans, 1e7, calibration, launch="graph")

@@ -312,6 +312,17 @@ def test_a_profile_is_a_device_and_a_cluster(tmp_path: Path) -> None:
     assert "corrections" not in device_summary("910b2")
 
 
+def test_a_correction_of_one_engines_kernels_leaves_anothers_alone(tmp_path: Path) -> None:
+    """torch-graph has matmul kernels of its own on the H200; those of MLA are shared."""
+    edits = {'base = "910b2"': 'base = "h200"\nengine_profile = "torch-graph"'}
+    both = [change(factor=2.0), change(name="mla.decode", factor=2.0)]
+    device = load_device(write(tmp_path / "p.toml", both, **edits))
+    own, other = (Machine.of(device, engine).calibration for engine in ("torch-graph", "trtllm"))
+    assert own.correction("matmul.bf16") == both[0]
+    assert other.correction("matmul.bf16") is None
+    assert own.correction("mla.decode") == other.correction("mla.decode") == both[1]
+
+
 def test_a_cluster_file_may_name_a_profile_beside_it(tmp_path: Path) -> None:
     """As it names any device file."""
     write(tmp_path / "p.toml", [change(factor=1.25)])

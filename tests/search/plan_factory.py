@@ -340,4 +340,5 @@ def make_trials(rows: int = 200, seed: int = 0) -> pd.DataFrame:
     frame = space.iloc[np.sort(places)].reset_index(drop=True)
     frame["rank"] = np.where(frame["feasible"], np.arange(1, rows + 1), 0)
     frame["engine"] = "exact"
+    frame["weight_prefetch"] = frame["fused_collectives"] = False
     return frame.loc[:, list(TRIAL_COLUMNS)]

@@ -138,3 +138,16 @@ def test_the_lever_is_the_largest() -> None:
     assert "4-bit weights" in quantized.largest_lever
     no_narrower = search("mixtral-8x7b", "atlas-800-9000", concurrency=1, weight_dtype="w8a8").plan
     assert "weights" not in no_narrower.largest_lever
+
+
+def test_the_plan_says_how_sure_it_is(plan: Plan) -> None:
+    """Shares of one whole, bands around the performance, a weakest part and what to run."""
+    sure = plan.confidence
+    assert sure is not None
+    assert sum(sure.basis.model_dump().values()) == pytest.approx(1.0)
+    rate, tpot_s = plan.performance.output_tokens_per_s, plan.performance.tpot_s
+    assert sure.output_tokens_per_s_low < rate < sure.output_tokens_per_s_high
+    assert sure.tpot_low_s < tpot_s < sure.tpot_high_s
+    assert rate / sure.output_tokens_per_s_low == pytest.approx(sure.tpot_high_s / tpot_s)
+    assert sure.weakest.kind in ("derived", "assumed")
+    assert "shardplan" in sure.weakest.advice

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +14,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shardplan.costmodel.bulk import Fleet
 from shardplan.costmodel.catalog import load_cluster, load_device
+from shardplan.costmodel.errors import CalibrationError
 from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.kernels.collectives import collective
 from shardplan.costmodel.kernels.matmul import matmul
 from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.step import StepModel
 from shardplan.models.catalog import load_model
 from shardplan.models.counts import kv_bytes_per_token, parameter_count
 from shardplan.models.errors import InputError, LayoutError, UnknownNameError
-from shardplan.search.estimate import OUTPUT_COLUMNS, estimate_one, price_points
+from shardplan.search import estimate_fleets
+from shardplan.search.estimate import (
+    OUTPUT_COLUMNS,
+    estimate_one,
+    price_columns,
+    price_points,
+)
+from shardplan.search.estimate_csv import priced_csv, read_points_csv
 from shardplan.search.estimate_detail import explain_one
+from shardplan.search.estimate_layout import LayoutMaker
+from shardplan.search.estimate_steps import price_steps
 
 BASE: dict[str, Any] = {
     "model": "llama-3.1-8b",
@@ -290,3 +305,92 @@ def test_more_work_takes_longer_and_never_less_memory(
         assert twice["step_s"] >= once["step_s"] * 0.99
         assert twice["memory_bytes"] >= once["memory_bytes"]
     assert np.isfinite(once["step_s"])
+
+
+def test_every_price_says_how_sure_it_is() -> None:
+    """Shares of one whole and a band around the step, in every phase."""
+    op = {"op": "matmul", "device": "910b2", "m": 64, "n": 4096, "k": 4096}
+    for point in (BASE, {**BASE, "phase": "prefill"}, SERVE, op):
+        found = estimate_one(**point)
+        assert found["step_low_s"] < found["step_s"] < found["step_high_s"]
+        kinds = ("measured", "fitted", "derived", "assumed")
+        assert sum(found[f"basis_{kind}"] for kind in kinds) == pytest.approx(1.0)
+        assert ("output_tokens_per_s_low" in found) == (point is SERVE)
+        told = explain_one(point)["confidence"]
+        assert found["step_s"] * told["high_factor"] == pytest.approx(found["step_high_s"])
+        assert told["weakest"]["advice"]
+
+
+def test_a_rate_that_is_offered_is_also_the_most_that_is_served() -> None:
+    """With slots to spare the band ends at the offered rate; without, it is that of the steps."""
+    capacity = estimate_one(**SERVE)["requests_per_s"]
+    calm = estimate_one(**SERVE, request_rate=capacity / 10)
+    assert calm["output_tokens_per_s_low"] == calm["output_tokens_per_s"]
+    assert calm["output_tokens_per_s_high"] == calm["output_tokens_per_s"]
+    busy = estimate_one(**SERVE, request_rate=capacity * 0.9)
+    assert busy["output_tokens_per_s_low"] < busy["output_tokens_per_s"]
+    full = estimate_one(**SERVE)
+    assert full["output_tokens_per_s_high"] / full["output_tokens_per_s"] == pytest.approx(
+        full["step_high_s"] / full["step_s"]
+    )
+
+
+def test_op_tables_move_between_clusters_as_they_are_made_anew() -> None:
+    """Layouts share what does not depend on the cluster; collectives get its tiers."""
+    maker = LayoutMaker()
+    columns: dict[str, Any] = {
+        "nodes": None,
+        "device": None,
+        "engine_profile": "vllm-ascend",
+        "cp": 1,
+    }
+    for model, axes in (
+        ("llama-3.1-8b", {"tp": 4, "pp": 1, "dp": 2, "ep": 1}),
+        ("llama-3.1-8b", {"tp": 4, "pp": 2, "dp": 1, "ep": 1}),
+        ("qwen3-30b-a3b", {"tp": 2, "pp": 2, "dp": 4, "ep": 8}),
+    ):
+        for cluster in ("atlas-800t-a2", "atlas-800i-a3", "atlas-800i-a2"):
+            for layout in maker.make(model=model, cluster=cluster, **axes, **columns):
+                anew = StepModel.of(layout.model.graphs, layout.cluster, layout.engine)
+                assert layout.model.rows == anew.rows
+
+
+def test_what_cannot_be_priced_refuses_its_own_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one machine are priced in one go; an error is brought home to its setting."""
+
+    def refusing(fleet: Fleet, *rest: Any, **given_: Any) -> Any:
+        tps = {fleet.models[place].graphs["decode"].parallel.tp for place in fleet.which}
+        dtypes = {fleet.choices[place].weight_dtype for place in fleet.choice}
+        if 2 in tps and "w8a8" in dtypes:
+            raise CalibrationError("a calibration has no section for this kernel", got="here")
+        return price_steps(fleet, *rest, **given_)
+
+    points = [
+        {**BASE, "tp": tp, "weight_dtype": dtype, "batch": batch}
+        for tp in (1, 2, 4)
+        for dtype in ("bf16", "w8a8")
+        for batch in (1, 2)
+    ]
+    whole = price_points(pd.DataFrame(points))
+    monkeypatch.setattr(estimate_fleets, "price_steps", refusing)
+    priced = price_points(pd.DataFrame(points))
+    bad = [point["tp"] == 2 and point["weight_dtype"] == "w8a8" for point in points]
+    assert list(priced["status"] != "ok") == bad
+    good = ~np.asarray(bad)
+    pd.testing.assert_frame_equal(priced[good], whole[good], rtol=1e-12)
+
+
+def test_cells_that_need_quotes_come_back_from_csv_as_they_were(tmp_path: Path) -> None:
+    """Commas, quotes and line ends in a note, beside numbers and messages."""
+    note = 'a, "b"\nc'
+    names = ["note", *BASE]
+    with (tmp_path / "in.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([names, [note, *BASE.values()], ["plain", *BASE.values()]])
+    table = read_points_csv(tmp_path / "in.csv")
+    text = priced_csv(table, price_columns(table.columns, table.rows))
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["note"] for row in rows] == [note, "plain"]
+    assert list(rows[0]) == [*names, *OUTPUT_COLUMNS]
+    assert rows[0]["step_s"] == f"{estimate_one(**BASE)['step_s']:.9g}"
+    assert "engine_profile=" in rows[0]["message"]

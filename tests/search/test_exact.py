@@ -90,6 +90,20 @@ def test_a_grid_holds_the_prices_of_its_points(
             assert values[0] == pytest.approx(grid.columns[name][i, j], rel=1e-12, abs=1e-15), name
 
 
+def test_a_switch_is_searched_where_it_is_legal_and_counted_where_it_is_not() -> None:
+    """Four cards of A2: fused collectives with tp 2 or 4 and without sp, on 3 of 9 layouts."""
+    case = small_case(dense(), input_len=2000)
+    on = replace(case.choices[0], fused_collectives=True)
+    space = replace(case, choices=(case.choices[0], on)).space()
+    outcome = search_exact(case.question, space)
+    grid = len(space.batches) * len(space.chunks)
+    assert outcome.tally.pruned_by["rule fused-group"] == 3 * grid
+    assert outcome.tally.pruned_by["rule fused-sp"] == 3 * grid
+    assert outcome.tally.evaluated + sum(outcome.tally.pruned_by.values()) == space.size
+    assert {one.parallel.tp for one in outcome.kept if one.choice == on} == {2, 4}
+    assert space.dimensions()["fused_collectives"] == [False, True]
+
+
 @settings(max_examples=15)
 @given(cases(), st.sampled_from([4e6, 8e6, 12e6]))
 def test_what_memory_prunes_holds_nothing_feasible(case: Case, hbm_bytes: float) -> None:
@@ -100,7 +114,8 @@ def test_what_memory_prunes_holds_nothing_feasible(case: Case, hbm_bytes: float)
     for par in case.space().layouts[:6]:
         scorer = LayoutScorer(question, par)
         for choice in case.choices:
-            if scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
+            allowed = case.space().broken_switch(par, choice) is None
+            if allowed and scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
                 assert not scorer.score(choice, batch, chunk).feasible.any()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,12 +13,21 @@ from tests.search.oracle import dense, sparse, specs
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.optable import Overlap
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
 from shardplan.models.parallel import Parallelism, make_mesh
 from shardplan.models.spec import ModelSpec
-from shardplan.search.legality import RULES, Subject, first_broken_rule, rules
+from shardplan.search.legality import (
+    RULES,
+    SWITCH_RULES,
+    Subject,
+    first_broken_rule,
+    first_broken_switch_rule,
+    rules,
+    unsupported_switch,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +78,65 @@ def _subject(pair: Pair, par: Parallelism) -> Subject:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switched:
+    """Where a rule on a switch decides: `broken` breaks it and no rule before it."""
+
+    broken: dict[str, Any]
+    kept: dict[str, Any]
+
+
+FUSED, PREFETCH = Overlap(fused_collectives=True), Overlap(weight_prefetch=True)
+SWITCHED = {
+    "fused-device": Switched(
+        broken={"overlap": FUSED, "cluster": "atlas-800i-a3"}, kept={"overlap": FUSED}
+    ),
+    "fused-engine": Switched(
+        broken={"overlap": FUSED, "weight_dtype": "w8a8"}, kept={"overlap": FUSED}
+    ),
+    "fused-group": Switched(
+        broken={"overlap": FUSED, "parallel": Parallelism(tp=1, dp=4)},
+        kept={"overlap": FUSED, "parallel": Parallelism(tp=8)},
+    ),
+    "fused-sp": Switched(
+        broken={"overlap": FUSED, "parallel": Parallelism(tp=4, sp=True)},
+        kept={"overlap": PREFETCH, "parallel": Parallelism(tp=4, sp=True)},
+    ),
+    "prefetch-device": Switched(
+        broken={"overlap": PREFETCH, "cluster": "atlas-300i-duo"},
+        kept={"overlap": PREFETCH, "parallel": Parallelism(tp=4, sp=True)},
+    ),
+    "prefetch-engine": Switched(
+        broken={"overlap": PREFETCH, "engine": "mindie"},
+        kept={"overlap": PREFETCH, "spec": sparse(), "cluster": "atlas-800i-a3"},
+    ),
+    "prefetch-sp": Switched(
+        broken={"overlap": PREFETCH, "parallel": Parallelism(tp=4)},
+        kept={"overlap": replace(PREFETCH, fused_collectives=True)},
+    ),
+}
+
+
+def _switched(
+    overlap: Overlap,
+    cluster: str = "atlas-800t-a2",
+    engine: str = "vllm-ascend",
+    spec: ModelSpec | None = None,
+    parallel: Parallelism = Parallelism(tp=4),  # noqa: B008  # frozen
+    weight_dtype: str = "bf16",
+) -> Subject:
+    return Subject(
+        spec=spec or dense(),
+        cluster=load_cluster(cluster),
+        engine=load_engine(engine),
+        parallel=parallel,
+        overlap=overlap,
+        weight_dtype=weight_dtype,
+    )
+
+
 def test_every_rule_has_a_sentence_a_predicate_and_a_case_here() -> None:
-    assert set(rules()) == set(RULES) == set(PAIRS)
+    assert set(rules()) == {*RULES, *SWITCH_RULES} == {*PAIRS, *SWITCHED}
     for rule in rules().values():
         assert rule.sentence.strip()
         assert rule.source.strip()
@@ -81,6 +148,29 @@ def test_a_rule_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
     pair = PAIRS[name]
     assert first_broken_rule(_subject(pair, pair.broken)) == name
     assert first_broken_rule(_subject(pair, pair.kept)) is None
+
+
+@pytest.mark.parametrize("name", sorted(SWITCHED))
+def test_a_rule_on_a_switch_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
+    case = SWITCHED[name]
+    assert first_broken_switch_rule(_switched(**case.broken)) == name
+    assert first_broken_switch_rule(_switched(**case.kept)) is None
+
+
+def test_no_rule_binds_where_no_switch_is_on() -> None:
+    off = _switched(Overlap(), cluster="hgx-h200", engine="vllm", parallel=Parallelism())
+    assert first_broken_switch_rule(off) is None
+
+
+def test_what_no_layout_can_change_is_known_before_any_is_drawn() -> None:
+    """tp 1 is a matter of the layout, a device or a dtype without the kernel is not."""
+    cluster, engine = load_cluster("atlas-800t-a2"), load_engine("vllm-ascend")
+    assert unsupported_switch(dense(), cluster, engine, FUSED, "bf16") is None
+    assert unsupported_switch(dense(), cluster, engine, FUSED, "w8a16") == "fused-engine"
+    other = load_cluster("hgx-h200")
+    assert unsupported_switch(dense(), other, load_engine("vllm"), PREFETCH, "bf16") == (
+        "prefetch-device"
+    )
 
 
 def test_experts_ask_for_a_model_that_has_some() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -18,7 +20,8 @@ from shardplan.search.profiling.plan import (
     operator_points,
 )
 from shardplan.search.profiling.points import COLLECTIVES, OPERATORS, Point, load_grid
-from shardplan.search.profiling.rates import ceiling_of, cold_bytes, impossible, peaks
+from shardplan.search.profiling.rates import ceiling_of, cold_bytes, heats, impossible, peaks
+from shardplan.search.profiling.run import left_to_do
 from shardplan.search.profiling.table import COLUMNS, Table, read_rows
 from shardplan.search.profiling.timing import Timing
 
@@ -227,3 +230,45 @@ def test_groups_are_powers_of_two_and_all_ranks() -> None:
     point = Point(op="all_to_all", dtype="bf16", message_bytes=4096)
     found = collective_points(target(), [point], COLLECTIVES, 6, "gloo")
     assert [(p.ranks, p.mode) for p in found] == [(2, "eager"), (4, "eager")]
+
+
+def test_products_of_many_rows_heat_the_device_and_those_of_few_do_not() -> None:
+    """128 rows of a large product do 128 FLOP a byte of weights, less its input and output."""
+    few, many = (Point(op="matmul", dtype="bf16", m=m, n=8192, k=8192) for m in (64, 128))
+    assert not heats(few)
+    assert heats(many)
+    assert not heats(Point(op="attention_decode", dtype="bf16", batch=8, tokens=512, heads=32,
+                           kv_heads=8, head_dim=128))  # fmt: skip
+
+
+def test_what_heats_the_device_is_measured_after_the_rest() -> None:
+    """A device that comes from its power limit runs the next short call slower."""
+    hot = Point(op="matmul", dtype="bf16", m=4096, n=4096, k=4096)
+    cold = [Point(op="matmul", dtype="bf16", m=m, n=4096, k=4096) for m in (1, 2)]
+    assert left_to_do([cold[0], hot, cold[1]], []) == [*cold, hot]
+    assert left_to_do([hot, *cold], [row(cold[0])]) == [cold[1], hot]
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "backend"),
+    [((9, 0), 91900, "sdpa_cudnn"), ((9, 0), 90000, "sdpa_flash"), ((8, 0), 91900, "sdpa_flash")],
+)
+def test_attention_is_measured_with_the_kernel_that_pytorch_picks(
+    capability: tuple[int, int], cudnn: int, backend: str
+) -> None:
+    """cuDNN's on Hopper from 9.15 on, unless the grid names another one."""
+    torch = SimpleNamespace(backends=SimpleNamespace(cudnn=SimpleNamespace(version=lambda: cudnn)))
+    runtime = SimpleNamespace(get_device_capability=lambda: capability, CUDAGraph=object)
+    device = target(kind="cuda", torch=torch, runtime=runtime)
+    plain = Point(op="attention_decode", dtype="bf16", batch=1, tokens=8, heads=2, kv_heads=1,
+                  head_dim=64)  # fmt: skip
+    named = replace(plain, backend="sdpa_flash")
+    found = operator_points(device, [plain, named], ("attention_decode",))
+    assert [point.backend for point in found] == [backend, "sdpa_flash"]
+
+
+def test_a_cache_that_is_written_to_is_rotated_as_one_that_is_read() -> None:
+    """1024 positions at least, 2 kv heads of 64 in bf16: 256 KiB a sequence."""
+    point = Point(op="kv_append", dtype="bf16", batch=3, tokens=1, kv_heads=2, head_dim=64)
+    assert point.stored_bytes() == 3 * 1024 * 2 * 64 * 2
+    assert rotations(target(cache_bytes=1e6), point) == 5

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.search.plan_factory import make_plan, make_strategy, make_trials
 
 from shardplan.models.errors import InputError
-from shardplan.search.plan import Plan
+from shardplan.search.plan import BasisShares, Confidence, Plan, WeakestPart
 from shardplan.search.report import write_report
 from shardplan.search.report.markup import tag
 from shardplan.search.report.page import page
@@ -102,6 +102,30 @@ def test_every_kind_of_operator_and_its_basis_is_listed() -> None:
     assert "measured 16 %" in text
     for row in make_plan().breakdown:
         assert f"{row.kind} {row.basis} {row.calls:,}" in text
+
+
+def test_the_report_says_how_sure_the_plan_is() -> None:
+    """Bands, shares and what to run; nothing of that in a plan that does not tell."""
+    plan = make_plan()
+    assert "How sure" not in _read(plan).text
+    sure = Confidence(
+        level=0.9,
+        basis=BasisShares(measured=0.1, fitted=0.6, derived=0.25, assumed=0.05),
+        output_tokens_per_s_low=1234.0,
+        output_tokens_per_s_high=5678.0,
+        tpot_low_s=0.0111,
+        tpot_high_s=0.0444,
+        weakest=WeakestPart(
+            name="matmul.bf16",
+            kind="derived",
+            error_share=0.5,
+            source="a table",
+            advice="run `shardplan profile` <now>",
+        ),
+    )
+    told = _read(plan.model_copy(update={"confidence": sure}))
+    for words in ("How sure", "1,234", "5,678", "11.1 ms", "44.4 ms", "fitted 60 %", "<now>"):
+        assert words in told.text
 
 
 def test_the_quantization_table_says_what_nothing_offers() -> None:

@@ -19,6 +19,7 @@ NOT_COUNTS = (0, -1, -8, 2**40, 10**400, True, 1.5, 8.0, "x", "8", float("nan"),
 RATES = ("rate", "ttft_ms", "tpot_ms")
 NOT_RATES = (0, 0.0, -1, -5, float("nan"), float("inf"), 10**400, 1e300, True, "x", [1])
 WORDS = ("objective", "engine", "attention", "serving", "weight_dtype", "kv_dtype")
+SWITCHES = ("weight_prefetch", "fused_collectives")
 ROOT_USER = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
@@ -78,6 +79,12 @@ def test_a_choice_that_does_not_exist_is_refused(name: str, value: object) -> No
     error = refused(**{name: value})
     assert error.got == f"{name}={value!r}"
     assert ", " in error.rule
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize("value", ["zz", "", True, 3, ["auto"]], ids=repr)
+def test_a_switch_is_off_on_or_auto(name: str, value: object) -> None:
+    assert "off, on, auto" in refused(**{name: value}).rule
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,47 @@ def test_what_is_said_stands_before_the_file(tmp_path: Path) -> None:
     assert request.limits.tpot_s is None
 
 
+def test_switches_stay_off_and_are_shown_beside_unless_asked_for() -> None:
+    """Each alone, for the dtypes that are searched."""
+    usual = asked()
+    assert not any(choice.switched for choice in usual.choices)
+    assert [(c.weight_prefetch, c.fused_collectives) for c in usual.switches] == [
+        (False, True),
+        (True, False),
+    ]
+    both = asked(weight_prefetch="auto", fused_collectives="auto")
+    assert len(both.choices) == 4 * len(usual.choices)
+    assert both.switches == ()
+    assert (both.request.weight_prefetch, both.request.fused_collectives) == ("auto", "auto")
+    on = asked(fused_collectives="on")
+    assert all(choice.fused_collectives for choice in on.choices)
+
+
+def test_a_switch_that_the_engine_has_on_is_searched_both_ways() -> None:
+    """MindIE fuses in prefill unless told not to; not with quantized weights, not on A3."""
+    usual = asked(engine_profile="mindie")
+    assert {choice.fused_collectives for choice in usual.choices} == {False, True}
+    assert any("fused_collectives" in note for note in usual.notes)
+    off = asked(engine_profile="mindie", fused_collectives="off")
+    assert not any(choice.switched for choice in off.choices)
+    for elsewhere in ({"weight_dtype": "w8a8"}, {"cluster": "atlas-800i-a3"}):
+        found = asked(engine_profile="mindie", **elsewhere)
+        assert not any(choice.fused_collectives for choice in found.choices)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fused_collectives": "on", "cluster": "atlas-800i-a3"},
+        {"fused_collectives": "on", "weight_dtype": "w8a8"},
+        {"weight_prefetch": "on", "cluster": "hgx-h200"},
+        {"weight_prefetch": "on", "engine_profile": "torch-graph"},
+    ],
+)
+def test_a_switch_that_is_not_to_be_had_is_refused_with_its_rule(changes: dict[str, str]) -> None:
+    assert "is not to be had here" in refused(**changes).rule
+
+
 def test_default_limits_are_soft_and_stated() -> None:
     """They stand only where nothing else bounds the question, and say when they are dropped."""
     open_ended = asked()
@@ -224,7 +272,7 @@ def test_a_type_that_the_device_lacks_becomes_one_as_wide() -> None:
 
 
 @given(
-    st.sampled_from((*COUNTS, *RATES, *WORDS, "prefix_hit", "seed")),
+    st.sampled_from((*COUNTS, *RATES, *WORDS, *SWITCHES, "prefix_hit", "seed")),
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()),
 )
 def test_no_value_ends_in_a_traceback(name: str, value: object) -> None:

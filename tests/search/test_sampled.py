@@ -189,6 +189,23 @@ def test_dtypes_that_combine_freely_are_dimensions_of_their_own() -> None:
     }  # fmt: skip
 
 
+def test_switches_of_the_engine_are_drawn_and_their_rules_told() -> None:
+    """Every strategy that is priced with a switch on is one that the exact search prices so."""
+    case = small_case(dense(), input_len=2000)
+    base = case.choices[0]
+    choices = (base, replace(base, fused_collectives=True))
+    case = replace(case, choices=choices)
+    assert "fused_collectives" in distributions(case.space())
+    outcome = _run(case, "random", trials=60)
+    on = [one for one in outcome.kept if one.choice.fused_collectives]
+    assert on
+    assert all(one.parallel.tp in (2, 4) and not one.parallel.sp for one in on)
+    assert outcome.tally.pruned_by["rule fused-group"] > 0
+    exact = {_point(one): one for one in search_exact(case.question, case.space()).kept}
+    known = [one for one in on if _point(one) in exact]
+    assert all(one.columns == exact[_point(one)].columns for one in known)
+
+
 def test_nsga2_weighs_throughput_against_tpot(url: str) -> None:
     import optuna
 

@@ -1,0 +1,186 @@
+"""Formulas of the op table's rows that stay on one rank: row and load -> kernel time.
+
+A formula takes the step model (its machine, engine and data-parallel groups), a row and a load,
+and asks the kernel formula of the row's kind for the local sizes. Two know more than the kernel:
+
+    matmul   of the weights, what was prefetched into L2 is read there (`overlap`); where the norm
+             before it quantizes (`norm_quant`), no kernel of its own does
+    norm     a norm that also quantizes writes one byte an element in place of two. Its input side
+             keeps the norm's rate; the written byte goes at the rate of the kernel that quantizes:
+             norm(elements, bytes - 2) + elements * 1 / (L2 * e_quantize)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardplan.costmodel.kernels.attention import attention_decode, attention_prefill
+from shardplan.costmodel.kernels.base import Array, KernelTime
+from shardplan.costmodel.kernels.matmul import matmul
+from shardplan.costmodel.kernels.mla import mla_decode, mla_prefill
+from shardplan.costmodel.kernels.moe import grouped_matmul
+from shardplan.costmodel.kernels.pointwise import pointwise
+from shardplan.costmodel.kernels.precision import precision_of
+from shardplan.costmodel.load import SIXTEEN_BIT, Load, kernel_dtype
+from shardplan.costmodel.optable import Row, pointwise_bytes, pointwise_kernel
+
+if TYPE_CHECKING:
+    from shardplan.costmodel.step import StepModel
+
+__all__ = ["FORMULAS", "local_tokens", "matmul_time", "pointwise_time"]
+
+_WRITTEN_BYTES = 2.0
+"""A 16-bit element that a norm writes, and that a norm which quantizes does not."""
+
+
+def local_tokens(row: Row, load: Load, groups: int) -> Array:
+    """Local tokens of a row: those of all dp groups, cut `ways` ways, rounded up."""
+    return np.ceil(load.tokens * groups / row.ways)
+
+
+def matmul_time(
+    model: StepModel, row: Row, load: Load, warm_bytes: Array | None = None
+) -> KernelTime:
+    """Time of a product whose weights stream from HBM, but for `warm_bytes` of them in L2."""
+    dtype = kernel_dtype(row, load.weight_dtype)
+    warm = None
+    if warm_bytes is not None:
+        warm = np.minimum(warm_bytes / (row.n * row.k * precision_of(dtype).weight_bytes), 1.0)
+    return matmul(
+        model.machine,
+        matmul_rows(model, row, load),
+        row.n,
+        row.k,
+        dtype,
+        weights="cold",
+        warm=warm,
+        quantized=row.quantized,
+    )
+
+
+def matmul_rows(model: StepModel, row: Row, load: Load) -> Array:
+    """Rows (tokens) of a product's input on one rank, at least one."""
+    if row.group == "attention":
+        tokens = load.batch * (load.prefix + load.new if row.context else load.new)
+    else:
+        tokens = local_tokens(row, load, model.groups)
+    return np.maximum(tokens, 1.0)
+
+
+def _matmul(model: StepModel, row: Row, load: Load) -> KernelTime:
+    return matmul_time(model, row, load)
+
+
+def _grouped(model: StepModel, row: Row, load: Load) -> KernelTime:
+    tokens = np.maximum(local_tokens(row, load, model.groups), 1.0)
+    active = row.experts * (1.0 - (1.0 - row.share / row.experts) ** tokens)
+    return grouped_matmul(
+        model.machine,
+        np.maximum(tokens * row.share, active),
+        row.experts,
+        row.n,
+        row.k,
+        kernel_dtype(row, load.weight_dtype),
+        active=active,
+        ep=row.spread,
+    )
+
+
+def pointwise_time(model: StepModel, row: Row, load: Load) -> KernelTime:
+    """Time of a kernel that streams."""
+    elements = _elements(model, row, load)
+    kind = pointwise_kernel(row)
+    return pointwise(model.machine, kind, elements, elements * pointwise_bytes(row), SIXTEEN_BIT)
+
+
+def _elements(model: StepModel, row: Row, load: Load) -> Array:
+    return np.maximum(local_tokens(row, load, model.groups) * row.width * row.share, 1.0)
+
+
+def _norm(model: StepModel, row: Row, load: Load) -> KernelTime:
+    """A norm; one that feeds linear layers alone (`weight_class`) quantizes where they do."""
+    if row.weight_class == "none" or not precision_of(load.weight_dtype).quantizes:
+        return pointwise_time(model, row, load)
+    elements, kind = _elements(model, row, load), pointwise_kernel(row)
+    moved = elements * (pointwise_bytes(row) - _WRITTEN_BYTES)
+    norm = pointwise(model.machine, kind, elements, moved, SIXTEEN_BIT)
+    static = load.weight_dtype.endswith("_static")
+    own = "quantize_static" if static else "quantize"
+    write = pointwise(model.machine, own, elements, elements, SIXTEEN_BIT)
+    body = write.compute_s + write.memory_s
+    return KernelTime(
+        norm.total_s + body,
+        norm.compute_s + write.compute_s,
+        norm.memory_s + write.memory_s,
+        norm.overhead_s,
+    )
+
+
+def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
+    window = int(row.window) or None
+    if load.phase == "decode":
+        return attention_decode(
+            model.machine,
+            load.batch,
+            load.prefix + load.new,
+            row.heads,
+            row.kv_heads,
+            row.head_dim,
+            kernel=load.attention,
+            kv_dtype=load.kv_dtype,
+            window=window,
+        )
+    return attention_prefill(
+        model.machine,
+        load.batch,
+        load.new,
+        load.prefix,
+        row.heads,
+        row.kv_heads,
+        row.head_dim,
+        kernel=load.attention,
+        kv_dtype=load.kv_dtype,
+        window=window,
+    )
+
+
+def _mla_prefill(model: StepModel, row: Row, load: Load) -> KernelTime:
+    return mla_prefill(
+        model.machine,
+        load.batch,
+        load.new,
+        load.prefix,
+        row.heads,
+        row.head_dim,
+        row.rope_dim,
+        row.value_dim,
+        kernel=load.attention,
+    )
+
+
+def _mla_decode(model: StepModel, row: Row, load: Load) -> KernelTime:
+    return mla_decode(
+        model.machine,
+        load.batch,
+        load.prefix + load.new,
+        row.heads,
+        row.head_dim,
+        row.rope_dim,
+        kernel=load.attention,
+        kv_dtype=load.kv_dtype,
+    )
+
+
+FORMULAS: Mapping[str, Callable[[StepModel, Row, Load], KernelTime]] = {
+    "matmul": _matmul,
+    "grouped_matmul": _grouped,
+    "attention": _attention,
+    "mla_attention": _mla_prefill,
+    "mla_absorbed": _mla_decode,
+    "rmsnorm": _norm,
+    "add_rmsnorm": _norm,
+}
+"""Kind of operator -> formula; every other kind moves bytes (`pointwise_time`)."""

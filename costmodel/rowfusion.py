@@ -1,0 +1,202 @@
+"""What an engine joins and marks in the rows of one template, in computing order.
+
+    merged      projections of one fuse label are one product
+    joined      rotary embeddings are one kernel, with per-head norms (`qk_norm_rope`); MLA's latent
+                norm, rotary key and cache writes are another (`mla_kv_norm_rope`)
+    norm_quant  a norm whose readers are linear products alone writes their input's type
+    fused       a row-parallel product and the all_reduce of its result, in prefill (`overlap`)
+    behind      the kernels between a product and the one before it, if its weights are prefetched;
+                before the first product of a layer come the last kernels of the layer before it
+
+Left out: norm_quant's smaller all_gather under sequence parallelism (its input is int8 there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.rows import Overlap, Placed, Row
+from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp
+
+__all__ = ["join_rotary", "mark", "merged", "runs_inside_rotary"]
+
+_MLA_KERNEL = "mla_kv_norm_rope"
+_MLA_KV = frozenset({"kv_a_norm", "k_pe_rope", "latent_cache", "rotary_cache"})
+"""Operators of MLA's keys that one kernel runs."""
+
+_ONE_WEIGHT = ("q_b", "kv_b", "qkv_a")
+"""Projections that are one matrix in every checkpoint, whatever the engine fuses."""
+
+
+_CUBE = ("matmul", "grouped_matmul", "attention", "mla_attention", "mla_absorbed")
+_NORMS = ("rmsnorm", "add_rmsnorm")
+_APART = ("embed", "head", "send", "recv")
+"""Templates that are no layer: nothing of their own kind comes before them."""
+
+
+def _fuses(engine: EngineProfile, label: str) -> bool:
+    if label in _ONE_WEIGHT:
+        return True
+    return ("gate_up" if label.endswith("gate_up") else label) in engine.fused
+
+
+def merged(placed: list[Placed], engine: EngineProfile) -> Iterator[Placed]:
+    """Projections of one fuse label as one matmul; the rest as they are."""
+    waiting: dict[str, Placed] = {}
+    for row, nodes in placed:
+        if not row.fuse or not _fuses(engine, row.fuse):
+            yield Placed(row, nodes)
+        elif row.fuse in waiting:
+            first, before = waiting[row.fuse]
+            waiting[row.fuse] = Placed(replace(first, n=first.n + row.n), before + nodes)
+        else:
+            waiting[row.fuse] = Placed(row, nodes)
+    yield from waiting.values()
+
+
+def _join(placed: list[Placed], chosen: list[Placed], kind: str) -> list[Placed]:
+    """Rows `chosen` as one kernel of `kind`, after the others."""
+    if not chosen:
+        return placed
+    width = sum(one.row.width for one in chosen)
+    nodes = tuple(node for one in chosen for node in one.nodes)
+    joined = Placed(replace(chosen[0].row, kind=kind, width=width), nodes)
+    return [one for one in placed if one not in chosen] + [joined]
+
+
+def join_rotary(placed: list[Placed], graph: ShardedGraph, engine: EngineProfile) -> list[Placed]:
+    """Rotary embeddings of queries and keys as one kernel, with their norms where fused.
+
+    The key of MLA goes with its latent norm and the writes of its cache, where that is fused.
+    """
+    if graph.model.spec.mla is not None and "mla_kv_norm_rope" in engine.fused:
+        shared = [one for one in placed if set(one.nodes) & _MLA_KV]
+        placed = _join(placed, [one for one in shared if one.row.kind != "kv_append"], _MLA_KERNEL)
+        placed = [one for one in placed if one not in shared]
+    rope = [one for one in placed if one.row.kind == "rope"]
+    fused = graph.model.spec.qk_norm == "head" and "qk_norm_rope" in engine.fused
+    return _join(placed, rope, "qk_norm_rope" if fused else "rope")
+
+
+def runs_inside_rotary(node: ShardedOp, graph: ShardedGraph, engine: EngineProfile) -> bool:
+    """Whether a node is a per-head norm that runs inside the rotary kernel."""
+    op = node.op
+    per_head = op is not None and op.kind == "rmsnorm" and op.role in ("heads", "kv_heads")
+    return per_head and graph.model.spec.qk_norm == "head" and "qk_norm_rope" in engine.fused
+
+
+def mark(
+    placed: list[Placed],
+    graph: ShardedGraph,
+    block: ShardedBlock,
+    engine: EngineProfile,
+    overlap: Overlap,
+) -> list[Placed]:
+    """The rows with quantizing norms, fused collectives and prefetches marked."""
+    if "norm_quant" in engine.fused:
+        placed = _quantized(placed, block)
+    if overlap.fused_collectives and graph.model.phase == "prefill":
+        placed = _fused(placed, block)
+    if overlap.weight_prefetch:
+        placed = _prefetched(placed, graph, block, engine)
+    return placed
+
+
+def _readers(block: ShardedBlock, name: str) -> Iterator[ShardedOp]:
+    """Operators that read a result, past the collectives that move it."""
+    for reader in map(block.op, block.graph.successors(name)):
+        if reader.op is None:
+            yield from _readers(block, reader.name)
+        else:
+            yield reader
+
+
+def _linear(node: ShardedOp) -> bool:
+    return node.op is not None and node.op.kind == "matmul" and node.op.weight_class == "linear"
+
+
+def _quantized(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
+    """Norms that only linear products read are marked as theirs, and the products as fed so."""
+    fed: set[str] = set()
+    norms: set[str] = set()
+    for row, nodes in placed:
+        if row.kind in _NORMS and len(nodes) == 1:
+            readers = list(_readers(block, nodes[0]))
+            if readers and all(map(_linear, readers)):
+                norms.add(nodes[0])
+                fed |= {reader.name for reader in readers}
+    return [
+        Placed(replace(row, quantized=True), nodes)
+        if fed.issuperset(nodes) and row.kind == "matmul"
+        else Placed(replace(row, weight_class="linear"), nodes)
+        if norms.issuperset(nodes) and row.kind in _NORMS
+        else Placed(row, nodes)
+        for row, nodes in placed
+    ]
+
+
+def _fused(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
+    """Products whose only reader is an all_reduce, with it."""
+    sums = {
+        block.op(nodes[0]).inputs[0]: (nodes[0], row)
+        for row, nodes in placed
+        if row.kind == "all_reduce"
+    }
+    taken: set[str] = set()
+    found = []
+    for row, nodes in placed:
+        last = nodes[-1] if nodes else ""
+        alone = last in sums and len(list(block.graph.successors(last))) == 1
+        if row.kind == "matmul" and len(nodes) == 1 and alone:
+            name, collective = sums[last]
+            taken.add(name)
+            joined = replace(row, kind="matmul_all_reduce", fused=collective)
+            found.append(Placed(joined, nodes))
+        else:
+            found.append(Placed(row, nodes))
+    return [one for one in found if not taken.intersection(one.nodes)]
+
+
+def _prefetched(
+    placed: list[Placed], graph: ShardedGraph, block: ShardedBlock, engine: EngineProfile
+) -> list[Placed]:
+    """Products that the engine prefetches for, with the kernels that run before them."""
+    place: Mapping[str, int] = {name: index for index, name in enumerate(block.order)}
+    timed = [one for one in placed if one.nodes]
+    order = sorted(timed, key=lambda one: min(place[name] for name in one.nodes))
+    marked: dict[tuple[str, ...], Placed] = {}
+    for index, one in enumerate(order):
+        if _projection(one, graph) in engine.weight_prefetch:
+            before = tuple(_before(order, index, wraps=block.name not in _APART))
+            behind = tuple(row for row in before if _counts(row, engine))
+            marked[one.nodes] = Placed(replace(one.row, behind=behind), one.nodes)
+    return [marked.get(one.nodes, one) if one.row.kind in _PRODUCTS else one for one in placed]
+
+
+_PRODUCTS = ("matmul", "grouped_matmul", "matmul_all_reduce")
+
+
+def _projection(one: Placed, graph: ShardedGraph) -> str:
+    """What the engine profile calls a product; empty for any other row."""
+    row, nodes = one
+    if row.kind == "grouped_matmul":
+        return "experts" if row.fuse == "e_gate_up" else ""
+    if row.kind not in _PRODUCTS or (graph.model.spec.moe is not None and row.fuse != "qkv_a"):
+        return ""
+    return row.fuse or nodes[0]
+
+
+def _before(order: Sequence[Placed], index: int, *, wraps: bool) -> Iterator[Row]:
+    """Rows that run between a row and the product or attention before it."""
+    steps = range(1, len(order) if wraps else index + 1)
+    for back in steps:
+        row = order[index - back].row
+        if row.kind in _CUBE or row.fused is not None:
+            return
+        yield row
+
+
+def _counts(row: Row, engine: EngineProfile) -> bool:
+    return ("collective" if row.is_collective else "vector") in engine.weight_prefetch_behind
