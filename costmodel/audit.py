@@ -46,7 +46,7 @@ def audit_collectives(model: StepModel, phase: Phase) -> str:
     par = graph.parallel
     batch, tokens = 2 * par.dp * par.tp, 4 * par.tp if phase == "prefill" else 1
     made: Counter[Key] = Counter()
-    for one in predict_communication(graph, batch, tokens, tokens):
+    for one in predict_communication(graph, batch, tokens, tokens, logits=model.engine.sampling):
         made[one.stage, one.kind, one.ranks] += one.elements
     charged = _charged(model, graph, batch, tokens)
     if made != charged:

@@ -11,6 +11,7 @@ length and dtype. Rows fall into three groups by what they depend on:
 Engine fusion is decided here: projections that share an input become one matmul, a residual add
 joins the norm that follows it, query/key norms join the rotary embedding; `rowfusion` marks what
 depends on the order of the kernels (quantization inside a norm, prefetch, a fused all_reduce).
+An engine that does not sample does not gather the logits either.
 Left out: kernels under a microsecond that real engines hide (reshapes, casts).
 """
 
@@ -224,7 +225,8 @@ def _placed(
             moving.append(node.name)
     placed = list(merged(join_rotary(placed, graph, engine), engine))
     for name, one in zip(moving, transfers(graph, block), strict=True):
-        placed.append(Placed(_collective(cluster, graph, block.name, one), (name,)))
+        if engine.sampling or not one.logits:
+            placed.append(Placed(_collective(cluster, graph, block.name, one), (name,)))
     if block.name == "head" and engine.sampling:
         row = Row(
             kind="softmax_sample",

@@ -10,8 +10,9 @@ those found in the prefix cache) and O output tokens. Chunked prefill, prefill m
     s  = ceil(I / (c - e))                steps that prefill one prompt
     u  = min(c - e, max(I / s, q I))      prompt tokens of a step that has any
     f  = min(1, q I / u)                  share of a request's steps that carry prompt tokens
-    h  = 1 - (1 - f)^g                    the same of g groups that share experts: the prompt of
-                                          any makes the step of all a mixed one
+    h  = 1 - (1 - f) (1 - F)^(g - 1)      the same of g groups that share experts: a prompt of
+         F = min(1, f + s / (s + O - 1))  another makes the step of all a mixed one; to the others
+                                          a request's own prompt counts, too
     t  = h mixed(e, u) + (1 - h) decode(d)             mean step
     TPOT = t        TTFT = wait + s mixed        throughput = b O / latency (Little's law)
 
@@ -254,7 +255,8 @@ class _Pace(NamedTuple):
 def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array, locked: Array) -> _Pace:
     """Prompts share steps with decoding requests, of all groups that step together."""
     prefill_s = shares.pieces * mixed_s
-    pure = (1.0 - shares.mixed) ** locked
+    own = np.minimum(shares.mixed + shares.pieces / (shares.pieces + later), 1.0)
+    pure = (1.0 - shares.mixed) * (1.0 - own) ** (locked - 1.0)
     step_s = (1.0 - pure) * mixed_s + pure * decode_s
     service_s = shares.prompt / shares.room * mixed_s
     wait_s = _wait(service_s, prefill_s - service_s + later * step_s, shares.slots)

@@ -52,6 +52,8 @@ class Transfer:
     ranks: int
     stride: int
     elements: Product
+    logits: bool = False
+    """It gathers the logits of a vocabulary that is split, for sampling."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,25 +98,33 @@ def _transfer(graph: ShardedGraph, node: ShardedOp) -> Transfer:
         ranks=ranks,
         stride=stride,
         elements=Product(factor, held.free),
+        logits=node.kind == "all_gather" and "V" in node.dims,
     )
 
 
-def transfers(graph: ShardedGraph, block: ShardedBlock) -> Iterator[Transfer]:
-    """Collectives and sends of one template, in computing order."""
+def transfers(
+    graph: ShardedGraph, block: ShardedBlock, *, logits: bool = True
+) -> Iterator[Transfer]:
+    """Collectives and sends of one template, in computing order; with the gather of logits or not.
+
+    Ranks that sample nothing leave the logits where they are.
+    """
     for node in block.ops():
         if node.kind == "send" or (node.axes and node.kind != "slice"):
-            yield _transfer(graph, node)
+            one = _transfer(graph, node)
+            if logits or not one.logits:
+                yield one
 
 
 def predict_communication(
-    graph: ShardedGraph, batch: int, tokens: int, context: int
+    graph: ShardedGraph, batch: int, tokens: int, context: int, *, logits: bool = True
 ) -> list[Communication]:
     """Every collective of one step, in the order that a lock-step run makes them."""
     sizes = {"B": batch, "T": tokens, "S": context}
     found = []
     for stage in graph.stages:
         for name, _ in graph.sequence(stage):
-            for one in transfers(graph, graph.blocks[name]):
+            for one in transfers(graph, graph.blocks[name], logits=logits):
                 elements = round(one.elements.at(sizes))
                 found.append(
                     Communication(stage.index, name, one.kind, one.axes, one.ranks, elements)

@@ -118,13 +118,17 @@ def _one(cells: Mapping[str, Any], as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _collector_paused() -> Iterator[None]:
-    """A big table is a million small objects and no cycles: collecting them takes a third of it."""
+    """A big table is a million small objects and no cycles: collecting them takes a third of it.
+
+    What is alive afterwards is left alone for good: the process ends here.
+    """
     running = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if running:
+            gc.freeze()
             gc.enable()
 
 

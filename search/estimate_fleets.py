@@ -194,10 +194,13 @@ def _settings(
 
 def long_prefill(points: Points, layout: Layout, rows: Indices) -> Indices:
     """Prefill rows of so many tokens that the engine splits them over tp."""
-    named = np.asarray(points.values["phase"], dtype=np.str_)[points.codes["phase"][rows]]
+    least = layout.engine.sequence_parallel_tokens
+    if not least or layout.parallel.tp == 1:
+        return rows[:0]
+    prefill = np.asarray([one == "prefill" for one in points.values["phase"]], dtype=np.bool_)
+    prefill = prefill[points.codes["phase"][rows]]
     tokens = points.floats("batch", rows) * points.floats("tokens", rows)
-    long = (named == "prefill") & (tokens > layout.engine.sequence_parallel_tokens)
-    return np.asarray(rows[long], dtype=np.int64)
+    return rows[prefill & (tokens > least)]
 
 
 def _machine_key(layout: Layout) -> tuple[int, int]:

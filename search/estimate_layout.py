@@ -17,7 +17,7 @@ the machine are settled here, and every one that is taken is said in a note:
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -30,8 +30,8 @@ from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows
 from shardplan.costmodel.placement import group_tiers
 from shardplan.costmodel.step import StepModel
-from shardplan.models.accounting import transfers
-from shardplan.models.apply import ShardedBlock, ShardedGraph, apply
+from shardplan.models.accounting import Transfer, transfers
+from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, LayoutError, UnknownNameError
@@ -260,22 +260,28 @@ class LayoutMaker:
         """The layout with tokens split over tp between products; None where that cannot be.
 
         Engines that have `sequence_parallel_tokens` do so in longer prefill steps, of models with
-        experts where they are split over ranks.
+        experts where they are split over ranks. Decode steps stay as they are.
         """
         par = layout.parallel
         whole = layout.spec.moe is not None and par.ep == 1
         if not layout.engine.sequence_parallel_tokens or par.tp == 1 or whole:
             return None
         try:
-            return self._one(replace(par, sp=True), columns)
+            return self._one(replace(par, sp=True), columns, decode=layout.model.graphs["decode"])
         except LayoutError:
             return None
 
-    def _one(self, par: Parallelism, columns: Mapping[str, Any]) -> Layout:
+    def _one(
+        self, par: Parallelism, columns: Mapping[str, Any], *, decode: ShardedGraph | None = None
+    ) -> Layout:
         spec = self._spec(_needed("model", columns["model"], "see `shardplan models`"))
         cluster = self._cluster(columns, par.ranks)
         engine = self._engine(columns["engine_profile"], cluster.device)
-        graphs = {phase: apply(build_graph(spec, phase), par) for phase in _PHASES}
+        known: dict[Phase, ShardedGraph] = {} if decode is None else {"decode": decode}
+        graphs = {
+            phase: known[phase] if phase in known else apply(build_graph(spec, phase), par)
+            for phase in _PHASES
+        }
         self.kept |= {id(graph.blocks): graph.blocks for graph in graphs.values()}
         overlap = Overlap(**{name: columns.get(name) == "on" for name in _SWITCHES})
         return Layout(
@@ -343,7 +349,11 @@ class LayoutMaker:
                     self.tables[first] = block_rows(graph, blocks[name], cluster, engine)
                     made[name] = self.tables[first]
                 else:
-                    made[name] = _moved(self.tables[first], graph, blocks[name], cluster)
+                    made[name] = _moved(
+                        self.tables[first],
+                        transfers(graph, blocks[name], logits=engine.sampling),
+                        cluster,
+                    )
             self.rows[key] = made
         return self.rows[key]
 
@@ -354,11 +364,8 @@ class LayoutMaker:
         return Ledger(graph=graph, device=device, engine=engine, peaks=known.peaks)
 
 
-def _moved(
-    rows: tuple[Row, ...], graph: ShardedGraph, block: ShardedBlock, cluster: Cluster
-) -> tuple[Row, ...]:
+def _moved(rows: tuple[Row, ...], moves: Iterator[Transfer], cluster: Cluster) -> tuple[Row, ...]:
     """The same rows on another cluster: collectives stand in the order of the transfers."""
-    moves = transfers(graph, block)
     return tuple(
         replace(row, spans=group_tiers(cluster, group=one.ranks, stride=one.stride))
         if row.is_collective and (one := next(moves))

@@ -212,6 +212,8 @@ class Points:
     """Whether the row's cell was filled."""
     errors: dict[int, ShardplanError] = field(default_factory=dict)
     """Row -> why it is refused."""
+    numbers: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Distinct values of the columns of numbers that were asked for."""
 
     def cell(self, name: str, row: int) -> Cell:
         """The value of one cell."""
@@ -219,8 +221,11 @@ class Points:
 
     def floats(self, name: str, rows: Indices) -> NDArray[np.float64]:
         """Values of a column of numbers; NaN where a cell is empty and has no default."""
-        known = [math.nan if value is None else float(value) for value in self.values[name]]
-        return np.asarray(known, dtype=np.float64)[self.codes[name][rows]]
+        known = self.numbers.get(name)
+        if known is None:
+            values = [math.nan if value is None else float(value) for value in self.values[name]]
+            known = self.numbers[name] = np.asarray(values, dtype=np.float64)
+        return known[self.codes[name][rows]]
 
     def refuse(self, rows: Indices, error: ShardplanError) -> None:
         """Give these rows an error, unless they have one."""

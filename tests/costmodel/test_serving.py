@@ -125,7 +125,10 @@ def test_pure_prefill_runs_at_the_rate_of_full_steps(name: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_lone_request_prefills_then_decodes(name: str, engine: str) -> None:
-    """TTFT is its prompt's step (up to one more token in it), TPOT a decode step half-way."""
+    """TTFT is its prompt's step (up to one more token in it), TPOT a decode step half-way.
+
+    Groups that share experts have a request each, whose prompts hold one another up.
+    """
     model = load(name, engine=engine).model
     kinds: dict[str, Any] = {"weight_dtype": "bf16", "kv_dtype": "bf16", "attention": "flash"}
     prefill, _ = step_seconds(model, "prefill", batch=1, new=1500, prefix=0, **kinds)
@@ -135,7 +138,10 @@ def test_a_lone_request_prefills_then_decodes(name: str, engine: str) -> None:
     assert ours.wait_s == pytest.approx(0.0, abs=1e-9)
     if stages == 1:
         assert ours.ttft_s == pytest.approx(float(prefill), rel=0.03)
-        assert ours.tpot_s == pytest.approx(float(decode), rel=1e-9)
+        if model.locked > 1 and not model.engine.prefill_first:
+            assert ours.tpot_s > decode
+        else:
+            assert ours.tpot_s == pytest.approx(float(decode), rel=1e-9)
     else:  # microbatches of other requests would run beside it: as slow as with them
         assert ours.ttft_s >= 0.99 * prefill
         assert decode <= ours.tpot_s <= 1.5 * decode
@@ -174,18 +180,18 @@ def test_littles_law(
 def test_more_slots_serve_more_and_each_request_slower(
     name: str, engine: str, lengths: tuple[int, int]
 ) -> None:
-    """Throughput saturates; it falls by at most 8 % and TPOT by at most 6 % on the way.
+    """Throughput saturates; it falls by at most 10 % and TPOT by at most 6 % on the way.
 
     It falls where the cache leaves L2 (measured attention takes 3 times as long for twice the
     slots there). The TPOT of few slots is the decode step of few rows, where the matmul surface
-    bends.
+    bends; that of groups in lock step falls where a prompt no longer fits one step.
     """
-    ours = served(
-        load(name, engine=engine).model, SLOTS, input_len=lengths[0], output_len=lengths[1]
-    )
+    model = load(name, engine=engine).model
+    ours = served(model, SLOTS, input_len=lengths[0], output_len=lengths[1])
     rate, tpot = ours.output_tokens_per_s, ours.tpot_s
-    assert np.all(rate >= 0.92 * np.maximum.accumulate(rate))
-    assert np.all(tpot >= 0.94 * np.maximum.accumulate(tpot))
+    assert np.all(rate >= 0.9 * np.maximum.accumulate(rate))
+    if model.locked == 1:
+        assert np.all(tpot >= 0.94 * np.maximum.accumulate(tpot))
     assert rate[-1] > rate[0]
 
 
@@ -218,7 +224,8 @@ def test_engines_that_chunk_and_engines_that_stop_agree_on_a_lone_request(name: 
     stops = replace(load_engine("vllm-ascend"), prefill_first=True)
     other = price(case.spec, case.graphs["decode"].parallel, engine=stops).model
     one, two = served(case.model, 1.0, input_len=1500), served(other, 1.0, input_len=1500)
-    assert two.tpot_s == pytest.approx(float(one.tpot_s), rel=1e-9)
+    if other.locked == 1:
+        assert two.tpot_s == pytest.approx(float(one.tpot_s), rel=1e-9)
     if len(other.graphs["decode"].stages) == 1:
         assert two.ttft_s == pytest.approx(float(one.ttft_s), rel=0.03)
 
