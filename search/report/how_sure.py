@@ -23,7 +23,7 @@ def confidence_section(plan: Plan) -> Html:
         for kind, share in shares.items()
     ]
     keys = [
-        tag("span", tag("i", class_=f"key {_STYLES[kind]}"), f"{kind} {percent(share)}  ")
+        tag("li", tag("i", class_=f"key {_STYLES[kind]}"), f"{kind} {percent(share)}")
         for kind, share in shares.items()
     ]
     bands = (
@@ -47,7 +47,7 @@ def confidence_section(plan: Plan) -> Html:
         tag("h2", "How sure"),
         tag("p", "What the time of an average step rests on:"),
         bar("Time of an average step by what it rests on", segments),
-        tag("p", *keys, class_="soft"),
+        tag("ul", *keys, class_="legend"),
         table(f"Bands that hold {level} of true values", ("", "Low", "Plan", "High"), bands),
         tag(
             "p",
