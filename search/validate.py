@@ -269,7 +269,7 @@ class _Names:
 
 
 def _unseen(cells: Mapping[str, str]) -> float | None:
-    names = ("op", "dtype", "device", "cluster", "engine_profile")
+    names = ("op", "dtype", "device", "cluster", "engine_profile", "ranks")
     return unseen_median(*(cells.get(name, "") for name in names))
 
 

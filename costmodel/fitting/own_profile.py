@@ -47,7 +47,7 @@ from shardplan.costmodel.fitting.own_profile_tables import (
 )
 from shardplan.costmodel.hardware import Device
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.kernels.collectives import collective
+from shardplan.costmodel.kernels.collectives import Launch, collective
 from shardplan.costmodel.kernels.moe import moe_block_with
 from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.costmodel.nearby import grid_name
@@ -56,6 +56,8 @@ __all__ = ["collective_sections", "main", "moe_section", "pointwise_sections"]
 
 _DEVICE, _ENGINE = "h200", "torch-graph"
 _RANKS = (2, 4, 8)
+_MODES: Mapping[Launch, str] = {"graph": "graph", "host": "eager"}
+"""How a collective is launched, and what the profile calls it."""
 _MODULE = "python -m shardplan.costmodel.fitting.own_profile"
 _POINTWISE: Mapping[str, tuple[float, float, float]] = {
     "floor_s": (2e-6, 5e-7, 2e-4),
@@ -177,20 +179,20 @@ def _between(message: Array, logs: Array) -> tuple[Array, Array]:
 
 
 def collective_sections(
-    profile: Profile, data: Path, source: str
+    profile: Profile, data: Path, source: str, launch: Launch
 ) -> tuple[list[FittedSection], Errors]:
-    """Sections of captured collectives over the NVLink switch."""
+    """Sections of collectives over the NVLink switch: captured, or launched by PyTorch."""
     base = load_calibration(_DEVICE)
     sections, errors = [], []
-    for kind, (message, seconds) in collective_rows(profile, data, _DEVICE).items():
-        name = f"collectives.switch.graph.{kind}"
+    for kind, (message, seconds) in collective_rows(profile, data, _DEVICE, _MODES[launch]).items():
+        name = f"collectives.switch.{launch}.{kind}"
         plain = {key: v for key, v in base.section(name).coefficients.items() if key[:3] != "r_x"}
         logs = np.stack(
             [
                 np.log(
                     measured
                     / collective(
-                        kind, spans_of(f"hgx-{_DEVICE}", ranks), message, base, launch="graph"
+                        kind, spans_of(f"hgx-{_DEVICE}", ranks), message, base, launch=launch
                     ).total_s
                 )
                 for ranks, measured in zip(_RANKS, seconds, strict=True)
@@ -244,9 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_sections(out / "moe.toml", heading, [experts])
     lines += errors
     source = f"results/profiles/{_DEVICE}_collectives.csv ({links.machine}, NVLS off)"
-    collectives, errors = collective_sections(links, options.tables, source)
+    collectives: list[FittedSection] = []
+    for launch in _MODES:
+        found, errors = collective_sections(links, options.tables, source, launch)
+        collectives += found
+        lines += errors
     write_sections(out / "collectives.toml", heading, collectives)
-    lines += errors
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_text(_page(lines), encoding="utf-8")
     print(markdown_errors(lines))

@@ -92,9 +92,12 @@ class Profile:
         one = self.rows[0]
         return f"{one['device_name']}, driver {one['driver']}, PyTorch {one['torch_version']}"
 
-    def of(self, op: str, backend: str, names: Sequence[str], dtype: str = "bf16") -> Array:
-        """`[rows, sizes + 1]`: the named sizes and the seconds of an operator's captured rows."""
-        wanted = {"op": op, "backend": backend, "dtype": dtype, "mode": "graph"}
+    def of(self, op: str, backend: str, names: Sequence[str], *, mode: str = "graph") -> Array:
+        """`[rows, sizes + 1]`: the named sizes and the seconds of an operator's bf16 rows.
+
+        `mode`: graph for captured ones, eager for those launched by the host.
+        """
+        wanted = {"op": op, "backend": backend, "dtype": "bf16", "mode": mode}
         found = [
             [*(float(row[name]) for name in names), float(row["time_s_median"])]
             for row in self.rows
@@ -128,13 +131,13 @@ def _published(table: CollectiveTable, ranks: int, message: Array) -> Array:
 
 
 def collective_rows(
-    profile: Profile, data: Path, device: str
+    profile: Profile, data: Path, device: str, mode: str
 ) -> dict[CollectiveKind, tuple[Array, Array]]:
-    """Message bytes `[sizes]` and seconds `[2, 4 and 8 ranks, sizes]` of captured collectives."""
+    """Message bytes `[sizes]` and seconds `[2, 4 and 8 ranks, sizes]` of one mode's collectives."""
     published = {table.kind: table for table in nccl_rows(data, device)}
     out: dict[CollectiveKind, tuple[Array, Array]] = {}
     for kind in COLLECTIVES:
-        found = profile.of(kind, "nccl", ("message_bytes",))
+        found = profile.of(kind, "nccl", ("message_bytes",), mode=mode)
         message, measured = found[np.argsort(found[:, 0])].T
         base = _published(published[kind], _RANKS[0], message)
         more = [_published(published[kind], ranks, message) - base for ranks in _RANKS]

@@ -96,6 +96,10 @@ def test_a_fit_says_what_it_has_not_seen(mine: Path) -> None:
     assert unseen_median("matmul", "bf16", "910b9", "", "") is None
     assert unseen_median("matmul", "bf17", "910b2", "", "") is None
     assert unseen_median("all_reduce", "", "910b2", "", "") is None
+    assert unseen_median("all_reduce", "", "", "atlas-800t-a2", "", "8.5") is None
+    assert unseen_median("all_reduce", "", "", "atlas-800t-a2", "", "4") == pytest.approx(
+        load_calibration("910b2").section("collectives.mesh.host.all_reduce").median_error
+    )
 
 
 def test_defaults_stand_in_for_empty_cells(tmp_path: Path) -> None:
