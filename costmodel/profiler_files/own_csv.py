@@ -4,12 +4,15 @@ Columns that are read: op, dtype, m, n, k, batch, tokens, heads, kv_heads, head_
 experts, topk, ranks, message_bytes, time_s_median, mode, backend. Not used are rows that time what
 no engine runs: with the host's launches (mode eager; collectives are then host-launched ones),
 streaming kernels as a sequence of calls (backend torch), experts in a loop, and the bare int8
-product, whose price includes a quantization pass. A shape that stands twice is refused.
+product, whose price includes a quantization pass. Of an operator that several backends ran, the
+one that is faster on most shapes of both counts: PyTorch would run that. A shape that stands twice
+on one backend is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +62,9 @@ def read_own_csv(path: Path, lines: Sequence[str], _options: ReadOptions) -> tup
     """Rows read and what they measure. `DataFileError` for a row that breaks the format."""
     tally = Tally()
     seen: dict[tuple[str, ...], int] = {}
-    for line, cells in table_rows(path, lines):
+    rows = list(table_rows(path, lines))
+    slower = _slower(cells for _, cells in rows)
+    for line, cells in rows:
         point = tuple(value for name, value in cells.items() if name not in _TIMES)
         if point in seen:
             raise refuse("a shape is measured twice", path, line, f"first in line {seen[point]}")
@@ -74,6 +79,8 @@ def read_own_csv(path: Path, lines: Sequence[str], _options: ReadOptions) -> tup
             tally.skip(op, "timed with the host's launches (mode eager)")
         elif cells["backend"].strip() in _NO_ENGINE and op != "copy":
             tally.skip(op, _NO_ENGINE[cells["backend"].strip()])
+        elif (op, cells["backend"].strip()) in slower:
+            tally.skip(f"{op} {cells['backend'].strip()}", "another backend is faster")
         elif op in ("matmul", "moe") and dtype not in _DTYPES:
             tally.skip(f"{op} {dtype}", "an element type that is not priced")
         else:
@@ -82,6 +89,29 @@ def read_own_csv(path: Path, lines: Sequence[str], _options: ReadOptions) -> tup
     if len(seen) < MIN_ROWS:
         raise refuse("a profile needs more than one row", path, 1, f"{len(seen)} rows")
     return len(seen), tally
+
+
+def _slower(rows: Iterable[Mapping[str, str]]) -> set[tuple[str, str]]:
+    """(operator, backend) pairs that another backend beats on most shapes that both ran."""
+    times: dict[str, dict[tuple[str, ...], dict[str, float]]] = {}
+    for cells in rows:
+        op, backend = cells["op"].strip(), cells["backend"].strip()
+        try:
+            seconds = float(cells["time_s_median"])
+        except ValueError:
+            continue  # refused with its line when it is read
+        if backend not in _NO_ENGINE and op in _SIZES:
+            point = tuple(v for name, v in cells.items() if name not in (*_TIMES, "backend"))
+            times.setdefault(op, {}).setdefault(point, {})[backend] = seconds
+    found: set[tuple[str, str]] = set()
+    for op, points in times.items():
+        backends = sorted({name for known in points.values() for name in known})
+        for one, two in combinations(backends, 2):
+            both = [known for known in points.values() if one in known and two in known]
+            ahead = sum(1 if known[one] < known[two] else -1 for known in both)
+            if both:
+                found.add((op, two if ahead > 0 else one))
+    return found
 
 
 def _add(

@@ -155,6 +155,21 @@ def test_our_own_csv_uses_what_an_engine_runs() -> None:
     assert by_op(found, "copy")[0].size("elements") == 2**27
 
 
+def test_of_two_backends_the_faster_one_counts(tmp_path: Path) -> None:
+    """Also at the shapes that it alone did not run, which are left out."""
+    text = (SAMPLES / "ops.csv").read_text(encoding="utf-8")
+    first, second = text.splitlines()[1:3]
+    assert ",2.9e-05,2.8e-05," in first
+    slow = first.replace(",2.9e-05,2.8e-05,", ",3.5e-05,3.4e-05,").replace(",linear", ",slow")
+    alone = second.replace("matmul,bf16,256,", "matmul,bf16,512,").replace(",linear", ",slow")
+    file = tmp_path / "ops.csv"
+    file.write_text(f"{text}{slow}\n{alone}\n", encoding="utf-8")
+    found = read_profile(file)
+    assert {one.kernel for one in by_op(found, "matmul")} == {"matmul linear"}
+    said = {one.kernel: (one.count, one.reason) for one in found.skipped}
+    assert said["matmul slow"] == (2, "another backend is faster")
+
+
 Edit = Callable[[str], str]
 
 
