@@ -321,7 +321,7 @@ def _fit_attention(
 def _pointwise(data: Path, device: Device) -> list[FittedSection]:
     """The kinds of `pointwise`, with the two launches that no row shows."""
     sections = []
-    for kind in pointwise._KINDS:
+    for kind in pointwise.KINDS:
         section = pointwise.fit(device, kind, *pointwise.read(data, kind))
         own = dict(section.coefficients)
         if kind.name == "kv_append":

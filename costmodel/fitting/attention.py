@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.calibration import Calibration, Section
+from shardplan.costmodel.calibration import Calibration
 from shardplan.costmodel.catalog import load_device
 from shardplan.costmodel.fitting.attention_derived import derived_sections
 from shardplan.costmodel.fitting.attention_tables import (
@@ -47,6 +47,7 @@ from shardplan.costmodel.fitting.common import (
     held_out,
     markdown_errors,
     robust_fit,
+    trial_section,
     write_sections,
 )
 from shardplan.costmodel.fitting.decode_surface import decode_surface
@@ -55,7 +56,7 @@ from shardplan.costmodel.kernels.base import Array, Machine
 from shardplan.costmodel.kernels.flash import tile_rows
 from shardplan.costmodel.kernels.mla import mla_decode, mla_prefill
 
-__all__ = ["Fit", "Problem", "fit", "main"]
+__all__ = ["DECODE", "HEADS", "PREFILL", "Fit", "Problem", "fit", "gpu_problems", "main"]
 
 Bounds = Mapping[str, tuple[float, float, float]]
 Call = Callable[[Machine, Array], Array]
@@ -74,14 +75,14 @@ costmodel/data/calibrations --report results/calibration/attention.md` (`--calib
 for one device; the other lines stay)
 """
 _SURFACE = (0.0, -1.0, 1.0)
-_PREFILL: Bounds = {
+PREFILL: Bounds = {
     "floor_s": (2e-5, 1e-6, 8e-5),
     "fill_keys": (640.0, 0.0, 3000.0),
     "tail": (0.7, 0.0, 2.0),
     "e": (-0.4, -3.0, 1.0),
     **dict.fromkeys(("e_x", "e_xx", "e_y", "e_yy", "e_xy", "e_g", "e_gx", "e_gxx"), _SURFACE),
 }
-_DECODE: Bounds = {
+DECODE: Bounds = {
     "floor_s": (2e-5, 1e-6, 9e-5),
     "batch_s": (1e-7, 0.0, 5e-6),
     "keys_s": (1e-7, 0.0, 1e-5),
@@ -97,7 +98,7 @@ _DECODE: Bounds = {
     "e_t": (0.0, 0.0, 0.8),
     **dict.fromkeys(("e_x", "e_xx", "e_g", "e_gg"), (0.0, -0.3, 0.3)),
 }
-_HEADS: Bounds = {
+HEADS: Bounds = {
     "l2_hidden_g": (0.0, 0.0, 1.0),
     "floor_g": (0.0, -0.5, 0.5),
     **dict.fromkeys(("e_k", "e_gk", "e_grouped", "e_gx"), (0.0, -0.3, 0.3)),
@@ -178,16 +179,7 @@ def _ranges(problem: Problem, rows: Array) -> dict[str, float]:
 
 
 def _model(problem: Problem, coefficients: Mapping[str, float], rows: Array) -> Array:
-    section = Section(
-        name=problem.section,
-        kind="fitted",
-        source="",
-        rows_fitted=0,
-        rows_held_out=0,
-        median_error=0.0,
-        p90_error=0.0,
-        coefficients=coefficients,
-    )
+    section = trial_section(problem.section, coefficients)
     calibration = Calibration(name="trial", sections={problem.section: section})
     return problem.call(Machine(load_device(problem.device), calibration), rows)
 
@@ -274,14 +266,14 @@ def _npu_problems(data: Path) -> tuple[Problem, ...]:
     prefill = {"tile_scale": 1.0, "softmax_flop": 44.0, "e_d": 0.0}
     decode = {"softmax_flop": 44.0, "compute_efficiency": 0.6}
     expanded = prefill | {"tile_scale": 2.0, "e_g": 0.0, "e_gx": 0.0, "e_gxx": 0.0}
-    latent = {name: value for name, value in _PREFILL.items() if name not in expanded}
+    latent = {name: value for name, value in PREFILL.items() if name not in expanded}
     common: dict[str, Any] = {"device": "910b2", "seeds": (0, 1)}
     return (
         Problem(
             section="attention.prefill",
             table=npu_prefill(data),
             call=_prefill,
-            bounds=_PREFILL,
+            bounds=PREFILL,
             fixed=prefill,
             scale=0.05,
             ridge=0.4,
@@ -291,7 +283,7 @@ def _npu_problems(data: Path) -> tuple[Problem, ...]:
             section="attention.decode",
             table=npu_decode(data),
             call=_decode,
-            bounds={**_DECODE, **_HEADS},
+            bounds={**DECODE, **HEADS},
             fixed=decode,
             scale=0.015,
             ridge=0.05,
@@ -312,8 +304,8 @@ def _npu_problems(data: Path) -> tuple[Problem, ...]:
             section="mla.decode",
             table=mla_decode_table(data),
             call=_mla_decode,
-            bounds=_DECODE,
-            fixed=decode | dict.fromkeys(_HEADS, 0.0),
+            bounds=DECODE,
+            fixed=decode | dict.fromkeys(HEADS, 0.0),
             scale=0.02,
             ridge=0.1,
             **common,
@@ -321,7 +313,7 @@ def _npu_problems(data: Path) -> tuple[Problem, ...]:
     )
 
 
-def _gpu_problems(data: Path, device: str) -> tuple[Problem, ...]:
+def gpu_problems(data: Path, device: str) -> tuple[Problem, ...]:
     prefill = {"tile_scale": 1.0, "softmax_flop": 22.0, "e_d": 0.0}
     return (
         Problem(
@@ -329,7 +321,7 @@ def _gpu_problems(data: Path, device: str) -> tuple[Problem, ...]:
             device=device,
             table=gpu_prefill(data, device),
             call=_prefill,
-            bounds=_PREFILL,
+            bounds=PREFILL,
             fixed=prefill,
             scale=0.05,
             ridge=0.02,
@@ -339,7 +331,7 @@ def _gpu_problems(data: Path, device: str) -> tuple[Problem, ...]:
             device=device,
             table=gpu_decode(data, device),
             call=_decode,
-            bounds={**_DECODE, **_HEADS, "hbm_shift": (1.0, 0.0, 4.0)},
+            bounds={**DECODE, **HEADS, "hbm_shift": (1.0, 0.0, 4.0)},
             fixed={"softmax_flop": 22.0, "compute_efficiency": 0.6},
             scale=0.05,
             ridge=0.02,
@@ -377,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines: list[tuple[str, ErrorStats]] = []
     for device in devices:
         npu = device == "910b2"
-        problems = _npu_problems(options.data) if npu else _gpu_problems(options.data, device)
+        problems = _npu_problems(options.data) if npu else gpu_problems(options.data, device)
         fits = [fit(problem) for problem in problems]
         _write(device, fits, options.out)
         lines += [line for one in fits for line in one.errors]

@@ -48,12 +48,13 @@ from shardplan.costmodel.fitting.common import (
     held_out,
     markdown_errors,
     robust_fit,
+    trial_section,
     write_sections,
 )
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective
 
-__all__ = ["CollectiveProblem", "fit", "in_service", "main"]
+__all__ = ["CUSTOM", "CollectiveProblem", "fit", "in_service", "main"]
 
 Bounds = Mapping[str, tuple[float, float, float]]
 _NEUTRAL: Mapping[str, float] = {
@@ -84,7 +85,7 @@ _FLAT: Bounds = {
     "e_rr": (0.0, -0.3, 0.3),
 }
 _SWITCH: Bounds = {**_FLAT, "ramp_bytes": (1e6, 0.0, 1e8), "ramp_r": (0.0, -3.0, 1.0)}
-_CUSTOM: Bounds = {**_SWITCH, "oneshot_efficiency": (0.4, 0.1, 1.0)}
+CUSTOM: Bounds = {**_SWITCH, "oneshot_efficiency": (0.4, 0.1, 1.0)}
 _LINKS: Bounds = {**_FLAT, "floor_link_s": (1e-6, 0.0, 5e-6)}
 _DIES: Bounds = {
     "base_s": (5e-6, 1e-6, 2e-5),
@@ -112,16 +113,7 @@ class CollectiveProblem:
 
 def _calibration(problem: CollectiveProblem, coefficients: Mapping[str, float]) -> Calibration:
     name = problem.table.section
-    section = Section(
-        name=name,
-        kind="fitted",
-        source="",
-        rows_fitted=0,
-        rows_held_out=0,
-        median_error=0.0,
-        p90_error=0.0,
-        coefficients=coefficients,
-    )
+    section = trial_section(name, coefficients)
     return Calibration(name="trial", sections={**problem.around.sections, name: section})
 
 
@@ -279,7 +271,7 @@ def _gpu_problems(data: Path, device: str, around: Calibration) -> list[Collecti
     problems = [
         CollectiveProblem(
             table=table,
-            bounds=_CUSTOM if table.kind == "all_reduce" else _SWITCH,
+            bounds=CUSTOM if table.kind == "all_reduce" else _SWITCH,
             fixed={"oneshot_bytes": _ONESHOT_BYTES} if table.kind == "all_reduce" else {},
             around=around,
         )
@@ -287,7 +279,7 @@ def _gpu_problems(data: Path, device: str, around: Calibration) -> list[Collecti
     ]
     custom = CollectiveProblem(
         table=custom_rows(data, device),
-        bounds=_CUSTOM,
+        bounds=CUSTOM,
         fixed={"oneshot_bytes": 1e6},
         around=around,
     )

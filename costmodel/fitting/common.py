@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.calibration import Kind
+from shardplan.costmodel.calibration import Kind, Section
 from shardplan.costmodel.kernels.base import Array
 from shardplan.models.errors import InputError
 
@@ -34,6 +34,7 @@ __all__ = [
     "markdown_errors",
     "read_rows",
     "robust_fit",
+    "trial_section",
     "write_sections",
 ]
 
@@ -178,6 +179,20 @@ def robust_fit(
 def _number(value: float) -> str:
     text = f"{float(f'{value:.5g}')!r}"
     return text if any(mark in text for mark in ".en") else text + ".0"
+
+
+def trial_section(name: str, coefficients: Mapping[str, float]) -> Section:
+    """A section with coefficients that are being tried, without provenance."""
+    return Section(
+        name=name,
+        kind="fitted",
+        source="",
+        rows_fitted=0,
+        rows_held_out=0,
+        median_error=0.0,
+        p90_error=0.0,
+        coefficients=coefficients,
+    )
 
 
 def write_sections(path: Path, heading: str, sections: Sequence[FittedSection]) -> None:

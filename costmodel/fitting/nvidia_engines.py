@@ -81,7 +81,7 @@ def _attention(data: Path, device: str) -> list[attention.Fit]:
     }
     return [
         attention.fit(replace(problem, table=tables[problem.section]()))
-        for problem in attention._gpu_problems(data, device)
+        for problem in attention.gpu_problems(data, device)
     ]
 
 
@@ -105,7 +105,7 @@ def _products(data: Path, device: str) -> tuple[list[FittedSection], list[tuple[
 def _all_reduce(table: CollectiveTable) -> tuple[FittedSection, list[tuple[str, ErrorStats]]]:
     problem = collectives.CollectiveProblem(
         table=table,
-        bounds=collectives._CUSTOM,
+        bounds=collectives.CUSTOM,
         fixed={"oneshot_bytes": _ONESHOT_BYTES},
         around=Calibration(name="none", sections={}),
     )

@@ -17,11 +17,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from shardplan.costmodel.calibration import Calibration, Section
+from shardplan.costmodel.calibration import Calibration
 from shardplan.costmodel.catalog import load_device
-from shardplan.costmodel.fitting.attention import _DECODE, _HEADS, _PREFILL, Problem, fit
+from shardplan.costmodel.fitting.attention import DECODE, HEADS, PREFILL, Problem, fit
 from shardplan.costmodel.fitting.attention_tables import Table
-from shardplan.costmodel.fitting.common import ErrorStats, FittedSection, error_stats, held_out
+from shardplan.costmodel.fitting.common import (
+    ErrorStats,
+    FittedSection,
+    error_stats,
+    held_out,
+    trial_section,
+)
 from shardplan.costmodel.fitting.own_profile_tables import Profile
 from shardplan.costmodel.fitting.surface_fit import knot_weights
 from shardplan.costmodel.kernels.attention import attention_decode, attention_prefill
@@ -105,29 +111,20 @@ def _grid(phase: str, rows: Array, logs: Array) -> dict[str, float]:
 
 
 def _machine(device: str, name: str, coefficients: Mapping[str, float]) -> Machine:
-    section = Section(
-        name=name,
-        kind="fitted",
-        source="",
-        rows_fitted=0,
-        rows_held_out=0,
-        median_error=0.0,
-        p90_error=0.0,
-        coefficients=coefficients,
-    )
+    section = trial_section(name, coefficients)
     return Machine(load_device(device), Calibration(name="trial", sections={name: section}))
 
 
 def _problem(phase: str, device: str, table: Table) -> Problem:
     prefill = phase == "prefill"
     fixed = {"tile_scale": 1.0, "e_d": 0.0} if prefill else {"compute_efficiency": 0.6}
-    decode = {**_DECODE, **_HEADS, "hbm_shift": (1.0, 0.0, 4.0)}
+    decode = {**DECODE, **HEADS, "hbm_shift": (1.0, 0.0, 4.0)}
     return Problem(
         section=f"attention.{phase}",
         device=device,
         table=table,
         call=_prefill if prefill else _decode,
-        bounds=_PREFILL if prefill else decode,
+        bounds=PREFILL if prefill else decode,
         fixed={"softmax_flop": 22.0, **fixed},
         scale=0.05,
         ridge=0.02,

@@ -29,7 +29,7 @@ from shardplan.costmodel.fitting.common import (
 from shardplan.costmodel.hardware import Device
 from shardplan.costmodel.kernels.base import Array
 
-__all__ = ["Kind", "fit", "main", "read"]
+__all__ = ["KINDS", "Kind", "fit", "main", "read"]
 
 _TABLES = ("a3_insitu_kernels_qwen3_32b_bf16.csv", "a3_insitu_kernels_dsv3_w8a8.csv")
 _SOURCE = (
@@ -52,7 +52,7 @@ class Kind:
     """Fraction of the HBM rate past L2: SwiGLU on 394 MB reaches 0.65, on 236 MB 0.72."""
 
 
-_KINDS = (
+KINDS = (
     Kind(name="add_rmsnorm", kernels=("AddRmsNormBias",), bytes_per_element=8, flop_per_element=7),
     Kind(
         name="rmsnorm",
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the calibrations")
     options = parser.parse_args(arguments)
     device = load_device("a3-die")
-    sections = [fit(device, kind, *read(options.data, kind)) for kind in _KINDS]
+    sections = [fit(device, kind, *read(options.data, kind)) for kind in KINDS]
     heading = "Streaming kernels. Written by shardplan.costmodel.fitting.pointwise; do not edit."
     write_sections(options.out / "910b2" / "pointwise.toml", heading, sections)
 
