@@ -325,7 +325,7 @@ class Fleet:
             )
             sizes = {name: size[call.kernel] for name, size in call.kernels.sizes.items()}
             row = replace(call.kernels.row, **sizes) if sizes else call.kernels.row  # type: ignore[arg-type]  # sizes as arrays
-            yield call, stand_in._price(row, _at(load, call))
+            yield call, stand_in.price(row, _at(load, call))
 
     def _calls(self, phase: Phase, group: Group) -> Iterator[Call]:
         tables = self.tables[phase]

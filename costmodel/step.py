@@ -127,11 +127,11 @@ class StepModel:
     def _known(self, row: Row, load: Load, points: Points | None) -> Parts:
         """A row's price, from the memo where it was priced at these points before."""
         if points is None:
-            return self._price(row, load)
+            return self.price(row, load)
         key = (row, self.groups, points.number, load.kinds)
         found = self.memo.prices.get(key)
         if found is None:
-            found = self.memo.prices[key] = self._price(row, load)
+            found = self.memo.prices[key] = self.price(row, load)
         return found
 
     def by_kind(self, group: Group, load: Load) -> Iterator[tuple[str, Parts]]:
@@ -141,7 +141,7 @@ class StepModel:
             count = sum(stage.counts.get(name, 0) for stage in graph.stages)
             for row in rows:
                 if row.group == group and count:
-                    yield row.kind, self._price(row, load).times(count)
+                    yield row.kind, self.price(row, load).times(count)
 
     def step_s(self, stages: list[Parts], phase: Phase) -> list[Array]:
         """Seconds of each stage, launches included; the engine's host time is not."""
@@ -163,9 +163,6 @@ class StepModel:
 
     def price(self, row: Row, load: Load) -> Parts:
         """Price of one row under a load."""
-        return self._price(row, load)
-
-    def _price(self, row: Row, load: Load) -> Parts:
         if row.is_collective:
             time = self.collective_time(row, load)
             once = row.group == "logits"  # the last rank of a step is waited for once

@@ -50,7 +50,6 @@ __all__ = [
     "find_cluster",
     "find_engine",
     "kv_dtype_for",
-    "make_layouts",
     "weight_dtype_for",
 ]
 
@@ -372,8 +371,3 @@ def _moved(rows: tuple[Row, ...], moves: Iterator[Transfer], cluster: Cluster) -
         else row
         for row in rows
     )
-
-
-def make_layouts(**columns: Any) -> tuple[Layout, ...]:
-    """The layouts of one point (`LayoutMaker.make`)."""
-    return LayoutMaker().make(**columns)

@@ -90,12 +90,12 @@ def test_a_decode_layer_of_llama_is_priced_kernel_by_kernel_by_hand() -> None:
     )
     attends = attention_decode(machine, 64, 1000, 4, 1, 128, kernel="flash", kv_dtype="bf16")
     acts = pointwise(machine, "swiglu", 64 * 1792, 64 * 1792 * 6)
-    assert case.model._price(own["all_reduce"], usual).total_s == sums.total_s
-    assert case.model._price(own["attention"], usual).total_s == attends.total_s
-    assert case.model._price(own["swiglu"], usual).total_s == acts.total_s
+    assert case.model.price(own["all_reduce"], usual).total_s == sums.total_s
+    assert case.model.price(own["attention"], usual).total_s == attends.total_s
+    assert case.model.price(own["swiglu"], usual).total_s == acts.total_s
     products = [row for row in case.rows("decode", "dense") if row.kind == "matmul"]
     sizes = ((768, 4096), (4096, 512), (3584, 4096), (4096, 1792))
-    ours = sorted(float(case.model._price(row, usual).total_s) for row in products)
+    ours = sorted(float(case.model.price(row, usual).total_s) for row in products)
     known = (matmul(machine, 64, n, k, "bf16", weights="cold").total_s for n, k in sizes)
     assert ours == sorted(map(float, known))
 
@@ -112,13 +112,13 @@ def test_quantizing_inside_the_norm_saves_the_kernel_but_not_the_written_byte(
     norm = next(r for r in case.rows("decode", "dense") if r.kind == "add_rmsnorm")
     fed = matmul(machine, tokens, product.n, product.k, "w8a8", weights="cold", quantized=True)
     whole = matmul(machine, tokens, product.n, product.k, "w8a8", weights="cold")
-    assert model._price(product, usual).total_s == fed.total_s
+    assert model.price(product, usual).total_s == fed.total_s
     elements = tokens * 5120
     written = pointwise(machine, "quantize", elements, elements)
     read = pointwise(machine, "add_rmsnorm", elements, elements * 6)
-    own = float(model._price(norm, usual).total_s)
+    own = float(model.price(norm, usual).total_s)
     assert own == pytest.approx(float(read.total_s + written.compute_s + written.memory_s))
-    plain = float(model._price(norm, replace(usual, weight_dtype="bf16")).total_s)
+    plain = float(model.price(norm, replace(usual, weight_dtype="bf16")).total_s)
     assert plain == float(pointwise(machine, "add_rmsnorm", elements, elements * 8).total_s)
     assert own + float(fed.total_s) < plain + float(whole.total_s)
 
@@ -136,7 +136,7 @@ def test_the_logits_of_a_prefill_are_those_of_its_sequences() -> None:
         in_service=True,
     )
     late_s = case.model.engine.skew_s("prefill", 8)
-    assert case.model._price(kinds["all_gather"], usual).total_s == gather.total_s + late_s
+    assert case.model.price(kinds["all_gather"], usual).total_s == gather.total_s + late_s
 
 
 @given(name=case_names(), phase=_phases, batch=_batches)
@@ -165,7 +165,7 @@ def test_a_folded_model_costs_what_its_layers_cost_one_by_one(name: str, phase: 
     folded = [model.parts(group, usual) for group in GROUPS]
     for stage in graph.stages:
         one_by_one = sum(
-            float(model._price(row, usual).total_s)
+            float(model.price(row, usual).total_s)
             for block, _ in graph.sequence(stage)
             for row in case.rows(phase, block)
         )
@@ -230,8 +230,8 @@ def test_but_for_products_no_kernel_is_faster_with_a_bigger_batch(
         small, big = usual
         for row in {row for rows in case.model.rows[phase].values() for row in rows}:
             if row.kind != "matmul":
-                less = case.model._price(row, small).total_s
-                assert case.model._price(row, big).total_s >= less * (1 - 1e-3), row
+                less = case.model.price(row, small).total_s
+                assert case.model.price(row, big).total_s >= less * (1 - 1e-3), row
 
 
 @pytest.mark.parametrize("phase", PHASES)
