@@ -21,6 +21,9 @@ from shardplan.models.graph import Op, Phase
 from shardplan.models.spec import ModelSpec
 
 __all__ = [
+    "AXES",
+    "MODULES",
+    "Axis",
     "Exchange",
     "Mesh",
     "Parallelism",
@@ -32,6 +35,11 @@ __all__ = [
 ]
 
 Exchange = Literal["allgather", "alltoall"]
+Axis = Literal["pp", "dp", "cp", "tp"]
+AXES: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
+"""Axes that ranks are numbered by, in the order of `Parallelism.order` unless told."""
+MODULES = ("o", "ffn", "shared", "head", "embed")
+"""Modules that may be split over other ranks than tp (`Parallelism.o_tp`, ...)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +48,11 @@ class Parallelism:
 
     dp: attention data-parallel groups. ep: ranks that share the experts, 1 = experts split by tp
     within each dp group. sp: tokens split over tp between the matrix products.
+    cp: ranks that share the tokens of a prompt and the cache of its sequence.
     stage_layers: layers of each pipeline stage; empty means balanced.
+    o_tp, ffn_tp, shared_tp, head_tp, embed_tp: ranks that one module is split over, 0 for tp.
+    order: axes from the one whose neighbours are farthest apart to the one whose ranks follow
+    one another. mtp: tokens that are predicted ahead and verified in each decode step.
     """
 
     tp: int = 1
@@ -52,6 +64,13 @@ class Parallelism:
     exchange: Exchange = "allgather"
     """How tokens reach experts of other dp groups: gathered everywhere, or sent where needed."""
     stage_layers: tuple[int, ...] = ()
+    o_tp: int = 0
+    ffn_tp: int = 0
+    shared_tp: int = 0
+    head_tp: int = 0
+    embed_tp: int = 0
+    order: tuple[Axis, ...] = AXES
+    mtp: int = 0
 
     @property
     def ranks(self) -> int:
@@ -69,6 +88,11 @@ class Parallelism:
             words.append("sp")
         if self.ep > 1 and self.exchange == "alltoall":
             words.append("a2a")
+        words += [f"{one}{size}" for one in MODULES if (size := getattr(self, f"{one}_tp"))]
+        if self.mtp:
+            words.append(f"mtp{self.mtp}")
+        if self.order != AXES:
+            words.append(">".join(self.order))
         return " ".join(words)
 
 
@@ -107,6 +131,15 @@ def _check_sizes(spec: ModelSpec, par: Parallelism) -> None:
     for name in ("tp", "pp", "dp", "ep", "cp"):
         if getattr(par, name) < 1:
             raise LayoutError("an axis size is 1 or more", got=f"{name}={getattr(par, name)}")
+    for name in (*(f"{one}_tp" for one in MODULES), "mtp"):
+        if getattr(par, name):
+            raise LayoutError(
+                f"`{name}` cannot be applied to this graph",
+                got=f"{name}={getattr(par, name)}",
+                hint="use 0",
+            )
+    if par.order != AXES:
+        raise LayoutError("ranks are numbered by pp, dp, cp, tp", got=f"order={par.order}")
     if par.cp > 1:
         raise LayoutError(
             "context parallelism cannot be applied to this graph", got=f"cp={par.cp}", hint="use 1"

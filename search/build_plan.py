@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
+from shardplan.models.parallel import Parallelism
 from shardplan.search.build_confidence import plan_confidence
 from shardplan.search.evaluate import LayoutScorer, context_tokens
 from shardplan.search.exact import Kept, Outcome, pareto_mask
@@ -361,6 +363,5 @@ def _distinct(others: list[Candidate], chosen: Candidate, top: int) -> list[Cand
     return found
 
 
-def _layout(one: Candidate) -> tuple[object, ...]:
-    s = one.strategy
-    return s.tp, s.pp, s.dp, s.ep, s.sp, s.exchange
+def _layout(one: Candidate) -> Parallelism:
+    return replace(one.strategy.parallelism(), stage_layers=())

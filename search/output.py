@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,22 +67,13 @@ def trial_frame(outcome: Outcome, kept: Iterable[Kept], engine: str) -> DataFram
                 "rank": place if one.feasible else 0,
                 "feasible": one.feasible,
                 "limit": "" if one.feasible else LIMITS[one.limit],
-                "tp": par.tp,
-                "pp": par.pp,
-                "dp": par.dp,
-                "ep": par.ep,
-                "cp": par.cp,
-                "sp": par.sp,
-                "exchange": par.exchange,
+                **{item.name: getattr(par, item.name) for item in fields(par)},
+                **{item.name: getattr(choice, item.name) for item in fields(choice)},
                 "stage_layers": ",".join(map(str, balanced_stages(outcome.space.spec, par))),
-                "attention": choice.attention,
-                "weight_dtype": choice.weight_dtype,
-                "kv_dtype": choice.kv_dtype,
+                "order": "-".join(par.order),
                 "batch": one.batch,
                 "chunk": one.chunk,
                 "engine": engine,
-                "weight_prefetch": choice.weight_prefetch,
-                "fused_collectives": choice.fused_collectives,
             }
         )
     return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))

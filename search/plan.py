@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from shardplan.models.errors import InputError
-from shardplan.models.parallel import Parallelism
+from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
 
 __all__ = [
@@ -136,6 +137,18 @@ class StrategyInfo(Part):
     """Weights of the next product come into L2 while other kernels run."""
     fused_collectives: bool = False
     """A row-parallel product and its all_reduce are one kernel in prefill."""
+    o_tp: int = Field(default=0, ge=0)
+    """Ranks that the attention output projection is split over; 0: tp, as of the others."""
+    ffn_tp: int = Field(default=0, ge=0)
+    shared_tp: int = Field(default=0, ge=0)
+    head_tp: int = Field(default=0, ge=0)
+    embed_tp: int = Field(default=0, ge=0)
+    order: tuple[Axis, ...] = AXES
+    """Axes of the rank numbers, the one with the farthest neighbours first."""
+    mtp: int = Field(default=0, ge=0)
+    """Tokens predicted ahead and verified in each decode step."""
+    collectives: str = "auto"
+    """Algorithm of the collectives between nodes."""
     batch: int
     """Sequences that decode together in one dp group (the engine's max_num_seqs)."""
     chunk: int
@@ -148,16 +161,7 @@ class StrategyInfo(Part):
 
     def parallelism(self) -> Parallelism:
         """The part of the strategy that changes the graph."""
-        return Parallelism(
-            tp=self.tp,
-            pp=self.pp,
-            dp=self.dp,
-            ep=self.ep,
-            cp=self.cp,
-            sp=self.sp,
-            exchange=self.exchange,
-            stage_layers=self.stage_layers,
-        )
+        return Parallelism(**{one.name: getattr(self, one.name) for one in fields(Parallelism)})
 
 
 class Performance(Part):

@@ -111,13 +111,10 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
             hint="name the model's config.json with --model",
         )
     way = plan.strategy
-    choice = Choice(
-        attention=way.attention,
-        weight_dtype=way.weight_dtype,
-        kv_dtype=way.kv_dtype,
-        weight_prefetch=way.weight_prefetch,
-        fused_collectives=way.fused_collectives,
-    )
     return prove_strategy(
-        spec, way.parallelism(), level=level, scorer=_scorer_of(plan, spec), choice=choice
+        spec,
+        way.parallelism(),
+        level=level,
+        scorer=_scorer_of(plan, spec),
+        choice=Choice.of(way),
     )

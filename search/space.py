@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -46,6 +46,13 @@ class Choice:
     kv_dtype: str
     weight_prefetch: bool = False
     fused_collectives: bool = False
+    collectives: str = "auto"
+    """Algorithm of the collectives between nodes; auto: the library's own pick."""
+
+    @classmethod
+    def of(cls, way: StrategyInfo) -> Choice:
+        """The choice of a strategy that a plan holds."""
+        return cls(**{one.name: getattr(way, one.name) for one in fields(cls)})
 
     @property
     def overlap(self) -> Overlap:
@@ -121,23 +128,10 @@ class Space:
 
     def strategy(self, par: Parallelism, choice: Choice, batch: int, chunk: int) -> StrategyInfo:
         """One point as the plan writes it."""
-        return StrategyInfo(
-            tp=par.tp,
-            pp=par.pp,
-            dp=par.dp,
-            ep=par.ep,
-            cp=par.cp,
-            sp=par.sp,
-            exchange=par.exchange,
-            stage_layers=balanced_stages(self.spec, par),
-            attention=choice.attention,
-            weight_dtype=choice.weight_dtype,
-            kv_dtype=choice.kv_dtype,
-            weight_prefetch=choice.weight_prefetch,
-            fused_collectives=choice.fused_collectives,
-            batch=batch,
-            chunk=chunk,
-        )
+        layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
+        chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
+        layout["stage_layers"] = balanced_stages(self.spec, par)
+        return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
 
 
 def divisors(n: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The trial table: `trials.csv` and `pareto.csv`, one row a strategy, the best first.
 
 Columns are stable, in the order of `TRIAL_COLUMNS`; a reader takes files with further columns
-and drops them, and takes the switches of `LATER_COLUMNS` as off where a file lacks them. Seconds,
+and drops them, and takes what `LATER_COLUMNS` says where a file lacks one of those. Seconds,
 bytes and their rates, as everywhere. `objective` is better the larger it is. `compute_s`,
 `memory_s`, `collective_s` and `overhead_s` are those of one average step.
 
@@ -15,13 +15,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardplan.models.errors import InputError
+from shardplan.models.parallel import AXES
 from shardplan.search.plan import write_atomically
 
 if TYPE_CHECKING:
@@ -71,10 +73,31 @@ TRIAL_COLUMNS: tuple[str, ...] = (
     "engine",
     "weight_prefetch",
     "fused_collectives",
+    "o_tp",
+    "ffn_tp",
+    "shared_tp",
+    "head_tp",
+    "embed_tp",
+    "order",
+    "mtp",
+    "collectives",
 )
-LATER_COLUMNS = ("weight_prefetch", "fused_collectives")
-"""What files of the first releases lack."""
-SWITCH_COLUMNS = ("feasible", "sp", *LATER_COLUMNS)
+LATER_COLUMNS: Mapping[str, bool | int | str] = MappingProxyType(
+    {
+        "weight_prefetch": False,
+        "fused_collectives": False,
+        "o_tp": 0,
+        "ffn_tp": 0,
+        "shared_tp": 0,
+        "head_tp": 0,
+        "embed_tp": 0,
+        "order": "-".join(AXES),
+        "mtp": 0,
+        "collectives": "auto",
+    }
+)
+"""What files of earlier releases lack, and what holds in its place."""
+SWITCH_COLUMNS = ("feasible", "sp", "weight_prefetch", "fused_collectives")
 """true | false."""
 WORD_COLUMNS = (
     "limit",
@@ -84,8 +107,12 @@ WORD_COLUMNS = (
     "weight_dtype",
     "kv_dtype",
     "engine",
+    "order",
+    "collectives",
 )
-INTEGER_COLUMNS = ("rank", "tp", "pp", "dp", "ep", "cp", "batch", "chunk")
+COUNT_COLUMNS = ("o_tp", "ffn_tp", "shared_tp", "head_tp", "embed_tp", "mtp")
+"""Whole numbers that may be 0."""
+INTEGER_COLUMNS = ("rank", "tp", "pp", "dp", "ep", "cp", "batch", "chunk", *COUNT_COLUMNS)
 NUMBER_COLUMNS = tuple(
     name for name in TRIAL_COLUMNS if name not in {*SWITCH_COLUMNS, *WORD_COLUMNS, *INTEGER_COLUMNS}
 )
@@ -118,8 +145,9 @@ def write_trials(path: Path, frame: DataFrame) -> None:
 
 
 def _completed(frame: DataFrame) -> DataFrame:
-    """The frame with the columns that the first releases did not have, off."""
-    return frame.assign(**{name: False for name in LATER_COLUMNS if name not in frame})
+    """The frame with the columns that earlier releases did not have."""
+    missing = {name: value for name, value in LATER_COLUMNS.items() if name not in frame}
+    return frame.assign(**missing)
 
 
 def _lines(frame: DataFrame) -> str:
@@ -214,7 +242,7 @@ def _typed(chunk: DataFrame) -> DataFrame:
         **{name: frame[name].astype("category") for name in WORD_COLUMNS},
     )
     for name in INTEGER_COLUMNS[1:]:
-        if (frame[name] < 1).any():
+        if (frame[name] < (name not in COUNT_COLUMNS)).any():
             raise ValueError(name)
     for name in NUMBER_COLUMNS:
         if np.isinf(frame[name]).any() or frame.loc[frame["feasible"], name].isna().any():
@@ -319,7 +347,7 @@ def _broken_rule(name: str, cell: str, *, feasible: bool) -> str:
     if name in SWITCH_COLUMNS:
         return "" if cell in (_TRUE, _FALSE) else "the cell is true or false"
     if name in INTEGER_COLUMNS:
-        low = 0 if name == "rank" else 1
+        low = 0 if name in ("rank", *COUNT_COLUMNS) else 1
         kept = (not cell and name == "rank") or _holds(
             int, cell, lambda value: low <= value <= _MAX_INTEGER
         )

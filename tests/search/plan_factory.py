@@ -29,7 +29,7 @@ from shardplan.search.plan import (
     StrategyInfo,
     Workload,
 )
-from shardplan.search.trials import TRIAL_COLUMNS
+from shardplan.search.trials import LATER_COLUMNS, TRIAL_COLUMNS
 
 __all__ = ["CARDS", "make_plan", "make_strategy", "make_trials"]
 
@@ -340,5 +340,5 @@ def make_trials(rows: int = 200, seed: int = 0) -> pd.DataFrame:
     frame = space.iloc[np.sort(places)].reset_index(drop=True)
     frame["rank"] = np.where(frame["feasible"], np.arange(1, rows + 1), 0)
     frame["engine"] = "exact"
-    frame["weight_prefetch"] = frame["fused_collectives"] = False
+    frame = frame.assign(**LATER_COLUMNS)
     return frame.loc[:, list(TRIAL_COLUMNS)]

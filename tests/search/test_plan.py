@@ -282,6 +282,7 @@ def test_the_plan_heads_the_trials(result: SearchResult) -> None:
     strategy = result.plan.strategy.model_dump()
     first = result.trials.iloc[0]
     strategy["stage_layers"] = ",".join(map(str, strategy["stage_layers"]))
+    strategy["order"] = "-".join(strategy["order"])
     assert {name: first[name] for name in strategy} == strategy
     ranks = result.trials["rank"][result.trials["feasible"]].tolist()
     assert ranks == list(range(1, len(ranks) + 1))

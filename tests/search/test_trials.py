@@ -15,6 +15,7 @@ from tests.search.plan_factory import make_trials
 from shardplan.models.errors import InputError
 from shardplan.search import trials as module
 from shardplan.search.trials import (
+    LATER_COLUMNS,
     NUMBER_COLUMNS,
     TRIAL_COLUMNS,
     WORD_COLUMNS,
@@ -45,7 +46,8 @@ def test_the_columns_are_those_that_are_promised() -> None:
         "rank,feasible,limit,objective,tp,pp,dp,ep,cp,sp,exchange,stage_layers,attention,"
         "weight_dtype,kv_dtype,batch,chunk,ttft_s,tpot_s,end_to_end_s,output_tokens_per_s,"
         "output_tokens_per_s_per_card,requests_per_s,memory_bytes,memory_free_bytes,compute_s,"
-        "memory_s,collective_s,overhead_s,engine,weight_prefetch,fused_collectives"
+        "memory_s,collective_s,overhead_s,engine,weight_prefetch,fused_collectives,"
+        "o_tp,ffn_tp,shared_tp,head_tp,embed_tp,order,mtp,collectives"
     )
 
 
@@ -53,10 +55,11 @@ def test_a_table_of_the_first_releases_has_its_switches_off(tmp_path: Path) -> N
     """Files written before the switches of the engine were searched are still read."""
     path = _written(tmp_path, make_trials(20))
     old = pd.read_csv(path, dtype=str, keep_default_na=False)
-    old.drop(columns=["weight_prefetch", "fused_collectives"]).to_csv(path, index=False)
+    old.drop(columns=list(LATER_COLUMNS)).to_csv(path, index=False)
     back = read_trials(path)
     assert tuple(back.columns) == TRIAL_COLUMNS
-    assert not back[["weight_prefetch", "fused_collectives"]].to_numpy().any()
+    for name, value in LATER_COLUMNS.items():
+        assert set(back[name]) == {value}
 
 
 def test_a_table_comes_back_as_it_went_in(tmp_path: Path) -> None:
