@@ -190,6 +190,23 @@ class Ledger:
         """Logits of one step, gathered, fp32."""
         return as_array(sequences) * float(self.graph.model.spec.vocab) * _LOGIT_BYTES
 
+    def grid_bytes(
+        self,
+        machine: Machine,
+        *,
+        attention: AttentionKernel,
+        batch: ArrayLike,
+        tokens: ArrayLike,
+        context: ArrayLike,
+    ) -> dict[str, Array]:
+        """What every stage holds alike: `cached_tokens`, `activations_bytes`, `logits_bytes`."""
+        block = float(self.engine.kv_block_tokens)
+        return {
+            "cached_tokens": as_array(batch) * np.ceil(as_array(context) / block) * block,
+            "activations_bytes": self.activations_bytes(machine, tokens, context, attention),
+            "logits_bytes": self.logits_bytes(batch),
+        }
+
     def stages(
         self,
         machine: Machine,
@@ -202,10 +219,10 @@ class Ledger:
         context: ArrayLike,
     ) -> list[StageMemory]:
         """What each stage holds for `batch` sequences of `context` tokens, steps of `tokens`."""
-        block = float(self.engine.kv_block_tokens)
-        cached = as_array(batch) * np.ceil(as_array(context) / block) * block
-        activations = self.activations_bytes(machine, tokens, context, attention)
-        logits = self.logits_bytes(batch)
+        common = self.grid_bytes(
+            machine, attention=attention, batch=batch, tokens=tokens, context=context
+        )
+        cached, activations, logits = common.values()
         found = []
         for stage in self.graph.stages:
             last = stage.index == len(self.graph.stages) - 1

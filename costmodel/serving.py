@@ -54,10 +54,12 @@ from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
-__all__ = ["Serving", "ServingInput", "replay", "serve", "step_seconds"]
+__all__ = ["Serving", "ServingInput", "Steps", "replay", "serve", "steady_steps", "step_seconds"]
 
 Weigh = Callable[[str], None]
 Weighed = Callable[[Array], None]
+Steps = tuple[list[Parts], list[Parts]]
+"""A decode step and a mixed step, per stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,11 +275,23 @@ def _prompts_first(shares: Shares, later: Array, decode_s: Array, prefill_s: Arr
     return _Pace(prefill_s, wait_s, step_s, mixed, pure)
 
 
-def serve(model: Pricer, given: ServingInput) -> Serving:
-    """Steady state of one layout over a grid of slots and step sizes."""
+def steady_steps(model: Pricer, given: ServingInput) -> Steps:
+    """(decode step, mixed step) of the steady state, per stage of the model."""
+    return _steps(model, given, step_shares(given, model.engine.prefill_first), lambda _: None)
+
+
+def serve(
+    model: Pricer, given: ServingInput, watch: Callable[[Steps], None] | None = None
+) -> Serving:
+    """Steady state of one layout over a grid of slots and step sizes.
+
+    `watch` is shown the steps that it is made of.
+    """
     engine = model.engine
     shares = step_shares(given, engine.prefill_first)
     decode, mixed = _steps(model, given, shares, lambda _: None)
+    if watch is not None:
+        watch((decode, mixed))
     decode_s = _rotate(model, decode, "decode")
     mixed_s = _rotate(model, mixed, "prefill")
     later = as_array(given.output_len) - 1.0

@@ -145,16 +145,18 @@ class StepModel:
 
     def step_s(self, stages: list[Parts], phase: Phase) -> list[Array]:
         """Seconds of each stage, launches included; the engine's host time is not."""
-        graph = self.engine.decode_graph if phase == "decode" else self.engine.prefill_graph
-        gap = self.engine.launch_gap_s
-        device = self.machine.device
+        gap, launch = self.engine.launch_gap_s, self.launch_floor_s(phase)
         known: dict[int, Array] = {}
         for parts in stages:
             if id(parts) not in known:
                 busy = parts.total_s + gap * parts.kernels
-                floor = parts.kernels * device.host_launch_s
-                known[id(parts)] = busy if graph else np.maximum(busy, floor)
+                known[id(parts)] = np.maximum(busy, parts.kernels * launch) if launch else busy
         return [known[id(parts)] for parts in stages]
+
+    def launch_floor_s(self, phase: Phase) -> float:
+        """Seconds that the host needs to launch a kernel; 0 where a captured graph is replayed."""
+        graph = self.engine.decode_graph if phase == "decode" else self.engine.prefill_graph
+        return 0.0 if graph else self.machine.device.host_launch_s
 
     def host_s(self, phase: Phase) -> float:
         """Host time of a step that the device waits for."""

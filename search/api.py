@@ -19,8 +19,9 @@ from shardplan.models.errors import ProofError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.evaluate import LayoutScorer, Question
-from shardplan.search.exact import Outcome, search_exact
+from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
+from shardplan.search.kept import Outcome
 from shardplan.search.output import MOST_ROWS, trial_frame
 from shardplan.search.plan import Plan
 from shardplan.search.proof import prove_strategy

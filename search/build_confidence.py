@@ -8,8 +8,8 @@ from shardplan.costmodel.bulk import Dtypes, Fleet
 from shardplan.costmodel.confidence import serving_confidence
 from shardplan.costmodel.serving import ServingInput, serve
 from shardplan.search.evaluate import LayoutScorer
-from shardplan.search.exact import Kept
 from shardplan.search.how_sure import confidence_summary
+from shardplan.search.kept import Kept
 from shardplan.search.plan import Confidence
 
 __all__ = ["plan_confidence"]

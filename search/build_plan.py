@@ -22,7 +22,7 @@ from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.search.build_confidence import plan_confidence
 from shardplan.search.evaluate import LayoutScorer, context_tokens
-from shardplan.search.exact import Kept, Outcome, pareto_mask
+from shardplan.search.kept import Kept, Outcome, pareto_mask
 from shardplan.search.plan import (
     BreakdownRow,
     Candidate,
@@ -231,9 +231,21 @@ def _lever(rows: tuple[MemoryRow, ...], best: Kept, device: Device) -> str:
     )
 
 
+def _proven(outcomes: list[Outcome]) -> tuple[float | None, float | None]:
+    """(bound, gap): the largest objective that any strategy could have, and how far the best is.
+
+    Both are None where an engine proves nothing, or a smaller number of cards was not searched to
+    its end.
+    """
+    last = outcomes[-1]
+    if last.best is None or last.bound is None or not all(o.complete for o in outcomes[:-1]):
+        return None, None
+    reached = last.best.columns["objective"]
+    return last.bound, max(last.bound / reached - 1.0, 0.0)
+
+
 def _certificate(resolved: Resolved, outcomes: list[Outcome]) -> Certificate:
     last = outcomes[-1]
-    best = last.best
     pruned: dict[str, int] = defaultdict(int)
     refused: dict[str, int] = defaultdict(int)
     for outcome in outcomes:
@@ -241,7 +253,7 @@ def _certificate(resolved: Resolved, outcomes: list[Outcome]) -> Certificate:
             pruned[name] += count
         for name, count in outcome.tally.infeasible.items():
             refused[name] += count
-    proven = all(outcome.complete for outcome in outcomes) and best is not None
+    bound, gap = _proven(outcomes)
     wall = sum(outcome.wall_s for outcome in outcomes)
     return Certificate(
         engine=resolved.request.engine,
@@ -254,8 +266,8 @@ def _certificate(resolved: Resolved, outcomes: list[Outcome]) -> Certificate:
         pruned=sum(pruned.values()),
         pruned_by=dict(sorted(pruned.items())),
         infeasible=dict(sorted(refused.items())),
-        bound=best.columns["objective"] if proven and best is not None else None,
-        gap=0.0 if proven else None,
+        bound=bound,
+        gap=gap,
         wall_s=10.0 ** max(1, int(np.ceil(np.log10(max(wall, 1e-9))))),
     )
 

@@ -11,9 +11,10 @@ for), ttft, tpot, rate.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import Overlap
-from shardplan.costmodel.serving import ServingInput, serve
+from shardplan.costmodel.serving import ServingInput, Steps, serve
 from shardplan.costmodel.step import Parts, StepModel
 from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
@@ -86,6 +87,46 @@ class LayoutScorer:
         self.ledger = Ledger.of(graphs["prefill"], question.cluster.device, question.engine)
         self._switched: dict[Overlap, StepModel] = {}
 
+    def recut(self, stage_layers: tuple[int, ...]) -> LayoutScorer:
+        """The same layout with its layers cut otherwise; op tables and their prices are shared."""
+        other = copy.copy(self)
+        other.parallel = replace(self.parallel, stage_layers=stage_layers)
+        graphs = {
+            phase: apply(graph.model, other.parallel) for phase, graph in self.model.graphs.items()
+        }
+        other.model = replace(self.model, graphs=graphs, sums={})
+        other.ledger = replace(self.ledger, graph=graphs["prefill"])
+        other._switched = {
+            overlap: replace(model, graphs=graphs, sums={})
+            for overlap, model in self._switched.items()
+        }
+        return other
+
+    def serving_input(self, choice: Choice, batch: Array, chunk: Array) -> ServingInput:
+        """What is served, over arrays of batch and chunk."""
+        work = self.question.workload
+        return ServingInput(
+            batch=batch,
+            chunk=chunk,
+            input_len=work.input_len,
+            output_len=work.output_len,
+            prefix_hit=work.prefix_hit,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
+            attention=choice.attention,
+            in_flight=work.concurrency / self.parallel.dp if work.concurrency else None,
+        )
+
+    def common_bytes(self, choice: Choice, batch: Array, chunk: Array) -> dict[str, Array]:
+        """What every stage holds alike (`Ledger.grid_bytes`)."""
+        return self.ledger.grid_bytes(
+            self.model.machine,
+            attention=choice.attention,
+            batch=batch,
+            tokens=chunk,
+            context=context_tokens(self.question.workload),
+        )
+
     def model_for(self, choice: Choice) -> StepModel:
         """The step model with the choice's switches set."""
         if not choice.switched:
@@ -122,21 +163,28 @@ class LayoutScorer:
             total = np.maximum(total, stage.total_bytes)
         return total
 
-    def score(self, choice: Choice, batch: Array, chunk: Array) -> Scores:
-        """Price arrays of batch and chunk (broadcast) of one choice."""
-        question, work = self.question, self.question.workload
-        given = ServingInput(
-            batch=batch,
-            chunk=chunk,
-            input_len=work.input_len,
-            output_len=work.output_len,
-            prefix_hit=work.prefix_hit,
-            weight_dtype=choice.weight_dtype,
-            kv_dtype=choice.kv_dtype,
-            attention=choice.attention,
-            in_flight=work.concurrency / self.parallel.dp if work.concurrency else None,
+    def even_bytes(self, choice: Choice, batch: Array, chunk: Array) -> Array:
+        """What the fullest rank holds at least, however layers are cut: the mean over stages."""
+        common = self.common_bytes(choice, batch, chunk)
+        ledger, stages = self.ledger, self.ledger.graph.stages
+        weights = sum(ledger.weights_bytes(stage, choice.weight_dtype) for stage in stages)
+        cache = sum(ledger.kv_bytes_per_token(stage, choice.kv_dtype) for stage in stages)
+        spread = (weights + common["cached_tokens"] * cache) / len(stages)
+        fixed = ledger.communicators * ledger.engine.communicator_bytes
+        return np.asarray(
+            spread + common["activations_bytes"] + fixed + ledger.engine.reserve_bytes
         )
-        served = serve(self.model_for(choice), given)
+
+    def score(
+        self,
+        choice: Choice,
+        batch: Array,
+        chunk: Array,
+        watch: Callable[[Steps], None] | None = None,
+    ) -> Scores:
+        """Price arrays of batch and chunk (broadcast) of one choice; `watch`: as of `serve`."""
+        question = self.question
+        served = serve(self.model_for(choice), self.serving_input(choice, batch, chunk), watch)
         shape = np.broadcast_shapes(batch.shape, chunk.shape)
         memory = np.broadcast_to(self.memory(choice, batch, chunk), shape)
         columns = {

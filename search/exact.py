@@ -1,162 +1,104 @@
 """The exact search: every strategy of the space, priced or provably not needed.
 
-For every legal layout (applied once) and every choice that its switches allow, in a fixed order:
-  1. a bound: if one slot with the smallest step does not fit, no grid point of it does (memory
-     grows with batch and chunk), so its whole grid is pruned unpriced (`memory`);
-  2. otherwise the whole grid is priced at once (`LayoutScorer.score`).
-The best feasible strategy is the optimum of the space: bound equals objective and the gap is 0.
-With a time limit the layouts not reached are counted as neither evaluated nor pruned, the bound
-is unknown and so is the gap.
+Layouts come in the order of a bound that needs no graph (`bounds`), best first, equal ones in the
+order of the space. For each, and every choice that its switches allow:
+
+  1. `peak`     where the bound is below what is already found, the layout is left out unapplied;
+  2. `memory`   if one slot with the smallest step does not fit however the layers are cut, no
+                grid point of it does (memory grows with batch and chunk);
+  3. otherwise the whole grid is priced at once (`LayoutScorer.score`), layers cut evenly;
+  4. `cut`      other cuts of the layers (`refine`), best first, until none can be better;
+  5. `order`    other numberings of the ranks, where free collectives would beat what is found.
+
+Each left-out strategy is counted under the bound that left it out, so that
+    size of the space = evaluated + sum of pruned                  (of a complete search)
+and no strategy has an objective above `Outcome.bound`: the best found when the search is complete
+(the gap is 0), with a time limit the largest bound of what was not reached.
 
 Ties are broken by less memory, then by the order of the space, never by changing a time.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.step import Parts
 from shardplan.models.parallel import Parallelism
-from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, Scores
+from shardplan.search.bounds import most_objective
+from shardplan.search.evaluate import LayoutScorer, Question, Scores
+from shardplan.search.kept import (
+    Kept,
+    Outcome,
+    Tally,
+    count_refused,
+    keep_best,
+    note_nearest,
+    rank_key,
+)
+from shardplan.search.refine import Open, Slack, fits_some_cut, open_points, refine_cuts
 from shardplan.search.space import Choice, Space
 
-__all__ = ["Kept", "Outcome", "Tally", "keep_best", "pareto_mask", "search_exact"]
-
-KEPT_PER_GRID = 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
-    """One strategy that is remembered: where it stands and every column of its score."""
-
-    parallel: Parallelism
-    choice: Choice
-    batch: int
-    chunk: int
-    limit: int
-    columns: Mapping[str, float]
-
-    @property
-    def feasible(self) -> bool:
-        """Whether it satisfies every limit."""
-        return self.limit < 0
+__all__ = ["search_exact"]
 
 
 @dataclass(slots=True)
-class Tally:
-    """What happened to the strategies that were looked at."""
+class Hunt:
+    """One search under way."""
 
-    evaluated: int = 0
-    pruned_by: Counter[str] = field(default_factory=Counter)
-    infeasible: Counter[str] = field(default_factory=Counter)
-    nearest: dict[str, Kept] = field(default_factory=dict)
-    """By limit, the strategy that breaks only it by the least."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """The result of one search over one space."""
-
+    question: Question
     space: Space
-    best: Kept | None
-    kept: tuple[Kept, ...]
-    """Best first; feasible before infeasible."""
-    tally: Tally
-    complete: bool
-    wall_s: float
+    deadline_s: float
+    memo: Memo[Parts] = field(default_factory=Memo)
+    tally: Tally = field(default_factory=Tally)
+    kept: list[Kept] = field(default_factory=list)
+    best: float = -math.inf
+    """Largest objective of a feasible strategy so far."""
+    open: list[Open] = field(default_factory=list)
+    """Grids of which other cuts may still be better."""
+    unreached: float = -math.inf
+    """Largest bound of what the time limit left out."""
+
+    @property
+    def late(self) -> bool:
+        """Whether the time limit has passed."""
+        return time.perf_counter() > self.deadline_s
+
+    @property
+    def grid(self) -> tuple[Array, Array]:
+        """All slots [n, 1] and step sizes [1, m]."""
+        batch = np.array(self.space.batches, dtype=np.float64)[:, None]
+        return batch, np.array(self.space.chunks, dtype=np.float64)[None, :]
+
+    def price(
+        self, scorer: LayoutScorer, choice: Choice, batch: Array, chunk: Array, slack: Slack | None
+    ) -> Scores:
+        """Price arrays of batch and chunk and remember the best of them."""
+        par = scorer.parallel
+        scores = scorer.score(choice, batch, chunk, None if slack is None else slack.watch)
+        count_refused(self.tally, scores)
+        note_nearest(self.tally, scores, par, choice, (batch, chunk))
+        found = keep_best(scores, par, choice, batch, chunk)
+        self.kept += found
+        feasible = (one.columns["objective"] for one in found if one.feasible)
+        self.best = max((self.best, *feasible))
+        return scores
 
 
-def pareto_mask(gain: Array, cost: Array) -> NDArray[np.bool_]:
-    """Points that no other beats in both: more `gain` and less `cost`. Shapes [n]."""
-    order = np.lexsort((-gain, cost))
-    best = np.maximum.accumulate(gain[order])
-    before = np.concatenate([[-np.inf], best[:-1]])
-    mask = np.zeros(gain.shape, dtype=bool)
-    mask[order] = gain[order] > before
-    return mask
-
-
-def rank_key(one: Kept) -> tuple[bool, float, float]:
-    """Sorting key: feasible first, larger objective, less memory; the sort is stable."""
-    return not one.feasible, -one.columns["objective"], one.columns["memory_bytes"]
-
-
-def _positions(scores: Scores) -> NDArray[np.int64]:
-    """Flat grid positions worth keeping: the best, the Pareto points, a few refused ones."""
-    feasible = scores.feasible.ravel()
-    objective = scores.columns["objective"].ravel()
-    where = np.flatnonzero(feasible)
-    if not where.size:
-        refused = np.flatnonzero(~feasible)
-        return refused[np.argsort(-objective[refused], kind="stable")[:2]]
-    memory = scores.columns["memory_bytes"].ravel()
-    top = where[np.lexsort((memory[where], -objective[where]))[:KEPT_PER_GRID]]
-    front = pareto_mask(
-        scores.columns["output_tokens_per_s"].ravel()[where],
-        scores.columns["tpot_s"].ravel()[where],
-    )
-    return np.union1d(top, where[front])
-
-
-def keep_best(
-    scores: Scores, par: Parallelism, choice: Choice, batch: Array, chunk: Array
-) -> list[Kept]:
-    """The strategies of one grid that are worth remembering."""
-    at = np.unravel_index(_positions(scores), scores.limit.shape)
-    batches, chunks = (np.broadcast_to(g, scores.limit.shape)[at].tolist() for g in (batch, chunk))
-    names = tuple(scores.columns)
-    rows = zip(*(values[at].tolist() for values in scores.columns.values()), strict=True)
-    return [
-        Kept(
-            parallel=par,
-            choice=choice,
-            batch=int(slots),
-            chunk=int(tokens),
-            limit=limit,
-            columns=dict(zip(names, row, strict=True)),
-        )
-        for slots, tokens, limit, row in zip(
-            batches, chunks, scores.limit[at].tolist(), rows, strict=True
-        )
+def _by_bound(question: Question, space: Space) -> list[tuple[float, Parallelism]]:
+    """(bound, layout), the largest bound first; equal ones in the order of the space."""
+    dtypes = sorted({choice.weight_dtype for choice in space.choices})
+    pairs = [
+        (max((most_objective(question, par, one) for one in dtypes), default=-math.inf), par)
+        for par in space.layouts
     ]
-
-
-_DISTANCE: Mapping[str, tuple[str, float]] = {
-    "memory": ("memory_bytes", 1.0),
-    "ttft": ("ttft_s", 1.0),
-    "tpot": ("tpot_s", 1.0),
-    "rate": ("requests_per_s", -1.0),
-}
-"""Column by which a limit is missed, and its sign (smaller is nearer)."""
-
-
-def note_nearest(
-    tally: Tally, scores: Scores, par: Parallelism, choice: Choice, grid: tuple[Array, Array]
-) -> None:
-    limit = scores.limit
-    for name, (column, sign) in _DISTANCE.items():
-        missed = np.flatnonzero(limit.ravel() == LIMITS.index(name))
-        if not missed.size:
-            continue
-        values = scores.columns[column].ravel() * sign
-        at = int(missed[np.argmin(values[missed])])
-        known = tally.nearest.get(name)
-        if known is not None and values[at] >= known.columns[column] * sign:
-            continue
-        one = Scores(
-            columns={n: v.ravel()[at : at + 1] for n, v in scores.columns.items()},
-            limit=limit.ravel()[at : at + 1],
-        )
-        batch, chunk = (np.broadcast_to(g, limit.shape).ravel()[at : at + 1] for g in grid)
-        tally.nearest[name] = keep_best(one, par, choice, batch, chunk)[0]
+    return sorted(pairs, key=lambda pair: -pair[0])
 
 
 def search_exact(
@@ -165,49 +107,77 @@ def search_exact(
     *,
     time_limit_s: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    memo: Memo[Parts] | None = None,
 ) -> Outcome:
-    """Every strategy of `space`; the optimum, with what is needed to prove and explain it."""
+    """Every strategy of `space`; the optimum, with what is needed to prove and explain it.
+
+    `time_limit_s`: stop then with the best so far and a bound on the rest; what was not reached
+    is counted neither as evaluated nor as pruned. `memo`: prices shared with other searches of
+    the same machine and engine.
+    """
     start = time.perf_counter()
-    batch = np.array(space.batches, dtype=np.float64)[:, None]
-    chunk = np.array(space.chunks, dtype=np.float64)[None, :]
-    tally, kept = Tally(), []
-    memo: Memo[Parts] = Memo()
-    complete = True
-    for index, par in enumerate(space.layouts):
-        if time_limit_s is not None and time.perf_counter() - start > time_limit_s:
-            complete = False
+    hunt = Hunt(
+        question=question,
+        space=space,
+        deadline_s=math.inf if time_limit_s is None else start + time_limit_s,
+        memo=Memo() if memo is None else memo,
+    )
+    layouts = _by_bound(question, space)
+    for index, (bound, par) in enumerate(layouts):
+        if hunt.late:
+            hunt.unreached = max(hunt.unreached, bound)
             break
-        memo.make_room()
-        scorer = LayoutScorer(question, par, memo)
-        for choice in space.choices:
-            rule = space.broken_switch(par, choice)
-            if rule is not None:
-                tally.pruned_by[f"rule {rule}"] += batch.size * chunk.size
-                continue
-            if scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
-                tally.pruned_by["memory"] += batch.size * chunk.size
-                _note_too_big(tally, scorer, choice, space)
-                continue
-            scores = scorer.score(choice, batch, chunk)
-            tally.evaluated += scores.limit.size
-            counts = np.bincount(scores.limit.ravel() + 1, minlength=len(LIMITS) + 1)[1:]
-            for name, count in zip(LIMITS, counts.tolist(), strict=True):
-                if count:
-                    tally.infeasible[name] += count
-            note_nearest(tally, scores, par, choice, (batch, chunk))
-            kept += keep_best(scores, par, choice, batch, chunk)
+        if bound < hunt.best:
+            hunt.tally.pruned_by["peak"] += space.strategies(par)
+        else:
+            _layout(hunt, par)
         if progress is not None:
-            progress(index + 1, len(space.layouts))
-    for rule, layouts in space.broken.items():
-        tally.pruned_by[f"rule {rule}"] += layouts * space.per_layout
-    kept.sort(key=rank_key)
+            progress(index + 1, len(layouts))
+    refine_cuts(hunt)
+    for rule, count in space.broken_strategies.items():
+        hunt.tally.pruned_by[f"rule {rule}"] += count
+    return _outcome(hunt, start)
+
+
+def _layout(hunt: Hunt, par: Parallelism) -> None:
+    """One layout with all its choices."""
+    space, tally = hunt.space, hunt.tally
+    hunt.memo.make_room()
+    scorer = LayoutScorer(hunt.question, par, hunt.memo)
+    cuts, points = space.cuts_of(par), len(space.batches) * len(space.chunks)
+    for choice in space.choices:
+        rule = space.broken_switch(par, choice)
+        if rule is not None:
+            tally.pruned_by[f"rule {rule}"] += cuts * points
+            continue
+        if scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
+            _note_too_big(tally, scorer, choice, space)
+            if cuts == 1 or not fits_some_cut(scorer, choice, *np.ones((2, 1))):
+                tally.pruned_by["memory"] += cuts * points
+                continue
+        if cuts == 1:
+            hunt.price(scorer, choice, *hunt.grid, None)
+            continue
+        slack = Slack(scorer.model_for(choice))
+        scores = hunt.price(scorer, choice, *hunt.grid, slack)
+        still = open_points(scorer, choice, scores, hunt.grid, slack.even, hunt.best)
+        hunt.open += [] if still is None else [still]
+        tally.pruned_by["cut"] += (cuts - 1) * points
+
+
+def _outcome(hunt: Hunt, start: float) -> Outcome:
+    """The kept strategies in order, and the bound that holds for all."""
+    place = {par: index for index, par in enumerate(hunt.space.layouts)}
+    kept = sorted(
+        hunt.kept, key=lambda one: (*rank_key(one), place[hunt.space.layout_of(one.parallel)])
+    )
     best = kept[0] if kept and kept[0].feasible else None
     return Outcome(
-        space=space,
+        space=hunt.space,
         best=best,
         kept=tuple(kept),
-        tally=tally,
-        complete=complete,
+        tally=hunt.tally,
+        bound=max(hunt.best, hunt.unreached),
         wall_s=time.perf_counter() - start,
     )
 

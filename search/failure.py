@@ -23,7 +23,7 @@ from shardplan.costmodel.ledger import weight_element_bytes
 from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
-from shardplan.search.exact import Kept, Outcome
+from shardplan.search.kept import Kept, Outcome
 from shardplan.search.request import Resolved
 from shardplan.search.space import Choice, build_space
 

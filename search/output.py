@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import balanced_stages
 from shardplan.search.evaluate import LIMITS
-from shardplan.search.exact import Kept, Outcome
+from shardplan.search.kept import Kept, Outcome
 from shardplan.search.plan import write_atomically
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from shardplan.costmodel.kernels.base import Machine
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import Parallelism
 from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, context_tokens
-from shardplan.search.exact import Kept, Outcome, Tally, keep_best, note_nearest, rank_key
+from shardplan.search.kept import Kept, Outcome, Tally, keep_best, note_nearest, rank_key
 from shardplan.search.legality import Subject, first_broken_rule
 from shardplan.search.space import Choice, Space, divisors
 from shardplan.search.storage import Direction, open_study, quiet_optuna
@@ -367,6 +367,6 @@ def _outcome(run: _Run, start: float) -> Outcome:
         best=kept[0] if kept and kept[0].feasible else None,
         kept=tuple(kept),
         tally=tally,
-        complete=False,
+        bound=None,
         wall_s=time.perf_counter() - start,
     )

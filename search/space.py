@@ -1,10 +1,12 @@
 """The strategy space: every combination of the searched dimensions, and which of them are legal.
 
     layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts
+    cut       layers of each of pp stages, any positive numbers that sum to the layers
     choices   attention kernel, weight dtype, KV dtype, switches of the engine
     grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
 
-The size of the space is the full product, legal or not: |layouts| * |choices| * |grid|. A layout
+The size of the space is the full product, legal or not: |choices| * |grid| * the sum over layouts
+of the ways to cut the layers into their stages. A layout
 that breaks a rule is left out with all its choices, under the first rule that it breaks; a choice
 whose switches a layout does not allow is left out of that layout (`broken_switch`).
 """
@@ -24,6 +26,7 @@ from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.optable import Overlap
 from shardplan.models.parallel import Parallelism, balanced_stages
 from shardplan.models.spec import ModelSpec
+from shardplan.search.cuts import cut_count
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import StrategyInfo
 
@@ -80,6 +83,12 @@ class Space:
     raw_layouts: int
     broken: Mapping[str, int]
     """Layouts that each rule left out."""
+    broken_cuts: Mapping[str, int]
+    """The same, each counted once for every way to cut its layers into stages."""
+    raw_cuts: int
+    """All layouts, legal or not, counted likewise."""
+    all_cuts: bool
+    """Layers may be cut in any way; otherwise evenly."""
     choices: tuple[Choice, ...]
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -92,7 +101,24 @@ class Space:
     @property
     def size(self) -> int:
         """Strategies of the whole space, legal or not."""
-        return self.raw_layouts * self.per_layout
+        return self.raw_cuts * self.per_layout
+
+    @property
+    def broken_strategies(self) -> dict[str, int]:
+        """Strategies that each rule left out."""
+        return {rule: count * self.per_layout for rule, count in self.broken_cuts.items()}
+
+    def cuts_of(self, par: Parallelism) -> int:
+        """Ways to cut the layers into the stages of a layout."""
+        return cuts_of(self.spec, par, all_cuts=self.all_cuts)
+
+    def strategies(self, par: Parallelism) -> int:
+        """Strategies of a layout, all its cuts together."""
+        return self.cuts_of(par) * self.per_layout
+
+    def layout_of(self, par: Parallelism) -> Parallelism:
+        """The layout of the space that a strategy's splits belong to."""
+        return replace(par, stage_layers=())
 
     def dimensions(self) -> dict[str, list[object]]:
         """Values of each dimension, for the certificate."""
@@ -175,6 +201,11 @@ def raw_layouts(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
                         yield replace(one, sp=sp, exchange="alltoall")
 
 
+def cuts_of(spec: ModelSpec, par: Parallelism, *, all_cuts: bool) -> int:
+    """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
+    return max(cut_count(spec.layers, par.pp), 1) if all_cuts else 1
+
+
 def build_space(
     spec: ModelSpec,
     cluster: Cluster,
@@ -184,18 +215,23 @@ def build_space(
     choices: tuple[Choice, ...],
     batches: tuple[int, ...],
     chunks: tuple[int, ...],
+    all_cuts: bool = True,
 ) -> Space:
     """The space over `cards` ranks, with the rules applied to every layout."""
     broken: Counter[str] = Counter()
+    broken_cuts: Counter[str] = Counter()
     legal = []
-    count = 0
+    count = cuts = 0
     for par in raw_layouts(spec, cards):
         count += 1
+        ways = cuts_of(spec, par, all_cuts=all_cuts)
+        cuts += ways
         rule = first_broken_rule(Subject(spec=spec, cluster=cluster, engine=engine, parallel=par))
         if rule is None:
             legal.append(par)
         else:
             broken[rule] += 1
+            broken_cuts[rule] += ways
     return Space(
         spec=spec,
         cluster=cluster,
@@ -204,6 +240,9 @@ def build_space(
         layouts=tuple(legal),
         raw_layouts=count,
         broken=dict(sorted(broken.items())),
+        broken_cuts=dict(sorted(broken_cuts.items())),
+        raw_cuts=cuts,
+        all_cuts=all_cuts,
         choices=choices,
         batches=batches,
         chunks=chunks,

@@ -29,7 +29,8 @@ from shardplan.costmodel.engines import load_engine
 from shardplan.models.catalog import load_model
 from shardplan.models.parallel import Parallelism
 from shardplan.search.evaluate import Question
-from shardplan.search.exact import Outcome, search_exact
+from shardplan.search.exact import search_exact
+from shardplan.search.kept import Outcome
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.proof import prove_strategy
 from shardplan.search.space import Choice, Space, batch_grid, build_space, chunk_grid

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from shardplan.costmodel.engines import load_engine
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
-from shardplan.models.parallel import Exchange, Parallelism, make_mesh
+from shardplan.models.parallel import Exchange, Parallelism, balanced_stages, make_mesh
 from shardplan.models.spec import MlaSpec, ModelSpec, MoeSpec
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Limits, Workload
@@ -143,12 +144,21 @@ def _holds(question: Question, columns: dict[str, float], batch: int, chunk: int
     )
 
 
+def _cuts(question: Question, par: Parallelism) -> Iterator[Parallelism]:
+    """A layout with its layers cut evenly, which needs no telling, then in every other way."""
+    yield par
+    layers = question.spec.layers
+    for places in combinations(range(1, layers), par.pp - 1):
+        cut = tuple(b - a for a, b in pairwise((0, *places, layers)))
+        if cut != balanced_stages(question.spec, par):
+            yield replace(par, stage_layers=cut)
+
+
 def brute_force(case: Case) -> list[Found]:
     """Every legal strategy, one at a time, in the order of the space."""
     question, found = case.question, []
-    for par in _layouts(question):
-        if not _legal(question, par):
-            continue
+    legal = (par for par in _layouts(question) if _legal(question, par))
+    for par in (cut for one in legal for cut in _cuts(question, one)):
         scorer = LayoutScorer(question, par)
         for choice in (one for one in case.choices if _allowed(question, par, one)):
             for batch in case.batches:
@@ -254,7 +264,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         shared_ffn=draw(st.sampled_from([0, 128])),
         dense_layers=draw(st.sampled_from([0, 1])),
     )
-    layers, vocab = draw(st.sampled_from([2, 3, 4, 8])), draw(st.sampled_from([1000, 1024]))
+    layers, vocab = draw(st.sampled_from([2, 3, 4, 5, 7])), draw(st.sampled_from([1000, 1024]))
     heads = draw(st.sampled_from([4, 8, 12]))
     base = latent if kind in ("latent", "both") else dense
     spec = base(

@@ -9,7 +9,8 @@ from shardplan.models.counts import kv_bytes_per_token, parameter_count
 from shardplan.search.api import search
 from shardplan.search.build_plan import build_plan, memory_rows, pareto_front
 from shardplan.search.evaluate import LayoutScorer, Question
-from shardplan.search.exact import Outcome, search_exact
+from shardplan.search.exact import search_exact
+from shardplan.search.kept import Outcome
 from shardplan.search.plan import Plan
 from shardplan.search.proof import prove_strategy
 from shardplan.search.request import Asked, Resolved, resolve

@@ -15,7 +15,8 @@ from tests.search.oracle import Case, dense, small_case, sparse
 
 from shardplan.models.errors import InputError
 from shardplan.search.evaluate import LIMITS, LayoutScorer
-from shardplan.search.exact import Kept, Outcome, rank_key, search_exact
+from shardplan.search.exact import search_exact
+from shardplan.search.kept import Kept, Outcome, rank_key
 from shardplan.search.legality import RULES
 from shardplan.search.sampled import (
     ENGINES,

@@ -1,0 +1,173 @@
+"""Pipeline cuts: which layers each stage holds, exact under several limits at once.
+
+A cut gives stage s the layers [c_s, c_(s+1)). Whatever a stage costs is a sum over its layers plus
+what stands at its ends (embedding or receive, LM head or send):
+
+    cost(i, j, s) = max over parts of P[j] - P[i] + end_s      P: prefix sums over layers
+
+with all terms >= 0; a row has several parts where the larger of two sums counts (the time that
+kernels take, the time that the host takes to launch them).
+
+A step of p microbatches over p stages takes p times its slowest stage, and the fullest stage must
+fit, so of a cut only the largest cost of any stage counts, once for each of several *rows*
+(decode step, mixed step, each with its launch floor, memory). Because every row grows with the
+layers of a stage, filling each stage as far as all limits allow is exact: if any cut keeps within
+the limits, this one does (by induction over stages it never holds fewer layers so far).
+
+    least      the smallest possible largest cost of one row under limits on the others: start
+               from a cut that keeps within them and ask for a strictly smaller one until there
+               is none; every answer is a cut, so the last is the optimum, with no tolerance
+    fronts     all cuts that no other beats in both of two rows, by walking one row down
+
+The number of cuts of L layers into p stages is C(L - 1, p - 1).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+__all__ = ["CostRow", "cut_count", "fill", "front", "least", "row_max"]
+
+Cut = tuple[int, ...]
+"""Layers of each stage."""
+
+
+class _Part(NamedTuple):
+    """One sum: prefix sums over layers `[L + 1]`, and what each stage's ends cost `[p]`."""
+
+    prefix: tuple[float, ...]
+    ends: tuple[float, ...]
+
+    def stage(self, first: int, last: int, index: int) -> float:
+        return self.prefix[last] - self.prefix[first] + self.ends[index]
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """A cost of stages: the largest of its parts."""
+
+    parts: tuple[_Part, ...]
+
+    @classmethod
+    def of(cls, *sums: tuple[Sequence[float], Sequence[float]]) -> CostRow:
+        """From the cost of each layer and of each stage's ends, for every part."""
+        return cls(tuple(_Part((0.0, *accumulate(each)), tuple(ends)) for each, ends in sums))
+
+    @property
+    def layers(self) -> int:
+        """Layers to be cut."""
+        return len(self.parts[0].prefix) - 1
+
+    @property
+    def stages(self) -> int:
+        """Stages to cut them into."""
+        return len(self.parts[0].ends)
+
+    def stage(self, first: int, last: int, index: int) -> float:
+        """Cost of stage `index` with layers [first, last)."""
+        return max(part.stage(first, last, index) for part in self.parts)
+
+    def even_share(self, cut: Cut) -> float:
+        """What the stages cost together at least, however they are cut, over what they cost now."""
+        stages = list(_stages(cut))
+        now = sum(self.stage(first, last, index) for index, first, last in stages)
+        least = max(part.prefix[-1] + sum(part.ends) for part in self.parts)
+        return min(least / now, 1.0) if now > 0.0 else 1.0
+
+
+def cut_count(layers: int, stages: int) -> int:
+    """Ways to give each of `stages` stages at least one of `layers` layers in a row."""
+    return math.comb(layers - 1, stages - 1) if 1 <= stages <= layers else 0
+
+
+def row_max(row: CostRow, cut: Cut) -> float:
+    """Largest cost of any stage of a cut."""
+    return max(row.stage(first, last, index) for index, first, last in _stages(cut))
+
+
+def _stages(cut: Cut) -> Iterator[tuple[int, int, int]]:
+    """(index, first, last) of each stage."""
+    first = 0
+    for index, count in enumerate(cut):
+        yield index, first, first + count
+        first += count
+
+
+def fill(rows: Sequence[CostRow], limits: Sequence[float], strict: Sequence[bool]) -> Cut | None:
+    """A cut within every limit (below it where `strict`), or None where there is none.
+
+    Each stage takes as many layers as all limits allow, but leaves one for each that follows.
+    """
+    layers, stages = rows[0].layers, rows[0].stages
+    first, cut = 0, []
+    for index in range(stages):
+        last = layers - (stages - 1 - index)
+        for row, limit, below in zip(rows, limits, strict, strict=True):
+            last = min(last, _reach(row, limit, first, index, last, strict=below))
+        if last <= first:
+            return None
+        cut.append(last - first)
+        first = last
+    return tuple(cut) if first == layers else None
+
+
+def _reach(row: CostRow, limit: float, first: int, index: int, most: int, *, strict: bool) -> int:
+    """Largest end of a stage that starts at `first` and keeps within the limit; `first` if none."""
+    last = most
+    for part in row.parts:
+        target = limit - part.ends[index] + part.prefix[first]
+        last = min(last, bisect_right(part.prefix, target, first, most + 1) - 1)
+    last = max(last, first)
+
+    def over(end: int) -> bool:
+        cost = row.stage(first, end, index)
+        return cost >= limit if strict else cost > limit
+
+    while last < most and not over(last + 1):
+        last += 1
+    while last > first and over(last):
+        last -= 1
+    return max(last, first)
+
+
+def least(rows: Sequence[CostRow], limits: Sequence[float], row: int) -> Cut | None:
+    """A cut with the smallest possible largest cost of `rows[row]` within the other limits.
+
+    `limits[row]` is an upper limit, too. None where nothing keeps within the limits.
+    """
+    bounds = list(limits)
+    below = [False] * len(rows)
+    best = fill(rows, bounds, below)
+    while best is not None:
+        bounds[row] = row_max(rows[row], best)
+        below[row] = True
+        better = fill(rows, bounds, below)
+        if better is None:
+            return best
+        best = better
+    return None
+
+
+def front(rows: Sequence[CostRow], limits: Sequence[float], one: int, two: int) -> Iterator[Cut]:
+    """Cuts that no other beats in both rows within the limits; least of row `one` first."""
+    bounds = list(limits)
+    last = math.inf
+    while True:
+        cut = least(rows, bounds, one)
+        if cut is None:
+            return
+        kept = list(bounds)
+        kept[one] = row_max(rows[one], cut)
+        best = least(rows, kept, two)
+        cut = cut if best is None else best
+        reached = row_max(rows[two], cut)
+        if reached >= last:
+            return
+        last = reached
+        yield cut
+        bounds[two] = math.nextafter(reached, -math.inf)
