@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.models.errors import InputError
+from shardplan.models.parallel import MODULES
 from shardplan.search.trials import TRIAL_COLUMNS
 
 if TYPE_CHECKING:
@@ -188,6 +189,8 @@ def row_name(row: Mapping[str, Any]) -> str:
         words.append("sp")
     if row["ep"] != 1 and row["exchange"] == "alltoall":
         words.append("a2a")
+    words += [f"{name}{size}" for name in MODULES if (size := row.get(f"{name}_tp", 0))]
+    words += [f"mtp{row['mtp']}"] if row.get("mtp", 0) else []
     dtype = str(row["weight_dtype"])
     words.append(dtype if row["kv_dtype"] == dtype else f"{dtype}/kv {row['kv_dtype']}")
     if row["attention"] != "flash":

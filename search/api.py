@@ -22,7 +22,7 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
 from shardplan.search.kept import Outcome
-from shardplan.search.output import MOST_ROWS, trial_frame
+from shardplan.search.output import MOST_ROWS, trial_table
 from shardplan.search.plan import Plan
 from shardplan.search.proof import prove_strategy
 from shardplan.search.request import (
@@ -33,6 +33,7 @@ from shardplan.search.request import (
     without_limits,
 )
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
+from shardplan.search.trial_table import TrialTable
 from shardplan.search.workload import whole
 
 if TYPE_CHECKING:
@@ -51,9 +52,19 @@ class SearchResult:
     """A search's plan and tables. `timing`: measured seconds, apart from what is reproducible."""
 
     plan: Plan
-    trials: DataFrame
-    pareto: DataFrame
+    trial_table: TrialTable
+    pareto_table: TrialTable
     timing: dict[str, float]
+
+    @property
+    def trials(self) -> DataFrame:
+        """The strategies that are remembered, best first, as `trials.csv` has them."""
+        return self.trial_table.frame
+
+    @property
+    def pareto(self) -> DataFrame:
+        """The best trade-offs of throughput and TPOT, as `pareto.csv` has them."""
+        return self.pareto_table.frame
 
 
 def search(
@@ -107,8 +118,8 @@ def search(
     outcome = outcomes[-1]
     return SearchResult(
         plan=plan,
-        trials=trial_frame(outcome, outcome.kept[:MOST_ROWS], engine),
-        pareto=trial_frame(outcome, pareto_front(outcome), engine),
+        trial_table=trial_table(outcome, outcome.kept[:MOST_ROWS], engine),
+        pareto_table=trial_table(outcome, pareto_front(outcome), engine),
         timing={
             "search_s": searched - start,
             "quantization_s": quantized - searched,

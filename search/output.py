@@ -19,13 +19,12 @@ from shardplan.models.parallel import balanced_stages
 from shardplan.search.evaluate import LIMITS
 from shardplan.search.kept import Kept, Outcome
 from shardplan.search.plan import write_atomically
+from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
-
     from shardplan.search.api import SearchResult
 
-__all__ = ["FILES", "MOST_ROWS", "check_out", "trial_frame", "write_result"]
+__all__ = ["FILES", "MOST_ROWS", "check_out", "trial_table", "write_result"]
 
 FILES = ("plan.json", "trials.csv", "pareto.csv", "report.html", "timing.json")
 MOST_ROWS = 2000
@@ -52,10 +51,8 @@ def check_out(out: Path, *, force: bool = False) -> None:
         raise InputError("`--out` cannot be written", got=f"{out}: {error.strerror}") from None
 
 
-def trial_frame(outcome: Outcome, kept: Iterable[Kept], engine: str) -> DataFrame:
+def trial_table(outcome: Outcome, kept: Iterable[Kept], engine: str) -> TrialTable:
     """Remembered strategies as a table, best first, columns of `TRIAL_COLUMNS`."""
-    import pandas as pd
-
     from shardplan.search.trials import TRIAL_COLUMNS
 
     rows = []
@@ -76,7 +73,7 @@ def trial_frame(outcome: Outcome, kept: Iterable[Kept], engine: str) -> DataFram
                 "engine": engine,
             }
         )
-    return pd.DataFrame(rows, columns=list(TRIAL_COLUMNS))
+    return TrialTable.of_rows(TRIAL_COLUMNS, rows)
 
 
 def write_result(result: SearchResult, out: Path, *, force: bool = False) -> list[Path]:
@@ -88,8 +85,8 @@ def write_result(result: SearchResult, out: Path, *, force: bool = False) -> lis
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / name for name in FILES]
     result.plan.save(paths[0])
-    write_trials(paths[1], result.trials)
-    write_trials(paths[2], result.pareto)
-    write_report(result.plan, result.trials, paths[3])
+    write_trials(paths[1], result.trial_table)
+    write_trials(paths[2], result.pareto_table)
+    write_report(result.plan, result.trial_table, paths[3])
     write_atomically(paths[4], json.dumps(result.timing, indent=2, sort_keys=True) + "\n")
     return paths

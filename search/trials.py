@@ -15,16 +15,17 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES
 from shardplan.search.plan import write_atomically
+from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -132,16 +133,17 @@ MAX_TRIALS_BYTES = 2**30
 _CHUNK_ROWS = 100_000
 
 
-def write_trials(path: Path, frame: DataFrame) -> None:
+def write_trials(path: Path, trials: TrialTable | DataFrame) -> None:
     """Write a trial table, whole or not at all; columns that are not the table's are left out.
 
     `InputError` when a column is missing or the file cannot be written.
     """
-    _require_columns(frame.columns, "a trial table")
-    frame = _completed(frame)
-    starts = range(0, len(frame), _CHUNK_ROWS)
-    parts = [_lines(frame.iloc[start : start + _CHUNK_ROWS]) for start in starts]
-    write_atomically(path, "".join([",".join(TRIAL_COLUMNS) + "\n", *parts]))
+    table = TrialTable.of(trials)
+    _require_columns(table.columns, "a trial table")
+    rows = len(table)
+    missing = {n: [value] * rows for n, value in LATER_COLUMNS.items() if n not in table.columns}
+    lines = _lines({**table.columns, **missing}) if rows else ""
+    write_atomically(path, ",".join(TRIAL_COLUMNS) + "\n" + lines)
 
 
 def _completed(frame: DataFrame) -> DataFrame:
@@ -150,21 +152,21 @@ def _completed(frame: DataFrame) -> DataFrame:
     return frame.assign(**missing)
 
 
-def _lines(frame: DataFrame) -> str:
+def _lines(table: Mapping[str, Sequence[Any]]) -> str:
     """Rows as CSV. One format a row is six times as fast as pandas, which formats each cell."""
     formats, columns = [], []
     for name in TRIAL_COLUMNS:
-        values = frame[name].tolist()
+        values = table[name]
         form = "%s"
         if name in SWITCH_COLUMNS:
             values = [_TRUE if value else _FALSE for value in values]
         elif name in WORD_COLUMNS:
-            words = frame[name].astype(object).where(frame[name].notna(), "").tolist()
-            quoted = {word: _quoted(str(word)) for word in set(words)}
+            words = [word if isinstance(word, str) else "" for word in values]
+            quoted = {word: _quoted(word) for word in set(words)}
             values = [quoted[word] for word in words]
         elif name in INTEGER_COLUMNS:
             form = "%d"
-        elif not np.isfinite(frame[name].to_numpy(float)).all():
+        elif not np.isfinite(np.array(values, dtype=np.float64)).all():
             values = [f"{value:.9g}" if math.isfinite(value) else "" for value in values]
         else:
             form = "%.9g"

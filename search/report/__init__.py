@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan, write_atomically
 from shardplan.search.report.page import page
+from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 
-def write_report(plan: Plan, trials: DataFrame, path: Path) -> None:
+def write_report(plan: Plan, trials: TrialTable | DataFrame, path: Path) -> None:
     """Write the report of a plan and of the trials it was chosen from, whole or not at all.
 
     `trials` has the columns of `shardplan.search.trials.TRIAL_COLUMNS`. At most about 2,000 of

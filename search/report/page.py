@@ -25,6 +25,7 @@ from shardplan.search.report.words import (
     strategy_sentences,
     time,
 )
+from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -40,7 +41,7 @@ _PROOFS = {
 }
 
 
-def page(plan: Plan, trials: DataFrame) -> str:
+def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
     """The whole HTML document."""
     title = f"{plan.model.name} on {plan.cluster.name}: deployment plan"
     style = resources.files("shardplan.search.report").joinpath("assets", "report.css")
@@ -60,7 +61,7 @@ def page(plan: Plan, trials: DataFrame) -> str:
         memory_section(plan),
         breakdown_section(plan),
         confidence_section(plan),
-        tradeoff_section(plan, trials),
+        tradeoff_section(plan, TrialTable.of(trials)),
         alternatives_section(plan),
         quantization_section(plan),
         switches_section(plan),

@@ -7,16 +7,14 @@ rank, so that good and bad ones are thinned alike. The page says how many are dr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from shardplan.search.analyze import row_name
 from shardplan.search.plan import Candidate, Performance, Plan, StrategyInfo
 from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.svg import Point, scale, scatter
 from shardplan.search.report.words import gib, limit_time, number, signed_percent, time
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
+from shardplan.search.trial_table import TrialTable
 
 __all__ = [
     "alternatives_section",
@@ -32,10 +30,10 @@ _MS = 1e3
 _Item = TypeVar("_Item")
 
 
-def tradeoff_section(plan: Plan, trials: DataFrame) -> Html:
+def tradeoff_section(plan: Plan, trials: TrialTable) -> Html:
     """Throughput per card over time per output token: the trials, the front, the plan."""
-    feasible = trials[trials["feasible"].to_numpy(bool)]
-    drawn = feasible.iloc[:: _stride(len(feasible), MAX_POINTS)]
+    feasible = trials.only(trials.columns["feasible"])
+    drawn = feasible.every(_stride(len(feasible), MAX_POINTS))
     cloud = _cloud(drawn)
     front = [_candidate_point(item) for item in _thin(plan.pareto, MAX_FRONT)]
     chosen = _point(strategy_name(plan.strategy), plan.performance)
@@ -95,13 +93,14 @@ def _x_label(log: bool) -> str:
     return "Time per output token, ms" + (" (logarithmic)" if log else "")
 
 
-def _cloud(rows: DataFrame) -> list[Point]:
-    columns = ("tp", "pp", "dp", "ep", "cp", "sp", "exchange", "attention", "weight_dtype")
-    needed = [*columns, "kv_dtype", "batch", "chunk"]
-    values = zip(*(rows[column].tolist() for column in needed), strict=True)
-    names = [row_name(dict(zip(needed, row, strict=True))) for row in values]
-    x = (rows["tpot_s"] * _MS).tolist()
-    y = rows["output_tokens_per_s_per_card"].tolist()
+def _cloud(rows: TrialTable) -> list[Point]:
+    columns = rows.columns
+    names = [
+        row_name(dict(zip(columns, row, strict=True)))
+        for row in zip(*columns.values(), strict=True)
+    ]
+    x = [tpot_s * _MS for tpot_s in columns["tpot_s"]]
+    y = columns["output_tokens_per_s_per_card"]
     return [
         Point(x=x_value, y=y_value, title=_title(name, x_value, y_value))
         for name, x_value, y_value in zip(names, x, y, strict=True)
