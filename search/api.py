@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
+from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.step import Parts
 from shardplan.models.errors import ProofError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.build_plan import build_plan, pareto_front
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["SearchResult", "estimate", "search"]
 
 Progress = Callable[[int, int], None]
-_BESIDE_LAYOUTS = 16
+_BESIDE_LAYOUTS = 8
 _MOST_SLOTS = 1024
 _MOST_ALTERNATIVES = 1000
 
@@ -84,16 +86,17 @@ def search(
     start = time.perf_counter()
     whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
     resolved = resolve(Asked(model=model, cluster=cluster, **asked))
-    outcomes = _search_counts(resolved, storage, progress)
-    if outcomes[-1].best is None and resolved.soft_limits:
+    memo: Memo[Parts] = Memo()
+    outcomes = _search_counts(resolved, storage, progress, memo)
+    if outcomes[-1].best is None and resolved.soft_limits and outcomes[-1].complete:
         resolved = without_limits(resolved)
-        outcomes = _search_counts(resolved, storage, progress)
+        outcomes = _search_counts(resolved, storage, progress, memo)
     searched = time.perf_counter()
     question = _question(resolved, outcomes[-1].space.cards)
     best = outcomes[-1].best
     if best is None:
         raise nothing_feasible(resolved, question, outcomes[-1])
-    beside = _search_beside(resolved, question, outcomes[-1])
+    beside = _search_beside(resolved, question, outcomes[-1], memo)
     quantized = time.perf_counter()
     scorer = LayoutScorer(question, best.parallel)
     proof = prove_strategy(resolved.spec, best.parallel, scorer=scorer, choice=best.choice)
@@ -166,15 +169,22 @@ def _counts(resolved: Resolved) -> list[int]:
 
 
 def _search_counts(
-    resolved: Resolved, storage: str | None, progress: Progress | None
+    resolved: Resolved, storage: str | None, progress: Progress | None, memo: Memo[Parts]
 ) -> list[Outcome]:
-    outcomes = []
+    outcomes: list[Outcome] = []
     for cards in _counts(resolved):
         question, space = _question(resolved, cards), _space(resolved, cards)
-        outcomes.append(_run(resolved, question, space, storage, progress))
+        left_s = _time_left(resolved, outcomes)
+        outcomes.append(_run(resolved, question, space, storage, progress, memo, left_s))
         if outcomes[-1].best is not None:
             break
     return outcomes
+
+
+def _time_left(resolved: Resolved, outcomes: list[Outcome]) -> float | None:
+    """Seconds of the time limit that earlier searches have left; None without a limit."""
+    limit = resolved.time_limit_s
+    return None if limit is None else max(limit - sum(one.wall_s for one in outcomes), 0.0)
 
 
 def _run(
@@ -183,10 +193,18 @@ def _run(
     space: Space,
     storage: str | None,
     progress: Progress | None,
+    memo: Memo[Parts],
+    left_s: float | None,
 ) -> Outcome:
     request = resolved.request
     if request.engine == "exact":
-        return search_exact(question, space, progress=progress)
+        return search_exact(
+            question,
+            space,
+            time_limit_s=left_s,
+            progress=progress,
+            memo=memo,
+        )
     from shardplan.search.sampled import search_sampled
 
     return search_sampled(
@@ -200,21 +218,35 @@ def _run(
     )
 
 
-def _search_beside(resolved: Resolved, question: Question, outcome: Outcome) -> Outcome | None:
-    """Other dtypes and switches over the layouts that did best (all, where they are few)."""
+def _search_beside(
+    resolved: Resolved, question: Question, outcome: Outcome, memo: Memo[Parts]
+) -> Outcome | None:
+    """Other dtypes and switches over the layouts that did best (all, where they are few).
+
+    With a time limit they get as much time as is left of it.
+    """
     choices = (*resolved.beside, *resolved.switches)
     if not choices:
         return None
     layouts = outcome.space.layouts
     if len(layouts) > _BESIDE_LAYOUTS:
-        ranked = dict.fromkeys(one.parallel for one in outcome.kept if one.feasible)
+        layout_of = outcome.space.layout_of
+        ranked = dict.fromkeys(layout_of(one.parallel) for one in outcome.kept if one.feasible)
         layouts = tuple(ranked)[:_BESIDE_LAYOUTS]
-    space = replace(outcome.space, choices=choices, layouts=layouts, broken={})
-    return search_exact(question, space)
+    space = replace(
+        outcome.space, choices=choices, layouts=layouts, broken={}, broken_cuts={}, all_cuts=False
+    )
+    left_s = _time_left(resolved, [outcome])
+    return search_exact(question, space, time_limit_s=left_s, memo=memo)
 
 
 def _notes(resolved: Resolved, outcome: Outcome, beside: Outcome | None) -> tuple[str, ...]:
     notes = list(resolved.notes)
+    if resolved.time_limit_s is not None and not outcome.complete:
+        notes.append(
+            f"the time limit of {resolved.time_limit_s:g} s ended the search: another plan may be "
+            "better by as much as the gap says"
+        )
     if len(outcome.kept) > MOST_ROWS:
         notes.append(f"trials.csv holds the best {MOST_ROWS} of {len(outcome.kept)} kept")
     else:

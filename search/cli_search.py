@@ -63,6 +63,10 @@ def search(
     storage: Annotated[
         str | None, typer.Option("--storage", help="Optuna storage URL of a sampling engine.")
     ] = None,
+    time_limit: Annotated[
+        float | None,
+        number("--time-limit", "Seconds; then the best so far with its gap (exact engine)."),
+    ] = None,
     seed: Annotated[int, whole("--seed", "Of a sampling engine.")] = 0,
     engine_profile: EngineProfile = None,
     weight_prefetch: Annotated[

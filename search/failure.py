@@ -200,6 +200,13 @@ def _context_message(question: Question) -> InfeasibleError:
 def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -> InfeasibleError:
     """The error that says why, for the (last) space that was searched."""
     longest = question.spec.max_context
+    limit = resolved.time_limit_s
+    if limit is not None and not outcome.complete:
+        return InfeasibleError(
+            "nothing that satisfies the question was found within the time limit",
+            got=f"time_limit={limit:g} s, {outcome.tally.evaluated:,} strategies priced",
+            hint="try a larger --time-limit, or none",
+        )
     if longest and context_tokens(question.workload) > longest:
         return _context_message(question)
     if not outcome.space.layouts:

@@ -42,6 +42,7 @@ SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "cmaes", "random"]
 DEFAULT_TRIALS = 200
 _MOST_TRIALS = 10**7
 _MOST_SEED = 2**32 - 1
+_MOST_SECONDS = 1e7
 _NATIVE = {"fp32": "bf16", "fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}
 _SAME_WIDTH = {"bf16": "fp16", "fp16": "bf16", "fp8": "w8a8"}
 
@@ -69,6 +70,8 @@ class Asked:
     attention: str = "auto"
     engine: str = "auto"
     trials: int | None = None
+    time_limit: float | None = None
+    """Seconds after which the exact engine stops with the best so far and its gap."""
     seed: int = 0
     engine_profile: str | None = None
     serving: str = "auto"
@@ -91,6 +94,8 @@ class Resolved:
     switches: tuple[Choice, ...]
     """The same dtypes with switches on that are not searched, to show what those would buy."""
     notes: tuple[str, ...]
+    time_limit_s: float | None
+    """When the exact engine stops; None: when it is done."""
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
@@ -261,6 +266,25 @@ def _check_words(asked: Asked) -> None:
     whole("seed", asked.seed, _MOST_SEED, try_=0, least=0)
 
 
+def _time_limit(asked: Asked) -> float | None:
+    limit = asked.time_limit
+    if limit is None:
+        return None
+    if not 0.0 <= limit <= _MOST_SECONDS:
+        raise InputError(
+            f"`time_limit` is from 0 to {_MOST_SECONDS:g} seconds",
+            got=f"time_limit={limit:g}",
+            hint="try 10",
+        )
+    if asked.engine not in ("auto", "exact"):
+        raise InputError(
+            "`time_limit` stops the exact engine; a sampling one stops after `trials`",
+            got=f"engine={asked.engine}, time_limit={limit:g}",
+            hint="leave one of them out",
+        )
+    return limit
+
+
 def _machine(asked: Asked, notes: list[str]) -> tuple[Cluster, int]:
     """(cluster, cards)."""
     cluster = (
@@ -343,5 +367,6 @@ def resolve(asked: Asked) -> Resolved:
         switches=switches,
         beside=_beside(cluster.device, weight, kv, attention) if both_auto else (),
         notes=(*notes, *spec.extra),
+        time_limit_s=_time_limit(asked),
         soft_limits=soft,
     )

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardplan.search.report.words import count_text
 from shardplan.search.tables import (
     add,
     bytes_text,
@@ -38,7 +39,10 @@ def strategy_words(one: StrategyInfo) -> str:
 
 def certificate_sentence(proof: Certificate) -> str:
     """What was searched and how far the answer can be from the best."""
-    counts = f"{proof.space_size:,} strategies: {proof.evaluated:,} priced, {proof.pruned:,} pruned"
+    counts = (
+        f"{count_text(proof.space_size)} strategies: {proof.evaluated:,} priced, "
+        f"{count_text(proof.pruned)} pruned"
+    )
     if proof.gap == 0:
         return f"{counts}. Nothing in this space is better (gap 0, engine {proof.engine})."
     if proof.gap is None:

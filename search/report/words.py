@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 
 from shardplan.search.plan import Plan, StrategyInfo
 
 __all__ = [
     "certificate_sentences",
     "command",
+    "count_text",
     "gib",
     "limit_time",
     "milliseconds",
@@ -26,6 +28,7 @@ _OBJECTIVES = {
     "cards": "the fewest cards",
 }
 _MODEL_FILES = (".json", ".onnx")
+_MOST_IN_FULL = 10**12
 
 
 def number(value: float) -> str:
@@ -78,8 +81,13 @@ def signed_percent(change: float) -> str:
     return ("+" if change > 0 else "\N{MINUS SIGN}") + percent(abs(change))
 
 
+def count_text(count: int) -> str:
+    """A whole number in full below a million million, else three digits: 43,956, 6.42e+25."""
+    return f"{count:,}" if count < _MOST_IN_FULL else f"{Decimal(count):.3g}".lower()
+
+
 def _plural(count: int, word: str, many: str = "") -> str:
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {many or word + 's'}"
+    return f"{count:,} {word}" if count == 1 else f"{count_text(count)} {many or word + 's'}"
 
 
 def strategy_sentences(plan: Plan) -> list[str]:
@@ -140,7 +148,7 @@ def certificate_sentences(plan: Plan) -> list[str]:
     searched = (
         f"The {held.engine} engine looked for {goal} in a space of"
         f" {_plural(held.space_size, 'strategy', 'strategies')}:"
-        f" {held.evaluated:,} were priced and {held.pruned:,} ruled out"
+        f" {held.evaluated:,} were priced and {count_text(held.pruned)} ruled out"
         f" unpriced{_listed(held.pruned_by)}."
     )
     refused = sum(held.infeasible.values())
@@ -165,7 +173,7 @@ def _verdict(plan: Plan) -> str:
 
 
 def _listed(counts: Mapping[str, int]) -> str:
-    parts = [f"{name} {count:,}" for name, count in counts.items() if count]
+    parts = [f"{name} {count_text(count)}" for name, count in counts.items() if count]
     return f" ({', '.join(parts)})" if parts else ""
 
 
