@@ -24,6 +24,7 @@ from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.exact import Kept, Outcome
+from shardplan.search.legality import unsupported_format
 from shardplan.search.request import Resolved
 from shardplan.search.space import Choice, build_space
 
@@ -106,6 +107,8 @@ def _narrower(question: Question, choice: Choice) -> list[Choice]:
     weights = [one for one in device.weight_dtypes if weight_element_bytes(one) < own_weight]
     caches = [one for one in device.kv_dtypes if kv_element_bytes(one) < own_cache]
     pairs = [(w, c) for w in (weight, *weights) for c in (cache, *caches)][1:]
+    subject = (question.spec, question.cluster, question.engine)
+    pairs = [pair for pair in pairs if unsupported_format(*subject, *pair) is None]
     pairs.sort(key=lambda pair: (-weight_element_bytes(pair[0]), -kv_element_bytes(pair[1])))
     return [replace(choice, weight_dtype=w, kv_dtype=c) for w, c in pairs]
 

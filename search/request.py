@@ -22,7 +22,7 @@ from shardplan.costmodel.optable import Overlap
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
-from shardplan.search.legality import rules, unsupported_switch
+from shardplan.search.legality import rules, unsupported_format, unsupported_switch
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 from shardplan.search.workload import (
@@ -152,8 +152,35 @@ def _kv_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str]) -> 
     return found
 
 
-def _beside(device: Device, weight: str, kv: str, attention: tuple[str, ...]) -> tuple[Choice, ...]:
+def _check_formats(subject: tuple[ModelSpec, Cluster, EngineProfile], weight: str, kv: str) -> None:
+    """`InputError` for types that the engine does not run on the device for this model."""
+    rule = unsupported_format(*subject, weight, kv)
+    if rule is None:
+        return
+    spec, cluster, engine = subject
+    able = [
+        one for one in cluster.device.weight_dtypes if not unsupported_format(*subject, one, kv)
+    ]
+    wider = [
+        one for one in cluster.device.kv_dtypes if not unsupported_format(*subject, weight, one)
+    ]
+    tries = [f"--weight-dtype {one}" for one in able] or [f"--kv-dtype {one}" for one in wider]
+    raise InputError(
+        f"types of weights and cache that {engine.name} runs on {cluster.device.name}: "
+        f"{rules()[rule].sentence}",
+        got=f"rule {rule}, weight_dtype={weight}, kv_dtype={kv}, model={spec.name}",
+        hint="try " + " or ".join((*tries[:4], "another --engine-profile")),
+    )
+
+
+def _beside(
+    subject: tuple[ModelSpec, Cluster, EngineProfile],
+    weight: str,
+    kv: str,
+    attention: tuple[str, ...],
+) -> tuple[Choice, ...]:
     """Quantized types worth showing: int8 weights either way, an int8 cache, and both."""
+    device = subject[1].device
     weights = [weight, *(d for d in ("w8a16", "w8a8") if d in device.weight_dtypes and d != weight)]
     caches = [kv, *(d for d in ("int8",) if d in device.kv_dtypes and d != kv)]
     return tuple(
@@ -161,7 +188,7 @@ def _beside(device: Device, weight: str, kv: str, attention: tuple[str, ...]) ->
         for w in weights
         for c in caches
         for a in attention
-        if (w, c) != (weight, kv)
+        if (w, c) != (weight, kv) and unsupported_format(*subject, w, c) is None
     )
 
 
@@ -323,6 +350,8 @@ def resolve(asked: Asked) -> Resolved:
     engine = _engine_profile(cluster, asked.engine_profile, notes)
     weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
+    subject = (spec, cluster, engine)
+    _check_formats(subject, weight, kv)
     attention = _attention(engine, asked.attention, notes)
     if asked.serving == "auto":
         notes.append("prefill and decode share the cards (aggregated serving)")
@@ -333,7 +362,7 @@ def resolve(asked: Asked) -> Resolved:
         Choice(attention=a, weight_dtype=weight, kv_dtype=kv)  # type: ignore[arg-type]  # checked
         for a in attention
     )
-    choices, switches, settings = _switched((spec, cluster, engine), base, asked, notes)
+    choices, switches, settings = _switched(subject, base, asked, notes)
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings),
         spec=spec,
@@ -341,7 +370,7 @@ def resolve(asked: Asked) -> Resolved:
         engine=engine,
         choices=choices,
         switches=switches,
-        beside=_beside(cluster.device, weight, kv, attention) if both_auto else (),
+        beside=_beside(subject, weight, kv, attention) if both_auto else (),
         notes=(*notes, *spec.extra),
         soft_limits=soft,
     )
