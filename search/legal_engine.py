@@ -122,7 +122,7 @@ def _most_ranks(s: Subject) -> bool:
 
 def _mc2_roce(s: Subject) -> bool:
     ep = s.parallel.ep
-    return ep <= fast_ranks(s) or ep in value("mc2-roce", "ranks")
+    return ep <= fast_ranks(s.cluster) or ep in value("mc2-roce", "ranks")
 
 
 def _where_sent(holds: Callable[[Subject], bool]) -> Callable[[Subject], bool]:
@@ -162,7 +162,7 @@ _ASCEND: Mapping[str, Callable[[Subject], bool]] = {
     "mc2-topk": _where_sent(_mc2_topk),
     "mc2-experts": _where_sent(_mc2_experts),
     "mc2-roce": _where_sent(_mc2_roce),
-    "mc2-ub": _where_sent(lambda s: s.parallel.ep <= fast_ranks(s)),
+    "mc2-ub": _where_sent(lambda s: s.parallel.ep <= fast_ranks(s.cluster)),
     "sp-experts": lambda s: not s.parallel.sp or s.spec.moe is None or s.parallel.ep > 1,
     "mtp-pp": lambda s: s.parallel.mtp == 0 or s.parallel.pp == 1 or s.role == "prefill",
     "fine-experts": lambda s: s.spec.moe is not None or not _sized(s.parallel),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from shardplan.costmodel.hardware import Cluster
 from shardplan.search.rulebook import Subject, value
 
 __all__ = ["LAYOUT_RULES", "fast_ranks", "is_sent", "replica_ranks"]
@@ -50,11 +51,10 @@ def replica_ranks(s: Subject) -> int:
     return s.parallel.ranks // s.parallel.replicas
 
 
-def fast_ranks(s: Subject) -> float:
+def fast_ranks(cluster: Cluster) -> float:
     """Ranks that links other than RoCE join: those of a node or supernode; no end without RoCE."""
-    tiers = s.cluster.tiers
-    fast = [tier.ranks for tier in tiers if tier.topology != "roce"]
-    return max(fast, default=1) if len(fast) < len(tiers) else math.inf
+    fast = [tier.ranks for tier in cluster.tiers if tier.topology != "roce"]
+    return max(fast, default=1) if len(fast) < len(cluster.tiers) else math.inf
 
 
 def _rings(s: Subject) -> bool:
@@ -72,7 +72,7 @@ LAYOUT_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
         "ep-shape": _ep_shape,
         "tp-width": _width,
         "mtp-layers": lambda s: s.parallel.mtp == 0 or s.spec.mtp_layers > 0,
-        "tp-tier": lambda s: s.parallel.tp <= fast_ranks(s),
+        "tp-tier": lambda s: s.parallel.tp <= fast_ranks(s.cluster),
         "a3-modules": lambda s: (ranks := replica_ranks(s)) == 1 or ranks % 2 == 0,
         "910a-rings": _rings,
     }
