@@ -37,7 +37,7 @@ from shardplan.search.workload import whole
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["SearchResult", "estimate", "search"]
+__all__ = ["SearchResult", "estimate", "search", "space_of"]
 
 Progress = Callable[[int, int], None]
 _BESIDE_LAYOUTS = 16
@@ -130,7 +130,8 @@ def _question(resolved: Resolved, cards: int) -> Question:
     )
 
 
-def _space(resolved: Resolved, cards: int) -> Space:
+def space_of(resolved: Resolved, cards: int) -> Space:
+    """The space that a question asks about, over some of its cards."""
     work = resolved.request.workload
     return build_space(
         resolved.spec,
@@ -158,7 +159,7 @@ def _search_counts(
 ) -> list[Outcome]:
     outcomes = []
     for cards in _counts(resolved):
-        question, space = _question(resolved, cards), _space(resolved, cards)
+        question, space = _question(resolved, cards), space_of(resolved, cards)
         outcomes.append(_run(resolved, question, space, storage, progress))
         if outcomes[-1].best is not None:
             break

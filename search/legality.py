@@ -32,7 +32,9 @@ __all__ = [
     "Role",
     "Rule",
     "Subject",
+    "binding_rules",
     "broken_rules",
+    "broken_switch_rules",
     "first_broken_format_rule",
     "first_broken_pair_rule",
     "first_broken_rule",
@@ -63,6 +65,13 @@ def _bound(table: str, s: Subject) -> tuple[tuple[str, Any], ...]:
     return _binding(table, family_name(s.cluster.device), s.engine.name)
 
 
+def binding_rules(table: str, subject: Subject | None) -> tuple[str, ...]:
+    """Ids of a table (layout, format, switch, pair) that bind a subject; all of them for None."""
+    if subject is None:
+        return tuple(_TABLES[table])
+    return tuple(name for name, _ in _bound(table, subject))
+
+
 def first_broken_rule(subject: Subject) -> str | None:
     """Id of the first rule that a layout breaks; None when it is legal."""
     return next((name for name, holds in _bound("layout", subject) if not holds(subject)), None)
@@ -83,6 +92,13 @@ def first_broken_switch_rule(subject: Subject) -> str | None:
     if subject.overlap == NO_OVERLAP:
         return None
     return next((name for name, holds in _bound("switch", subject) if not holds(subject)), None)
+
+
+def broken_switch_rules(subject: Subject) -> tuple[str, ...]:
+    """Ids of all rules that the switches of a layout break."""
+    if subject.overlap == NO_OVERLAP:
+        return ()
+    return tuple(name for name, holds in _bound("switch", subject) if not holds(subject))
 
 
 def first_broken_pair_rule(prefill: Subject, decode: Subject) -> str | None:
