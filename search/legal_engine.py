@@ -97,7 +97,7 @@ def _mc2_experts(s: Subject) -> bool:
 
 
 def _mc2_topk(s: Subject) -> bool:
-    return s.spec.moe is None or s.spec.moe.experts_per_token <= value("mc2-topk", "topk")
+    return s.spec.moe is None or bool(s.spec.moe.experts_per_token <= value("mc2-topk", "topk"))
 
 
 def _mc2_hidden(s: Subject) -> bool:
@@ -107,7 +107,7 @@ def _mc2_hidden(s: Subject) -> bool:
 
 def _mc2_hidden_a2(s: Subject) -> bool:
     step, high = value("mc2-hidden-a2", "step"), value("mc2-hidden-a2", "high")
-    return s.spec.hidden <= high and s.spec.hidden % step == 0
+    return bool(s.spec.hidden <= high and s.spec.hidden % step == 0)
 
 
 def _sent_a2(s: Subject) -> bool:

@@ -178,17 +178,22 @@ def _beside(
     weight: str,
     kv: str,
     attention: tuple[str, ...],
+    notes: list[str],
 ) -> tuple[Choice, ...]:
     """Quantized types worth showing: int8 weights either way, an int8 cache, and both."""
-    device = subject[1].device
+    device, engine = subject[1].device, subject[2]
     weights = [weight, *(d for d in ("w8a16", "w8a8") if d in device.weight_dtypes and d != weight)]
     caches = [kv, *(d for d in ("int8",) if d in device.kv_dtypes and d != kv)]
+    pairs = [pair for pair in product(weights, caches) if pair != (weight, kv)]
+    broken = {pair: unsupported_format(*subject, *pair) for pair in pairs}
+    for rule in dict.fromkeys(rule for rule in broken.values() if rule is not None):
+        left_out = ", ".join(f"{w} with {c} KV" for (w, c), one in broken.items() if one == rule)
+        notes.append(f"{left_out} not shown beside, for {engine.name}: {rules()[rule].sentence}")
     return tuple(
         Choice(attention=a, weight_dtype=w, kv_dtype=c)  # type: ignore[arg-type]  # kernels
-        for w in weights
-        for c in caches
+        for (w, c), rule in broken.items()
+        if rule is None
         for a in attention
-        if (w, c) != (weight, kv) and unsupported_format(*subject, w, c) is None
     )
 
 
@@ -363,6 +368,7 @@ def resolve(asked: Asked) -> Resolved:
         for a in attention
     )
     choices, switches, settings = _switched(subject, base, asked, notes)
+    beside = _beside(subject, weight, kv, attention, notes) if both_auto else ()
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings),
         spec=spec,
@@ -370,7 +376,7 @@ def resolve(asked: Asked) -> Resolved:
         engine=engine,
         choices=choices,
         switches=switches,
-        beside=_beside(subject, weight, kv, attention) if both_auto else (),
+        beside=beside,
         notes=(*notes, *spec.extra),
         soft_limits=soft,
     )

@@ -71,8 +71,8 @@ def rules() -> Mapping[str, Rule]:
     text = (resources.files("shardplan.search") / "data" / "rules.toml").read_text("utf-8")
     made = {}
     for name, table in tomllib.loads(text).items():
-        scopes = {key: _scope(table.pop(key)) for key in ("devices", "engines")}
-        made[name] = Rule(id=name, **scopes, **table)
+        devices, engines = _scope(table.pop("devices")), _scope(table.pop("engines"))
+        made[name] = Rule(id=name, devices=devices, engines=engines, **table)
     return MappingProxyType(made)
 
 

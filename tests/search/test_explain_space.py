@@ -44,9 +44,9 @@ def test_counts_are_those_of_a_loop_over_every_layout(spec: Any) -> None:
     assert found.left == legal
     assert found.legal_layouts == len(space.layouts)
     assert sum(one.first for one in found.rules) + found.left == found.size == space.size
-    for one in found.rules:
-        assert (one.first, one.alone) == (first[one.id], alone[one.id])
-        assert one.first <= one.alone
+    for rule in found.rules:
+        assert (rule.first, rule.alone) == (first[rule.id], alone[rule.id])
+        assert rule.first <= rule.alone
     assert not {one.id for one in found.rules} & set(found.not_binding)
 
 
@@ -102,7 +102,7 @@ def test_tables_name_the_rules_that_remove_something(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("search_too", [False, True], ids=["explain", "search"])
 def test_a_space_that_rules_empty_names_them_and_what_would_help(search_too: bool) -> None:
     """Latent attention on 310P: no number of cards helps under vLLM, another engine does."""
-    given = {"model": "deepseek-v2-lite", "cluster": "atlas-300i-duo", "cards": 4}
+    given: dict[str, Any] = {"model": "deepseek-v2-lite", "cluster": "atlas-300i-duo", "cards": 4}
     with pytest.raises(InfeasibleError) as caught:
         search(**given) if search_too else explain_space(Asked(**given))
     assert caught.value.exit_code == 3
@@ -113,7 +113,11 @@ def test_a_space_that_rules_empty_names_them_and_what_would_help(search_too: boo
 
 def test_the_nearest_number_of_cards_is_told() -> None:
     """One card has no all_reduce to fuse; two have."""
-    given = {"model": "llama-65b", "cluster": "atlas-800t-a2", "fused_collectives": "on"}
+    given: dict[str, Any] = {
+        "model": "llama-65b",
+        "cluster": "atlas-800t-a2",
+        "fused_collectives": "on",
+    }
     with pytest.raises(InfeasibleError, match="fused-group") as caught:
         explain_space(Asked(**given, cards=1))
     assert caught.value.hint == "try --cards 2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -109,7 +110,11 @@ def test_a_rule_binds_only_its_own_devices_and_engines() -> None:
     layout = P(tp=4, dp=2, ep=2)
     assert first_broken_rule(subject(sparse(), engine=VLLM, parallel=layout)) == "ep-engine"
     assert first_broken_rule(subject(sparse(), parallel=layout)) is None
-    on_310p = {"spec": sparse(), "cluster": "atlas-300i-duo", "parallel": P(tp=2, ep=2)}
+    on_310p: dict[str, Any] = {
+        "spec": sparse(),
+        "cluster": "atlas-300i-duo",
+        "parallel": P(tp=2, ep=2),
+    }
     assert first_broken_rule(subject(engine=VLLM, **on_310p)) == "ep-310p"
     assert first_broken_rule(subject(**on_310p)) is None
     assert first_broken_rule(subject(sparse(), A2, engine=VLLM, parallel=P(tp=2, ep=2))) is None
