@@ -120,24 +120,6 @@ def test_a_rule_binds_only_its_own_devices_and_engines() -> None:
     assert first_broken_rule(subject(sparse(), A2, engine=VLLM, parallel=P(tp=2, ep=2))) is None
 
 
-@pytest.mark.parametrize(
-    ("layout", "replicas"),
-    [
-        (P(dp=64, ep=32), 2),
-        (P(tp=8, dp=4, ep=32), 1),
-        (P(tp=4, dp=4, ep=8), 2),
-        (P(tp=4, dp=4), 4),
-        (P(tp=4, dp=4, ep=2), 4),
-        (P(tp=4), 1),
-        (P(dp=2, ep=4), 1),
-    ],
-    ids=lambda one: one.describe() if isinstance(one, Parallelism) else str(one),
-)
-def test_groups_that_share_no_experts_are_replicas(layout: Parallelism, replicas: int) -> None:
-    """dp 64 with ep 32 at tp 1: two deployments of 32; one deployment shares experts by all."""
-    assert layout.replicas == replicas
-
-
 def test_no_rule_binds_where_no_switch_is_on() -> None:
     off = subject(cluster="hgx-h200", engine="vllm")
     assert first_broken_switch_rule(off) is None
