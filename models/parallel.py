@@ -77,6 +77,11 @@ class Parallelism:
         """Ranks of the deployment."""
         return self.tp * self.pp * self.dp * self.cp
 
+    @property
+    def replicas(self) -> int:
+        """Independent copies of the deployment: dp groups that share experts form one of them."""
+        return max(self.dp // max(self.ep // (self.tp * self.cp), 1), 1)
+
     def describe(self) -> str:
         """A short name: `tp4 pp2 dp1 ep1`."""
         words = [f"tp{self.tp}", f"pp{self.pp}", f"dp{self.dp}"]

@@ -41,7 +41,7 @@ from shardplan.search.workload import whole
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["SearchResult", "estimate", "search"]
+__all__ = ["SearchResult", "estimate", "search", "space_of"]
 
 Progress = Callable[[int, int], None]
 _BESIDE_LAYOUTS = 8
@@ -145,7 +145,8 @@ def _question(resolved: Resolved, cards: int) -> Question:
     )
 
 
-def _space(resolved: Resolved, cards: int) -> Space:
+def space_of(resolved: Resolved, cards: int) -> Space:
+    """The space that a question asks about, over some of its cards."""
     work = resolved.request.workload
     return build_space(
         resolved.spec,
@@ -173,7 +174,7 @@ def _search_counts(
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     for cards in _counts(resolved):
-        question, space = _question(resolved, cards), _space(resolved, cards)
+        question, space = _question(resolved, cards), space_of(resolved, cards)
         left_s = _time_left(resolved, outcomes)
         outcomes.append(_run(resolved, question, space, storage, progress, memo, left_s))
         if outcomes[-1].best is not None:

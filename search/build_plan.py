@@ -23,6 +23,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.search.build_confidence import plan_confidence
 from shardplan.search.evaluate import LayoutScorer, context_tokens
 from shardplan.search.kept import Kept, Outcome, pareto_mask
+from shardplan.search.legal_layout import fast_ranks
 from shardplan.search.plan import (
     BreakdownRow,
     Candidate,
@@ -95,6 +96,7 @@ def _info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
         nodes=cluster.nodes,
         ranks=cluster.ranks,
         hbm_bytes=device.hbm_bytes,
+        fast_ranks=int(min(fast_ranks(cluster), cluster.ranks)),
     )
     return model, machine
 

@@ -86,6 +86,10 @@ def search(
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")
     ] = False,
+    explain_space: Annotated[
+        bool,
+        typer.Option("--explain-space", help="What each legality rule removes, without a search."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for plan.json, trials.csv, report.html.")
     ] = None,
@@ -96,8 +100,11 @@ def search(
     asked = dict(locals())
     if not 0 <= top <= _MOST_ALTERNATIVES:
         raise InputError(f"`--top` is from 0 to {_MOST_ALTERNATIVES}", got=f"top={top}")
-    for name in ("out", "force", "json", "ablation"):
+    for name in ("out", "force", "json", "ablation", "explain_space"):
         del asked[name]
+    if explain_space:
+        _explain_space(asked, json)
+        return
     if ablation:
         _ablation(asked, out, json)
         return
@@ -113,6 +120,18 @@ def search(
     from shardplan.search.tables_plan import print_plan
 
     print_plan(result.plan, folder, result.timing, stdout_console())
+
+
+def _explain_space(asked: dict[str, Any], as_json: bool) -> None:
+    from shardplan.search.explain_space import explain_space, print_space
+    from shardplan.search.request import Asked
+
+    question = {name: value for name, value in asked.items() if name not in ("top", "storage")}
+    found = explain_space(Asked(**question))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_space(found, stdout_console())
 
 
 def _slug(text: str) -> str:

@@ -4,6 +4,8 @@ A hint is made of options that can be typed as they stand; following it gives a 
   context   the longest prompt, or else output, that the model still takes
   rate, SLO the values that the nearest strategy reaches, for every limit that it breaks, and for
             a rate the cards that would serve it if throughput grew with their number
+  rules     the number of cards nearest to the asked one that has a legal layout, and the engines
+            that have one on as many cards
   memory    the fewest cards that hold the model, and the cheapest change of a type that fits
 Cards are tried from  parameters * bytes of a weight / capacity  on: fewer cannot hold the weights.
 """
@@ -11,12 +13,13 @@ Cards are tried from  parameters * bytes of a weight / capacity  on: fewer canno
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from shardplan.costmodel.catalog import cluster_names, load_cluster
+from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.attention import kv_element_bytes
 from shardplan.costmodel.ledger import weight_element_bytes
@@ -24,14 +27,17 @@ from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.kept import Kept, Outcome
+from shardplan.search.legality import rules, unsupported_format
 from shardplan.search.request import Resolved
-from shardplan.search.space import Choice, build_space
+from shardplan.search.space import Choice, Space, build_space
 
-__all__ = ["nothing_feasible"]
+__all__ = ["no_legal_layout", "nothing_feasible"]
 
 _GIB = 2.0**30
 _MOST_TRIED = 8
 """Card counts and types that are priced for a hint."""
+_MOST_COUNTED = 64
+"""Card counts whose layouts are checked for a hint."""
 
 
 def _least(question: Question, choice: Choice, chunk: int) -> tuple[float, float]:
@@ -70,15 +76,20 @@ def _counts(cluster: Cluster, least: float) -> Iterator[int]:
     yield from range(first * per_node, cluster.max_nodes * per_node + 1, per_node)
 
 
+def _grown(cluster: Cluster, cards: int) -> Cluster | None:
+    """The cluster with nodes for `cards` cards; None where a file's cluster would need more."""
+    nodes = -(-cards // cluster.ranks_per_node)
+    if nodes <= cluster.nodes:
+        return cluster
+    if cluster.name not in cluster_names():
+        return None
+    return load_cluster(cluster.name, nodes=nodes, device=cluster.device)
+
+
 def _widened(question: Question, cards: int) -> Question | None:
     """The same question on `cards` cards; None where a file's cluster would need more nodes."""
-    cluster = question.cluster
-    nodes = -(-cards // cluster.ranks_per_node)
-    if nodes > cluster.nodes:
-        if cluster.name not in cluster_names():
-            return None
-        cluster = load_cluster(cluster.name, nodes=nodes, device=cluster.device)
-    return replace(question, cluster=cluster, cards=cards)
+    cluster = _grown(question.cluster, cards)
+    return None if cluster is None else replace(question, cluster=cluster, cards=cards)
 
 
 def _cards_option(cluster: Cluster, cards: int) -> str:
@@ -106,6 +117,8 @@ def _narrower(question: Question, choice: Choice) -> list[Choice]:
     weights = [one for one in device.weight_dtypes if weight_element_bytes(one) < own_weight]
     caches = [one for one in device.kv_dtypes if kv_element_bytes(one) < own_cache]
     pairs = [(w, c) for w in (weight, *weights) for c in (cache, *caches)][1:]
+    subject = (question.spec, question.cluster, question.engine)
+    pairs = [pair for pair in pairs if unsupported_format(*subject, *pair) is None]
     pairs.sort(key=lambda pair: (-weight_element_bytes(pair[0]), -kv_element_bytes(pair[1])))
     return [replace(choice, weight_dtype=w, kv_dtype=c) for w, c in pairs]
 
@@ -197,6 +210,68 @@ def _context_message(question: Question) -> InfeasibleError:
     )
 
 
+def _any_legal(space: Space) -> bool:
+    """Whether some layout keeps every rule with some choice."""
+    return any(
+        space.broken_switch(par, choice) is None
+        for par in space.layouts
+        for choice in space.choices
+    )
+
+
+def _broken(outcome: Outcome) -> Iterator[tuple[str, int]]:
+    """(rule, strategies) of every rule that removed some."""
+    for reason, count in outcome.tally.pruned_by.items():
+        if reason.startswith("rule "):
+            yield reason.removeprefix("rule "), count
+
+
+def _opens(space: Space, cards: int, engine: EngineProfile) -> bool:
+    """Whether the same choices have a legal layout on other cards or under another engine."""
+    cluster = _grown(space.cluster, cards)
+    return cluster is not None and _any_legal(
+        build_space(
+            space.spec,
+            cluster,
+            engine,
+            cards=cards,
+            choices=space.choices,
+            batches=(1,),
+            chunks=(1,),
+        )
+    )
+
+
+def no_legal_layout(space: Space, broken: Mapping[str, int]) -> InfeasibleError:
+    """The error of a space that rules empty: which, how many strategies each, what would help.
+
+    `broken`: strategies by the rule that removed them.
+    """
+    cluster, known = space.cluster, rules()
+    counts = sorted(set(_counts(cluster, 1)), key=lambda count: (abs(count - space.cards), count))
+    near = [count for count in counts[:_MOST_COUNTED] if count != space.cards]
+    cards = next((count for count in near if _opens(space, count, space.engine)), None)
+    engines = [
+        name
+        for name in cluster.device.engine_profiles
+        if name != space.engine.name and _opens(space, space.cards, load_engine(name))
+    ]
+    tries = [] if cards is None else [_cards_option(cluster, cards)]
+    tries += [f"--engine-profile {name}" for name in engines]
+    named = "; ".join(
+        f"{name} ({known[name].sentence}): {count:,} strategies"
+        if name in known
+        else f"{name}: {count:,}"
+        for name, count in sorted(broken.items(), key=lambda item: (-item[1], item[0]))
+    )
+    return InfeasibleError(
+        f"no layout of {space.cards} cards is legal for {space.spec.name} under "
+        f"{space.engine.name} on {cluster.device.name}",
+        got=f"rules that removed them: {named}",
+        hint=f"try {' or '.join(tries)}" if tries else "try another cluster or --device",
+    )
+
+
 def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -> InfeasibleError:
     """The error that says why, for the (last) space that was searched."""
     longest = question.spec.max_context
@@ -209,13 +284,8 @@ def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -
         )
     if longest and context_tokens(question.workload) > longest:
         return _context_message(question)
-    if not outcome.space.layouts:
-        rules = ", ".join(f"{rule} ({count})" for rule, count in outcome.space.broken.items())
-        return InfeasibleError(
-            f"no layout of {question.cards} cards is legal for {question.spec.name}",
-            got=f"rules that removed them: {rules}",
-            hint="try another number of cards or another engine profile",
-        )
+    if not _any_legal(outcome.space):
+        return no_legal_layout(outcome.space, dict(_broken(outcome)))
     nearest = outcome.tally.nearest
     if "rate" in nearest:
         return _rate_message(nearest["rate"], question)

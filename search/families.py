@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["Family", "device_family"]
+__all__ = ["Family", "device_family", "family_names"]
 
 Family = Mapping[str, Any]
 """`name`, `title` and `prefixes` of one entry of `data/ascend_families.toml`."""
@@ -26,3 +26,8 @@ def device_family(soc_versions: Sequence[str]) -> Family | None:
         return None
     first = soc_versions[0]
     return next((one for one in _families() if first.startswith(tuple(one["prefixes"]))), None)
+
+
+def family_names() -> tuple[str, ...]:
+    """Names of all families."""
+    return tuple(str(one["name"]) for one in _families())

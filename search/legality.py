@@ -1,171 +1,113 @@
-"""Legality rules: sentences with sources (`data/rules.toml`) and the predicates that check them.
+"""Legality: which rules a layout, a choice or a pair of pools breaks.
 
-A predicate takes a `Subject` and says whether the rule holds. Rules are checked in the order of
-`RULES`; the first that is broken names the reason. `SWITCH_RULES` say where an engine's switches
-(`shardplan.costmodel.overlap`) may be on; they look at the weight dtype too.
+Rules are checked in the order of their tables, those alone that bind the device family and the
+engine (`Rule.binds`); the first that is broken names the reason. The sentences, sources and scopes
+stand in `data/rules.toml` (`rulebook`), the predicates in `legal_layout`, `legal_engine`,
+`legal_choice` and `legal_pair`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib import resources
 from types import MappingProxyType
+from typing import Any
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
-from shardplan.costmodel.placement import group_tiers
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.families import device_family
+from shardplan.search.legal_choice import ANY_LAYOUT, FORMAT_RULES, SWITCH_RULES
+from shardplan.search.legal_engine import ENGINE_RULES
+from shardplan.search.legal_layout import LAYOUT_RULES
+from shardplan.search.legal_pair import PAIR_RULES
+from shardplan.search.rulebook import Role, Rule, Subject, family_name, rules
 
 __all__ = [
+    "FORMAT_RULES",
+    "PAIR_RULES",
     "RULES",
     "SWITCH_RULES",
+    "Role",
     "Rule",
     "Subject",
+    "binding_rules",
+    "broken_rules",
+    "broken_switch_rules",
+    "first_broken_format_rule",
+    "first_broken_pair_rule",
     "first_broken_rule",
     "first_broken_switch_rule",
     "rules",
+    "unsupported_format",
     "unsupported_switch",
 ]
 
-_EXPERTS_OVER_ALL = ("vllm-ascend", "vllm-ascend-eager", "vllm")
-_NO_PIPELINE = ("mindie",)
-_FUSED_RANKS = {"a2": (2, 4, 8), "950": (2, 4, 8, 16, 32, 64)}
-_PREFETCH_FAMILIES = ("a2", "a3", "950")
-_PREFETCH_WITH_SP = ("vllm-ascend", "vllm-ascend-eager")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What a rule looks at."""
-
-    spec: ModelSpec
-    cluster: Cluster
-    engine: EngineProfile
-    parallel: Parallelism
-    overlap: Overlap = NO_OVERLAP
-    weight_dtype: str = "bf16"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """A rule as it is told to people."""
-
-    id: str
-    sentence: str
-    source: str
-    scope: str
-
-
-def _width(s: Subject) -> bool:
-    tp, moe = s.parallel.tp, s.spec.moe
-    dense = s.spec.dense_layers == 0 or s.spec.ffn % tp == 0
-    if moe is None:
-        return dense
-    split = tp // math.gcd(tp, s.parallel.ep)
-    return dense and moe.ffn % split == 0 and moe.shared_ffn % tp == 0
-
-
-def _ep_experts(s: Subject) -> bool:
-    moe, ep = s.spec.moe, s.parallel.ep
-    return ep == 1 if moe is None else moe.experts % ep == 0
-
-
-def _ep_shape(s: Subject) -> bool:
-    tp, dp, ep = s.parallel.tp, s.parallel.dp, s.parallel.ep
-    if ep > tp:
-        return ep % tp == 0 and dp % (ep // tp) == 0
-    if tp % ep:
-        return False
-    ways = tp if s.spec.mla is not None else math.gcd(tp, s.spec.kv_heads)
-    low, high = sorted((ways, ep))
-    return high % low == 0
-
-
-def _ep_engine(s: Subject) -> bool:
-    par = s.parallel
-    return s.engine.name not in _EXPERTS_OVER_ALL or par.ep in (1, par.tp * par.dp)
-
-
-def _tp_tier(s: Subject) -> bool:
-    fast = [tier.ranks for tier in s.cluster.tiers if tier.topology != "roce"]
-    joined_by_roce = len(fast) < len(s.cluster.tiers)
-    return not joined_by_roce or s.parallel.tp <= max(fast, default=1)
-
-
-RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
-    {
-        "tp-heads": lambda s: s.spec.heads % s.parallel.tp == 0,
-        "tp-vocabulary": lambda s: s.spec.vocab % s.parallel.tp == 0,
-        "pp-layers": lambda s: s.parallel.pp <= s.spec.layers,
-        "sp-tp": lambda s: s.parallel.tp > 1 or not s.parallel.sp,
-        "ep-experts": _ep_experts,
-        "ep-shape": _ep_shape,
-        "tp-width": _width,
-        "ep-engine": _ep_engine,
-        "pp-engine": lambda s: s.parallel.pp == 1 or s.engine.name not in _NO_PIPELINE,
-        "tp-tier": _tp_tier,
-    }
+Holds = Callable[[Subject], bool]
+RULES: Mapping[str, Holds] = MappingProxyType({**LAYOUT_RULES, **ENGINE_RULES})
+"""Rules on layouts."""
+_TABLES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"layout": RULES, "format": FORMAT_RULES, "switch": SWITCH_RULES, "pair": PAIR_RULES}
 )
 
 
-def _family(s: Subject) -> str:
-    family = device_family(s.cluster.device.soc_versions)
-    return "" if family is None else str(family["name"])
+@functools.cache
+def _binding(table: str, family: str, engine: str) -> tuple[tuple[str, Any], ...]:
+    """The rules of a table that bind a device family and an engine."""
+    known = rules()
+    return tuple(
+        (name, holds) for name, holds in _TABLES[table].items() if known[name].binds(family, engine)
+    )
 
 
-def _fused_group(s: Subject) -> bool:
-    if s.parallel.tp not in _FUSED_RANKS.get(_family(s), ()):
-        return False
-    spans = group_tiers(s.cluster, group=s.parallel.tp, stride=1)
-    return len(spans) == 1 and spans[0].tier.topology != "roce"
+def _bound(table: str, s: Subject) -> tuple[tuple[str, Any], ...]:
+    return _binding(table, family_name(s.cluster.device), s.engine.name)
 
 
-def _prefetched(s: Subject) -> bool:
-    able = set(s.engine.weight_prefetch)
-    has = {"gate_up", "down"} if s.spec.moe is None else {"experts"}
-    return bool(able & (has | ({"qkv_a"} if s.spec.mla is not None else set())))
+def binding_rules(table: str, subject: Subject | None) -> tuple[str, ...]:
+    """Ids of a table (layout, format, switch, pair) that bind a subject; all of them for None."""
+    if subject is None:
+        return tuple(_TABLES[table])
+    return tuple(name for name, _ in _bound(table, subject))
 
 
-def _prefetch_sp(s: Subject) -> bool:
-    custom = s.parallel.sp or s.overlap.fused_collectives
-    return s.engine.name not in _PREFETCH_WITH_SP or s.spec.moe is not None or custom
+def first_broken_rule(subject: Subject) -> str | None:
+    """Id of the first rule that a layout breaks; None when it is legal."""
+    return next((name for name, holds in _bound("layout", subject) if not holds(subject)), None)
 
 
-def _unless(switch: str, holds: Callable[[Subject], bool]) -> Callable[[Subject], bool]:
-    """A rule that only binds where a switch is on."""
-    return lambda s: not getattr(s.overlap, switch) or holds(s)
+def broken_rules(subject: Subject) -> tuple[str, ...]:
+    """Ids of all rules that a layout breaks."""
+    return tuple(name for name, holds in _bound("layout", subject) if not holds(subject))
 
 
-_FUSED = functools.partial(_unless, "fused_collectives")
-_PREFETCH = functools.partial(_unless, "weight_prefetch")
-
-SWITCH_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
-    {
-        "fused-device": _FUSED(lambda s: _family(s) in _FUSED_RANKS),
-        "fused-engine": _FUSED(lambda s: s.weight_dtype in s.engine.fused_collectives),
-        "fused-group": _FUSED(_fused_group),
-        "fused-sp": _FUSED(lambda s: not s.parallel.sp),
-        "prefetch-device": _PREFETCH(lambda s: _family(s) in _PREFETCH_FAMILIES),
-        "prefetch-engine": _PREFETCH(_prefetched),
-        "prefetch-sp": _PREFETCH(_prefetch_sp),
-    }
-)
-_ANY_LAYOUT = ("fused-device", "fused-engine", "prefetch-device", "prefetch-engine")
-"""Rules that no layout can change."""
+def first_broken_format_rule(subject: Subject) -> str | None:
+    """Id of the first rule that the types of weights and cache break; None when there are none."""
+    return next((name for name, holds in _bound("format", subject) if not holds(subject)), None)
 
 
 def first_broken_switch_rule(subject: Subject) -> str | None:
     """Id of the first rule that the switches of a layout break; None when they are legal."""
     if subject.overlap == NO_OVERLAP:
         return None
-    return next((name for name, holds in SWITCH_RULES.items() if not holds(subject)), None)
+    return next((name for name, holds in _bound("switch", subject) if not holds(subject)), None)
+
+
+def broken_switch_rules(subject: Subject) -> tuple[str, ...]:
+    """Ids of all rules that the switches of a layout break."""
+    if subject.overlap == NO_OVERLAP:
+        return ()
+    return tuple(name for name, holds in _bound("switch", subject) if not holds(subject))
+
+
+def first_broken_pair_rule(prefill: Subject, decode: Subject) -> str | None:
+    """Id of the first rule that two pools break together; None when they may form a deployment.
+
+    Each pool is a `Subject` with its own role; the rules that bind either pool count.
+    """
+    bound = dict.fromkeys((*_bound("pair", prefill), *_bound("pair", decode)))
+    return next((name for name, holds in bound if not holds(prefill, decode)), None)
 
 
 def unsupported_switch(
@@ -180,18 +122,27 @@ def unsupported_switch(
         overlap=overlap,
         weight_dtype=weight_dtype,
     )
-    return next((name for name in _ANY_LAYOUT if not SWITCH_RULES[name](subject)), None)
+    bound = _bound("switch", subject)
+    return next((name for name, holds in bound if name in ANY_LAYOUT and not holds(subject)), None)
 
 
-@functools.cache
-def rules() -> Mapping[str, Rule]:
-    """Every rule with its sentence, source and scope, by id."""
-    text = (resources.files("shardplan.search") / "data" / "rules.toml").read_text("utf-8")
-    return MappingProxyType(
-        {name: Rule(id=name, **table) for name, table in tomllib.loads(text).items()}
+def unsupported_format(
+    spec: ModelSpec,
+    cluster: Cluster,
+    engine: EngineProfile,
+    weight_dtype: str,
+    kv_dtype: str,
+    role: Role = "mixed",
+) -> str | None:
+    """Id of the first rule that rules types of weights and cache out; None where none does."""
+    return first_broken_format_rule(
+        Subject(
+            spec=spec,
+            cluster=cluster,
+            engine=engine,
+            parallel=Parallelism(),
+            weight_dtype=weight_dtype,
+            kv_dtype=kv_dtype,
+            role=role,
+        )
     )
-
-
-def first_broken_rule(subject: Subject) -> str | None:
-    """Id of the first rule that a layout breaks; None when it is legal."""
-    return next((name for name, holds in RULES.items() if not holds(subject)), None)

@@ -117,6 +117,8 @@ class ClusterInfo(Part):
     nodes: int
     ranks: int
     hbm_bytes: float
+    fast_ranks: int = 0
+    """Ranks that links other than RoCE join: a node, or a supernode; 0 where it is not known."""
 
 
 class StrategyInfo(Part):

@@ -22,7 +22,7 @@ from shardplan.costmodel.optable import Overlap
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
-from shardplan.search.legality import rules, unsupported_switch
+from shardplan.search.legality import rules, unsupported_format, unsupported_switch
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 from shardplan.search.workload import (
@@ -157,16 +157,48 @@ def _kv_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str]) -> 
     return found
 
 
-def _beside(device: Device, weight: str, kv: str, attention: tuple[str, ...]) -> tuple[Choice, ...]:
+def _check_formats(subject: tuple[ModelSpec, Cluster, EngineProfile], weight: str, kv: str) -> None:
+    """`InputError` for types that the engine does not run on the device for this model."""
+    rule = unsupported_format(*subject, weight, kv)
+    if rule is None:
+        return
+    spec, cluster, engine = subject
+    able = [
+        one for one in cluster.device.weight_dtypes if not unsupported_format(*subject, one, kv)
+    ]
+    wider = [
+        one for one in cluster.device.kv_dtypes if not unsupported_format(*subject, weight, one)
+    ]
+    tries = [f"--weight-dtype {one}" for one in able] or [f"--kv-dtype {one}" for one in wider]
+    raise InputError(
+        f"types of weights and cache that {engine.name} runs on {cluster.device.name}: "
+        f"{rules()[rule].sentence}",
+        got=f"rule {rule}, weight_dtype={weight}, kv_dtype={kv}, model={spec.name}",
+        hint="try " + " or ".join((*tries[:4], "another --engine-profile")),
+    )
+
+
+def _beside(
+    subject: tuple[ModelSpec, Cluster, EngineProfile],
+    weight: str,
+    kv: str,
+    attention: tuple[str, ...],
+    notes: list[str],
+) -> tuple[Choice, ...]:
     """Quantized types worth showing: int8 weights either way, an int8 cache, and both."""
+    device, engine = subject[1].device, subject[2]
     weights = [weight, *(d for d in ("w8a16", "w8a8") if d in device.weight_dtypes and d != weight)]
     caches = [kv, *(d for d in ("int8",) if d in device.kv_dtypes and d != kv)]
+    pairs = [pair for pair in product(weights, caches) if pair != (weight, kv)]
+    broken = {pair: unsupported_format(*subject, *pair) for pair in pairs}
+    for rule in dict.fromkeys(rule for rule in broken.values() if rule is not None):
+        left_out = ", ".join(f"{w} with {c} KV" for (w, c), one in broken.items() if one == rule)
+        notes.append(f"{left_out} not shown beside, for {engine.name}: {rules()[rule].sentence}")
     return tuple(
         Choice(attention=a, weight_dtype=w, kv_dtype=c)  # type: ignore[arg-type]  # kernels
-        for w in weights
-        for c in caches
+        for (w, c), rule in broken.items()
+        if rule is None
         for a in attention
-        if (w, c) != (weight, kv)
     )
 
 
@@ -347,6 +379,8 @@ def resolve(asked: Asked) -> Resolved:
     engine = _engine_profile(cluster, asked.engine_profile, notes)
     weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
+    subject = (spec, cluster, engine)
+    _check_formats(subject, weight, kv)
     attention = _attention(engine, asked.attention, notes)
     if asked.serving == "auto":
         notes.append("prefill and decode share the cards (aggregated serving)")
@@ -357,7 +391,8 @@ def resolve(asked: Asked) -> Resolved:
         Choice(attention=a, weight_dtype=weight, kv_dtype=kv)  # type: ignore[arg-type]  # checked
         for a in attention
     )
-    choices, switches, settings = _switched((spec, cluster, engine), base, asked, notes)
+    choices, switches, settings = _switched(subject, base, asked, notes)
+    beside = _beside(subject, weight, kv, attention, notes) if both_auto else ()
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings),
         spec=spec,
@@ -365,7 +400,7 @@ def resolve(asked: Asked) -> Resolved:
         engine=engine,
         choices=choices,
         switches=switches,
-        beside=_beside(cluster.device, weight, kv, attention) if both_auto else (),
+        beside=beside,
         notes=(*notes, *spec.extra),
         time_limit_s=_time_limit(asked),
         soft_limits=soft,

@@ -30,7 +30,15 @@ from shardplan.search.cuts import cut_count
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import StrategyInfo
 
-__all__ = ["Choice", "Space", "batch_grid", "build_space", "chunk_grid", "divisors"]
+__all__ = [
+    "Choice",
+    "Space",
+    "batch_grid",
+    "build_space",
+    "chunk_grid",
+    "divisors",
+    "raw_layouts",
+]
 
 _FINE = 16
 _PER_OCTAVE = 16
@@ -141,15 +149,18 @@ class Space:
         """Id of the first rule that the choice's switches break on a layout; None when legal."""
         if not choice.switched:
             return None
-        return first_broken_switch_rule(
-            Subject(
-                spec=self.spec,
-                cluster=self.cluster,
-                engine=self.engine,
-                parallel=par,
-                overlap=choice.overlap,
-                weight_dtype=choice.weight_dtype,
-            )
+        return first_broken_switch_rule(self.switch_subject(par, choice))
+
+    def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
+        """What the rules on switches look at."""
+        return Subject(
+            spec=self.spec,
+            cluster=self.cluster,
+            engine=self.engine,
+            parallel=par,
+            overlap=choice.overlap,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
         )
 
     def strategy(self, par: Parallelism, choice: Choice, batch: int, chunk: int) -> StrategyInfo:

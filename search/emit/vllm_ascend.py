@@ -1,6 +1,7 @@
 """Target `vllm-ascend`: one `vllm serve` script a node, a load test, and a README.
 
     serve_node<i>.sh   environment and command of node i; more flags may follow on its line
+    balancer.conf      where there are several servers: nginx before them
     bench.sh           `vllm bench serve` with the plan's workload
     README.md          steps, assumptions, a first request, what the plan promises
 
@@ -27,7 +28,7 @@ from shardplan.search.emit.common import (
     table,
 )
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
-from shardplan.search.emit.vllm_readme import bench, readme
+from shardplan.search.emit.vllm_readme import balancer, bench, readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
 
@@ -57,6 +58,8 @@ def files(plan: Plan) -> dict[str, str]:
         )
         for node in nodes
     }
+    if split.servers > 1:
+        made["balancer.conf"] = balancer(todo)
     made["bench.sh"] = bench(plan, checkpoint, split)
     made["README.md"] = readme(plan, checkpoint, split, todo)
     return made
@@ -216,7 +219,7 @@ def _flags(
         flags.append(("--dtype", dtype))
     if checkpoint.quantized:
         flags.append(("--quantization", "ascend"))
-    return [*flags, *_graphs(plan)]
+    return [*flags, *_graphs(plan, family)]
 
 
 def _across_nodes(split: Split, one: Launch, copy: int) -> list[Flag]:
@@ -274,7 +277,13 @@ def _sizes(plan: Plan) -> list[Flag]:
     return flags
 
 
-def _additional(plan: Plan) -> list[Flag]:
+def _sent_across_roce(plan: Plan, family: str) -> bool:
+    """Whether tokens are sent between supernodes: A3 then needs the hierarchical algorithm."""
+    way, most = plan.strategy, plan.cluster.fast_ranks
+    return family == "a3" and way.exchange == "alltoall" and 0 < most < way.ep
+
+
+def _additional(plan: Plan, family: str) -> list[Flag]:
     """The plugin's own switches, one JSON object."""
     way, names = plan.strategy, table("vllm_ascend")["additional_config"]
     on: dict[str, object] = {}
@@ -284,13 +293,15 @@ def _additional(plan: Plan) -> list[Flag]:
         on[names["weight_prefetch"]] = {"enabled": True}
     if way.fused_collectives:
         on[names["fused_collectives"]] = True
+    if _sent_across_roce(plan, family):
+        on[names["sent_across_roce"]] = True
     return [("--additional-config", json.dumps(on))] if on else []
 
 
-def _graphs(plan: Plan) -> list[Flag]:
+def _graphs(plan: Plan, family: str) -> list[Flag]:
     """Decode graphs of the sizes that the plan meets, or none in eager mode."""
     way = plan.strategy
-    flags = _additional(plan)
+    flags = _additional(plan, family)
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
     step = way.tp if way.sp else 1

@@ -1,19 +1,19 @@
 """Which servers a plan becomes under vLLM, and what runs on each node.
 
-    ranks of one server = tp * pp * d        d: data-parallel groups that one server joins
-    servers             = dp / d
+    servers             = replicas of the plan: dp groups that share experts are one of them
+    ranks of one server = tp * pp * d        d = dp / replicas, `--data-parallel-size`
 
-dense                    d = dp, or 1 where a model copy fills several nodes
-experts split by tp      d = 1: vLLM would split them over tp * d
-experts over ep >= tp    d = ep / tp: vLLM's expert group is the tp * d ranks of a stage
+dense, and experts split by tp   d = 1: vLLM would split the experts over tp * d
+experts over ep >= tp            d = ep / tp: vLLM's expert group is the tp * d ranks of a stage
 
-Servers beyond one are independent: each its own port, a balancer before them. A copy that fills
-several nodes uses `--nnodes`; a server of several nodes otherwise uses `--data-parallel-*`.
+Servers are independent: each its own ranks and port, one balancer before them all. A copy that
+fills several nodes uses `--nnodes`; a server of several nodes otherwise uses `--data-parallel-*`.
 Source: vllm-project/vllm@01e4fce docs/serving/data_parallel_deployment.md; vllm 0.23.0
 vllm/config/parallel.py and vllm/engine/arg_utils.py.
 Left out: experts split both ways (1 < ep < tp), and expert groups of copies that each fill
 several nodes: AscendMultiprocExecutor of vllm-ascend 0.23.0 binds every group's queue to the
-address of node 0.
+address of node 0. vLLM's own balancer over dense data-parallel groups: it starts the same
+independent copies behind one process, and one way to deploy replicas is enough.
 """
 
 from __future__ import annotations
@@ -67,10 +67,9 @@ def split_servers(plan: Plan) -> Split:
     """Servers of the plan. `InputError` with the nearest plan that vLLM can run."""
     way = plan.strategy
     spans = way.tp * way.pp > plan.cluster.ranks_per_node
-    if not has_experts(plan):
-        return Split(servers=way.dp if spans else 1, groups=1 if spans else way.dp, experts=False)
-    if way.ep == 1:
-        return Split(servers=way.dp, groups=1, experts=False)
+    replicas = way.parallelism().replicas
+    if not has_experts(plan) or way.ep == 1:
+        return Split(servers=replicas, groups=1, experts=False)
     if way.ep % way.tp or way.dp % (way.ep // way.tp):
         near = sorted({1, way.tp, way.tp * way.dp})
         raise refuse(
@@ -87,7 +86,7 @@ def split_servers(plan: Plan) -> Split:
             got=f"ep={way.ep}, tp*pp={way.tp * way.pp}, per node {plan.cluster.ranks_per_node}",
             hint=f"try ep={way.tp}, or tp*pp of at most {plan.cluster.ranks_per_node}",
         )
-    return Split(servers=way.dp // groups, groups=groups, experts=True)
+    return Split(servers=replicas, groups=groups, experts=True)
 
 
 def launches(plan: Plan, split: Split) -> tuple[Launch, ...]:

@@ -1,4 +1,4 @@
-"""The prose and the load test that go with the vLLM scripts.
+"""The prose, the balancer and the load test that go with the vLLM scripts.
 
 The load test sends the plan's own workload: random prompts of its input length, of which the
 share found in the prefix cache is one prefix common to all, and a fixed number of output tokens.
@@ -21,7 +21,7 @@ from shardplan.search.emit.vllm_layout import Launch, Split
 from shardplan.search.emit.vllm_schemes import Checkpoint
 from shardplan.search.plan import Plan
 
-__all__ = ["bench", "readme"]
+__all__ = ["balancer", "bench", "readme"]
 
 
 def bench(plan: Plan, checkpoint: Checkpoint, split: Split) -> str:
@@ -65,6 +65,35 @@ def _url(offset: int, host: str = "127.0.0.1") -> str:
     return f"http://{host}:{table('vllm_ascend')['ports']['serve'] + offset}"
 
 
+def _addresses(todo: Sequence[Launch]) -> list[tuple[str, int]]:
+    """(host, port offset) of each server; this host where all of them are on one node."""
+    heads = [one for one in todo if one.index == 0]
+    alone = len({one.slot.node for one in todo}) == 1
+    return [("127.0.0.1" if alone else f"NODE{one.head}", one.port_offset) for one in heads]
+
+
+def balancer(todo: Sequence[Launch]) -> str:
+    """An nginx file that spreads requests over the servers, least busy first."""
+    facts = table("vllm_ascend")
+    lines = [
+        "# For nginx, inside its http block (such as a file of /etc/nginx/conf.d): one address for",
+        "# all servers of the deployment. Put the address of node i where NODE<i> stands.",
+        "upstream vllm {",
+        "    least_conn;",
+        *(f"    server {host}:{facts['ports']['serve'] + o};" for host, o in _addresses(todo)),
+        "}",
+        "server {",
+        f"    listen {facts['balancer']['port']};",
+        "    location / {",
+        "        proxy_pass http://vllm;",
+        "        proxy_buffering off;",
+        f"        proxy_read_timeout {facts['balancer']['read_timeout_s']}s;",
+        "    }",
+        "}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _need_url(split: Split) -> str:
     return f': "${{BASE_URL:?set BASE_URL to the balancer before the {split.servers} servers}}"'
 
@@ -80,11 +109,11 @@ def readme(plan: Plan, checkpoint: Checkpoint, split: Split, todo: Sequence[Laun
         "",
         f"For {printable(plan.cluster.title)}, {len(nodes)} node(s), {way.ranks} ranks. Written "
         f"for vllm {engine['vllm']} and vllm-ascend {engine['vllm_ascend']}. Files: README.md, "
-        f"bench.sh, {scripts}.",
+        f"bench.sh, {'balancer.conf, ' * (split.servers > 1)}{scripts}.",
         "",
         "## Steps",
         "",
-        *_steps(checkpoint, todo),
+        *_steps(checkpoint, split, todo),
         "",
         "## A first request",
         "",
@@ -105,7 +134,7 @@ def readme(plan: Plan, checkpoint: Checkpoint, split: Split, todo: Sequence[Laun
     return "\n".join(lines) + "\n"
 
 
-def _steps(checkpoint: Checkpoint, todo: Sequence[Launch]) -> list[str]:
+def _steps(checkpoint: Checkpoint, split: Split, todo: Sequence[Launch]) -> list[str]:
     """Checkpoint, then start, then the addresses to send requests to."""
     steps = [
         "1. Put the checkpoint on every node at one path (or let vLLM download it). It holds: "
@@ -122,8 +151,15 @@ def _steps(checkpoint: Checkpoint, todo: Sequence[Launch]) -> list[str]:
     ]
     heads = [one for one in todo if one.index == 0]
     where = [_url(one.port_offset, f"NODE{one.head}") for one in heads]
-    steps.append(f"{len(steps) + 1}. Requests go to {', '.join(where)} once it answers /health.")
-    return steps
+    if split.servers == 1:
+        return [*steps, f"{len(steps) + 1}. Requests go to {where[0]} once it answers /health."]
+    port = table("vllm_ascend")["balancer"]["port"]
+    return [
+        *steps,
+        f"{len(steps) + 1}. These are {split.servers} independent servers, each with all weights: "
+        f"{', '.join(where)}. Put a load balancer before them, least busy first, once all answer "
+        f"/health: balancer.conf is one for nginx and listens on port {port}.",
+    ]
 
 
 def _first_request(plan: Plan) -> list[str]:
@@ -138,7 +174,7 @@ def _first_request(plan: Plan) -> list[str]:
 def _balancer(split: Split) -> str:
     if split.servers == 1:
         return ""
-    return f"; put an HTTP balancer before the {split.servers} servers and set BASE_URL to it"
+    return f"; set BASE_URL to the load balancer before the {split.servers} servers"
 
 
 def _assumed(plan: Plan, split: Split) -> list[str]:

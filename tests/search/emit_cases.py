@@ -17,10 +17,21 @@ from typing import Any
 
 from tests.search.plan_factory import make_plan
 
+from shardplan.search.emit import emit
 from shardplan.search.emit.common import table
 from shardplan.search.plan import ClusterInfo, ModelInfo, Plan, StrategyInfo
 
-__all__ = ["CLUSTERS", "Call", "emit_plan", "moe", "parser_of", "run_script", "toy_target"]
+__all__ = [
+    "CLUSTERS",
+    "Call",
+    "emit_plan",
+    "moe",
+    "only",
+    "parser_of",
+    "run_script",
+    "start",
+    "toy_target",
+]
 
 CLUSTERS: dict[str, tuple[str, int, int]] = {
     "Ascend910B2": ("910b2", 8, 4),
@@ -157,3 +168,30 @@ def parser_of(data: str, command: str) -> argparse.ArgumentParser:
 def toy_target(plan: Plan, *, greeting: str = "hello") -> dict[str, str]:
     """A target as another package would register it."""
     return {"toy.sh": f"#!/bin/sh\necho {greeting}\n", "toy.txt": f"{plan.strategy.tp}\n"}
+
+
+HERE = {
+    "MODEL": "checkpoint",
+    "HEAD_ADDRESS": "10.0.0.1",
+    "NODE_ADDRESS": "10.0.0.2",
+    "NIC": "eth0",
+}
+
+
+def start(plan: Plan, folder: Path, node: int = 0) -> list[tuple[argparse.Namespace, Call]]:
+    """Emit, run one node's script, and parse what it started by device."""
+    emit(plan, "vllm-ascend", folder / "out", force=True)
+    script = folder / "out" / f"serve_node{node}.sh"
+    together = script.read_text(encoding="utf-8").count("vllm serve") > 1
+    linger = {"LINGER": "0.5"} if together else {}  # the first to end would end the others
+    calls = run_script(script, "vllm", **HERE, **linger)
+    parsed = []
+    for call in sorted(calls, key=lambda one: one.environment["ASCEND_RT_VISIBLE_DEVICES"]):
+        assert call.words[:2] == ["serve", HERE["MODEL"]]
+        parsed.append((parser_of("vllm_ascend", "serve").parse_args(call.words[2:]), call))
+    return parsed
+
+
+def only(plan: Plan, folder: Path, node: int = 0) -> tuple[argparse.Namespace, dict[str, str]]:
+    ((flags, call),) = start(plan, folder, node)
+    return flags, call.environment

@@ -93,9 +93,9 @@ def _legal(question: Question, par: Parallelism) -> bool:
     """Whether a layout can be applied and both engine and cluster allow it."""
     if par.sp and par.tp == 1:
         return False
-    if "vllm" in question.engine.name and par.ep not in (1, par.tp * par.dp):
+    if not (_vllm_starts(question, par) and _mindie_starts(question, par)):
         return False
-    if question.engine.name == "mindie" and par.pp > 1:
+    if question.cluster.device.name.startswith("a3") and _deployment(par) in range(3, 999, 2):
         return False
     node = question.cluster.ranks_per_node
     if any(t.topology == "roce" for t in question.cluster.tiers) and par.tp > node:
@@ -107,6 +107,44 @@ def _legal(question: Question, par: Parallelism) -> bool:
     except LayoutError:
         return False
     return True
+
+
+def _deployment(par: Parallelism) -> int:
+    """Ranks of what shares experts: dp groups that do not are deployments of their own."""
+    groups = par.ep // par.tp if par.ep > par.tp else 1
+    return par.tp * par.pp * groups
+
+
+def _vllm_starts(question: Question, par: Parallelism) -> bool:
+    """Whether vLLM can start the layout, and its Ascend plugin run the experts."""
+    if "vllm" not in question.engine.name:
+        return True
+    spec, node = question.spec, question.cluster.ranks_per_node
+    if spec.mla is None and max(par.tp, spec.kv_heads) % min(par.tp, spec.kv_heads):
+        return False
+    if 1 < par.ep < par.tp:
+        return False
+    for size in (par.tp * par.pp, _deployment(par)):
+        if (size > node and size % node) or (size < node < par.ranks and node % size):
+            return False
+    if question.engine.name == "vllm" or spec.moe is None:
+        return True
+    if par.ep == 1:
+        return not par.sp
+    if par.ep > par.tp and par.tp * par.pp > node:
+        return False
+    sent = par.exchange == "alltoall"
+    if question.cluster.device.name.startswith("a3"):
+        return sent and 1024 <= spec.hidden <= 8192 and (par.ep <= 16 or par.ep in (32, 64))
+    return not sent or (par.ep >= 16 and spec.moe.experts <= 24 * par.ep)
+
+
+def _mindie_starts(question: Question, par: Parallelism) -> bool:
+    """MindIE has one stage, and splits the experts of latent-attention models alone."""
+    if question.engine.name != "mindie":
+        return True
+    whole = par.exchange == "allgather" or par.ep % par.tp == 0
+    return par.pp == 1 and whole and (par.ep == 1 or question.spec.mla is not None)
 
 
 def _allowed(question: Question, par: Parallelism, choice: Choice) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -12,43 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.search.emit_cases import Call, emit_plan, moe, parser_of, run_script
+from tests.search.emit_cases import emit_plan, moe, only, parser_of, run_script, start
 
 from shardplan.models.errors import InputError
 from shardplan.search.emit import emit
 from shardplan.search.emit.vllm_layout import launches, split_servers
-from shardplan.search.plan import Plan
-
-HERE = {
-    "MODEL": "checkpoint",
-    "HEAD_ADDRESS": "10.0.0.1",
-    "NODE_ADDRESS": "10.0.0.2",
-    "NIC": "eth0",
-}
-
-
-def _start(plan: Plan, folder: Path, node: int = 0) -> list[tuple[argparse.Namespace, Call]]:
-    """Emit, run one node's script, and parse what it started by device."""
-    emit(plan, "vllm-ascend", folder / "out", force=True)
-    script = folder / "out" / f"serve_node{node}.sh"
-    together = script.read_text(encoding="utf-8").count("vllm serve") > 1
-    linger = {"LINGER": "0.5"} if together else {}  # the first to end would end the others
-    calls = run_script(script, "vllm", **HERE, **linger)
-    parsed = []
-    for call in sorted(calls, key=lambda one: one.environment["ASCEND_RT_VISIBLE_DEVICES"]):
-        assert call.words[:2] == ["serve", HERE["MODEL"]]
-        parsed.append((parser_of("vllm_ascend", "serve").parse_args(call.words[2:]), call))
-    return parsed
-
-
-def _only(plan: Plan, folder: Path, node: int = 0) -> tuple[argparse.Namespace, dict[str, str]]:
-    ((flags, call),) = _start(plan, folder, node)
-    return flags, call.environment
 
 
 def test_a_dense_plan_on_one_node(tmp_path: Path) -> None:
     """tp 8: one server on eight cards; 1000 + 300 tokens are 11 blocks of 128; no addresses."""
-    flags, environment = _only(emit_plan(), tmp_path)
+    flags, environment = only(emit_plan(), tmp_path)
     assert flags.tensor_parallel_size == "8"
     assert flags.pipeline_parallel_size == "1"
     assert flags.data_parallel_size == "1"
@@ -76,17 +48,9 @@ def test_a_dense_plan_on_one_node(tmp_path: Path) -> None:
     assert "HCCL_IF_IP" not in environment
 
 
-def test_part_of_a_node_sees_its_own_cards_only(tmp_path: Path) -> None:
-    """Two replicas of tp 2 are one server of four cards with vLLM's own balancer."""
-    flags, environment = _only(emit_plan(tp=2, dp=2), tmp_path)
-    assert flags.data_parallel_size == "2"
-    assert flags.data_parallel_size_local is None
-    assert environment["ASCEND_RT_VISIBLE_DEVICES"] == "0,1,2,3"
-
-
 def test_uneven_stages_in_one_node(tmp_path: Path) -> None:
     """The plan's own cut of 80 layers, not vLLM's default."""
-    flags, environment = _only(emit_plan(tp=4, pp=2, stage_layers=(41, 39)), tmp_path)
+    flags, environment = only(emit_plan(tp=4, pp=2, stage_layers=(41, 39)), tmp_path)
     assert flags.pipeline_parallel_size == "2"
     assert environment["VLLM_PP_LAYER_PARTITION"] == "41,39"
 
@@ -95,7 +59,7 @@ def test_uneven_stages_in_one_node(tmp_path: Path) -> None:
 def test_a_copy_over_two_nodes(tmp_path: Path, node: int) -> None:
     """tp 8 pp 2: one model copy fills two nodes; the second has no API."""
     plan = emit_plan(tp=8, pp=2, stage_layers=(40, 40))
-    flags, environment = _only(plan, tmp_path, node)
+    flags, environment = only(plan, tmp_path, node)
     assert (flags.nnodes, flags.node_rank) == ("2", str(node))
     assert (flags.master_addr, flags.master_port) == ("10.0.0.1", "29501")
     assert flags.headless is bool(node)
@@ -109,7 +73,7 @@ def test_a_copy_over_two_nodes(tmp_path: Path, node: int) -> None:
 def test_copies_over_several_nodes_are_servers_of_their_own(tmp_path: Path) -> None:
     """dp 2 of tp 8 pp 2: nodes 0-1 and 2-3, each pair with its own head and endpoint."""
     plan = emit_plan(tp=8, pp=2, dp=2)
-    flags, _ = _only(plan, tmp_path, 2)
+    flags, _ = only(plan, tmp_path, 2)
     assert (flags.nnodes, flags.node_rank, flags.port) == ("2", "0", "8000")
     text = (tmp_path / "out" / "serve_node3.sh").read_text(encoding="utf-8")
     assert "address of node 2" in text
@@ -119,7 +83,7 @@ def test_copies_over_several_nodes_are_servers_of_their_own(tmp_path: Path) -> N
 @pytest.mark.parametrize("node", [0, 1])
 def test_experts_over_two_nodes(tmp_path: Path, node: int) -> None:
     """tp 8 dp 2 ep 16: one server, a data-parallel group a node, experts over all 16 ranks."""
-    flags, environment = _only(emit_plan(dp=2, ep=16, model=moe()), tmp_path, node)
+    flags, environment = only(emit_plan(dp=2, ep=16, model=moe()), tmp_path, node)
     assert flags.enable_expert_parallel
     assert (flags.data_parallel_size, flags.data_parallel_size_local) == ("2", "1")
     assert flags.data_parallel_start_rank == ("1" if node else None)
@@ -131,7 +95,7 @@ def test_experts_over_two_nodes(tmp_path: Path, node: int) -> None:
 
 def test_experts_split_by_tp_are_servers_of_their_own(tmp_path: Path) -> None:
     """ep 1 dp 2: vLLM would split experts over both groups, so each group is a server."""
-    first, second = _start(emit_plan(tp=4, dp=2, ep=1, model=moe()), tmp_path)
+    first, second = start(emit_plan(tp=4, dp=2, ep=1, model=moe()), tmp_path)
     for index, (flags, call) in enumerate((first, second)):
         assert not flags.enable_expert_parallel
         assert flags.data_parallel_size == "1"
@@ -150,7 +114,7 @@ def test_a_quantized_plan_needs_a_quantized_checkpoint(tmp_path: Path) -> None:
     plan = emit_plan(
         weight_dtype="w8a8", kv_dtype="int8", model={"name": "qwen3-8b", "source": source}
     )
-    flags, _ = _only(plan, tmp_path)
+    flags, _ = only(plan, tmp_path)
     assert flags.quantization == "ascend"
     assert flags.dtype is None
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -175,14 +139,14 @@ def test_a_published_16_bit_checkpoint_is_the_default(tmp_path: Path) -> None:
 
 def test_eager_mode_captures_no_graph(tmp_path: Path) -> None:
     """The profile that the plan was priced with decides."""
-    flags, _ = _only(emit_plan(request={"engine_profile": "vllm-ascend-eager"}), tmp_path)
+    flags, _ = only(emit_plan(request={"engine_profile": "vllm-ascend-eager"}), tmp_path)
     assert flags.enforce_eager
     assert flags.compilation_config is None
 
 
 def test_sequence_parallelism_captures_multiples_of_tp(tmp_path: Path) -> None:
     """The plugin refuses sizes that tp does not divide; 24 and below over tp 8."""
-    flags, _ = _only(emit_plan(sp=True), tmp_path)
+    flags, _ = only(emit_plan(sp=True), tmp_path)
     assert json.loads(flags.additional_config) == {"enable_flashcomm1": True}
     assert json.loads(flags.compilation_config)["cudagraph_capture_sizes"] == [8, 16, 24]
 
@@ -190,7 +154,7 @@ def test_sequence_parallelism_captures_multiples_of_tp(tmp_path: Path) -> None:
 def test_a_310p_plan_computes_in_fp16(tmp_path: Path) -> None:
     """No BF16 on the device, and none of the settings that are for A2 and A3."""
     plan = emit_plan(soc="Ascend310P3", weight_dtype="w8a8", kv_dtype="fp16")
-    flags, environment = _only(plan, tmp_path)
+    flags, environment = only(plan, tmp_path)
     assert flags.dtype == "float16"
     assert "HCCL_OP_EXPANSION_MODE" not in environment
 
@@ -204,7 +168,7 @@ def test_the_longest_request_fills_whole_blocks(
 ) -> None:
     """Rounded up to 128 tokens, but not beyond what the model was made for."""
     work = {"input_len": lengths[0], "output_len": lengths[1]}
-    flags, _ = _only(emit_plan(workload=work, model={"max_context": context}), tmp_path)
+    flags, _ = only(emit_plan(workload=work, model={"max_context": context}), tmp_path)
     assert flags.max_model_len == expected
 
 
@@ -231,7 +195,7 @@ def test_the_load_test_is_the_plans_workload(tmp_path: Path) -> None:
     assert (flags.max_concurrency, flags.num_prompts) == ("24", "96")
     assert flags.request_rate == "2.5"
     assert flags.ignore_eos
-    serve, _ = _only(emit_plan(workload=work), tmp_path)
+    serve, _ = only(emit_plan(workload=work), tmp_path)
     assert serve.enable_prefix_caching
 
 
@@ -340,13 +304,19 @@ def test_what_the_engine_cannot_run_is_refused(
 SIZES = st.sampled_from([1, 2, 4, 8])
 
 
-@given(tp=SIZES, pp=SIZES, dp=SIZES, wide=st.booleans(), experts=st.sampled_from(["no", "1", "n"]))
+@given(
+    tp=SIZES,
+    pp=SIZES,
+    dp=SIZES,
+    wide=st.booleans(),
+    experts=st.sampled_from(["no", "1", "half", "n"]),
+)
 def test_every_rank_of_the_plan_runs_once(
     tp: int, pp: int, dp: int, wide: bool, experts: str
 ) -> None:
     """Servers times their ranks are the plan's; no device is used twice, no group is lost."""
     soc = "Ascend910_9382" if wide else "Ascend910B2"
-    ep = tp * dp if experts == "n" else 1
+    ep = {"n": tp * dp, "half": max(tp * dp // 2, tp)}.get(experts, 1)
     plan = emit_plan(soc=soc, tp=tp, pp=pp, dp=dp, ep=ep, model=None if experts == "no" else moe())
     if plan.strategy.ranks > plan.cluster.ranks:
         return
@@ -360,6 +330,7 @@ def test_every_rank_of_the_plan_runs_once(
     used = [(one.slot.node, device) for one in todo for device in one.slot.devices]
     assert len(used) == len(set(used)) == plan.strategy.ranks
     assert split.servers * split.groups == dp
+    assert split.servers == plan.strategy.parallelism().replicas
     assert {one.server for one in todo} == set(range(split.servers))
     heads = [(one.head, one.port_offset) for one in todo if one.index == 0]
     assert len(heads) == len(set(heads)) == split.servers
@@ -371,5 +342,5 @@ def test_a_plan_over_the_whole_cluster_has_a_script_a_node(tmp_path: Path) -> No
     emit(plan, "vllm-ascend", tmp_path / "out")
     names = {name for name in os.listdir(tmp_path / "out") if name.startswith("serve")}
     assert names == {f"serve_node{i}.sh" for i in range(4)}
-    starts = [_only(plan, tmp_path, node)[0].data_parallel_start_rank for node in range(4)]
+    starts = [only(plan, tmp_path, node)[0].data_parallel_start_rank for node in range(4)]
     assert starts == [None, "8", "16", "24"]

@@ -1,28 +1,47 @@
-"""Legality rules: one layout that breaks each and one that keeps it; legal means applicable."""
+"""Legality rules: one subject that breaks each and one that keeps it; legal means applicable."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.models.strategies import models, parallelisms
+from tests.search.legality_cases import (
+    A2,
+    FORMATS,
+    FUSED,
+    LAYOUTS,
+    PAIRS,
+    PREFETCH,
+    SWITCHES,
+    VLLM,
+    P,
+    subject,
+)
 from tests.search.oracle import dense, sparse, specs
 
 from shardplan.costmodel.catalog import load_cluster
-from shardplan.costmodel.engines import load_engine
-from shardplan.costmodel.optable import Overlap
+from shardplan.costmodel.engines import engine_names, load_engine
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
 from shardplan.models.parallel import Parallelism, make_mesh
 from shardplan.models.spec import ModelSpec
+from shardplan.search.families import family_names
+from shardplan.search.legal_layout import LAYOUT_RULES
 from shardplan.search.legality import (
+    FORMAT_RULES,
+    PAIR_RULES,
     RULES,
     SWITCH_RULES,
     Subject,
+    broken_rules,
+    first_broken_format_rule,
+    first_broken_pair_rule,
     first_broken_rule,
     first_broken_switch_rule,
     rules,
@@ -30,135 +49,79 @@ from shardplan.search.legality import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Where a rule decides: `broken` breaks it and it alone, `kept` keeps them all."""
-
-    broken: Parallelism
-    kept: Parallelism
-    spec: ModelSpec = field(default_factory=dense)
-    engine: str = "torch-graph"
-    nodes: int = 1
-
-
-PAIRS = {
-    "tp-heads": Pair(broken=Parallelism(tp=3), kept=Parallelism(tp=8)),
-    "tp-vocabulary": Pair(spec=dense(vocab=1002), broken=Parallelism(tp=4), kept=Parallelism(tp=2)),
-    "pp-layers": Pair(broken=Parallelism(pp=5), kept=Parallelism(pp=4)),
-    "sp-tp": Pair(broken=Parallelism(sp=True), kept=Parallelism(tp=2, sp=True)),
-    "ep-experts": Pair(
-        spec=sparse(experts=6), broken=Parallelism(dp=4, ep=4), kept=Parallelism(dp=4, ep=2)
-    ),
-    "ep-shape": Pair(
-        spec=sparse(), broken=Parallelism(dp=2, ep=4), kept=Parallelism(tp=2, dp=2, ep=4)
-    ),
-    "tp-width": Pair(spec=dense(ffn=516), broken=Parallelism(tp=8), kept=Parallelism(tp=4)),
-    "ep-engine": Pair(
-        spec=sparse(),
-        engine="vllm-ascend",
-        broken=Parallelism(tp=2, dp=2, ep=2),
-        kept=Parallelism(tp=2, dp=2, ep=4),
-    ),
-    "pp-engine": Pair(engine="mindie", broken=Parallelism(pp=2), kept=Parallelism(tp=2)),
-    "tp-tier": Pair(
-        spec=dense(heads=16, kv_heads=16),
-        nodes=2,
-        broken=Parallelism(tp=16),
-        kept=Parallelism(tp=8, dp=2),
-    ),
-}
-
-
-def _subject(pair: Pair, par: Parallelism) -> Subject:
-    return Subject(
-        spec=pair.spec,
-        cluster=load_cluster("atlas-800t-a2", nodes=pair.nodes),
-        engine=load_engine(pair.engine),
-        parallel=par,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Switched:
-    """Where a rule on a switch decides: `broken` breaks it and no rule before it."""
-
-    broken: dict[str, Any]
-    kept: dict[str, Any]
-
-
-FUSED, PREFETCH = Overlap(fused_collectives=True), Overlap(weight_prefetch=True)
-SWITCHED = {
-    "fused-device": Switched(
-        broken={"overlap": FUSED, "cluster": "atlas-800i-a3"}, kept={"overlap": FUSED}
-    ),
-    "fused-engine": Switched(
-        broken={"overlap": FUSED, "weight_dtype": "w8a8"}, kept={"overlap": FUSED}
-    ),
-    "fused-group": Switched(
-        broken={"overlap": FUSED, "parallel": Parallelism(tp=1, dp=4)},
-        kept={"overlap": FUSED, "parallel": Parallelism(tp=8)},
-    ),
-    "fused-sp": Switched(
-        broken={"overlap": FUSED, "parallel": Parallelism(tp=4, sp=True)},
-        kept={"overlap": PREFETCH, "parallel": Parallelism(tp=4, sp=True)},
-    ),
-    "prefetch-device": Switched(
-        broken={"overlap": PREFETCH, "cluster": "atlas-300i-duo"},
-        kept={"overlap": PREFETCH, "parallel": Parallelism(tp=4, sp=True)},
-    ),
-    "prefetch-engine": Switched(
-        broken={"overlap": PREFETCH, "engine": "mindie"},
-        kept={"overlap": PREFETCH, "spec": sparse(), "cluster": "atlas-800i-a3"},
-    ),
-    "prefetch-sp": Switched(
-        broken={"overlap": PREFETCH, "parallel": Parallelism(tp=4)},
-        kept={"overlap": replace(PREFETCH, fused_collectives=True)},
-    ),
-}
-
-
-def _switched(
-    overlap: Overlap,
-    cluster: str = "atlas-800t-a2",
-    engine: str = "vllm-ascend",
-    spec: ModelSpec | None = None,
-    parallel: Parallelism = Parallelism(tp=4),  # noqa: B008  # frozen
-    weight_dtype: str = "bf16",
-) -> Subject:
-    return Subject(
-        spec=spec or dense(),
-        cluster=load_cluster(cluster),
-        engine=load_engine(engine),
-        parallel=parallel,
-        overlap=overlap,
-        weight_dtype=weight_dtype,
-    )
-
-
 def test_every_rule_has_a_sentence_a_predicate_and_a_case_here() -> None:
-    assert set(rules()) == {*RULES, *SWITCH_RULES} == {*PAIRS, *SWITCHED}
+    tables = (RULES, FORMAT_RULES, SWITCH_RULES, PAIR_RULES)
+    assert sum(map(len, tables)) == len(rules()) >= 40
+    assert set(rules()) == {name for table in tables for name in table}
+    assert set(RULES) == set(LAYOUTS)
+    assert set(FORMAT_RULES) == set(FORMATS)
+    assert set(SWITCH_RULES) == set(SWITCHES)
+    assert set(PAIR_RULES) == set(PAIRS)
+
+
+def test_every_rule_says_whom_it_binds_and_whence_it_comes() -> None:
+    families = {*family_names(), "ascend", "nvidia"}
     for rule in rules().values():
         assert rule.sentence.strip()
-        assert rule.source.strip()
-        assert rule.scope.strip()
+        assert len(rule.source) > 10
+        assert rule.devices == "all" or set(rule.devices) <= families, rule.id
+        assert rule.engines == "all" or set(rule.engines) <= set(engine_names()), rule.id
+
+
+def test_numbers_of_a_sentence_are_those_that_the_rule_compares_with() -> None:
+    """Lists end in ranges of words, so each single number must be found in the sentence."""
+    for rule in rules().values():
+        for number in (one for one in rule.values.values() if isinstance(one, int)):
+            assert re.search(rf"\b{number}\b", rule.sentence), rule.id
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_a_rule_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
+    case = LAYOUTS[name]
+    assert broken_rules(case.broken) == (name,)
+    assert first_broken_rule(case.broken) == name
+    assert broken_rules(case.kept) == ()
+    assert first_broken_rule(case.kept) is None
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_rule_on_types_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
+    case = FORMATS[name]
+    assert first_broken_format_rule(case.broken) == name
+    assert first_broken_format_rule(case.kept) is None
+
+
+@pytest.mark.parametrize("name", sorted(SWITCHES))
+def test_a_rule_on_a_switch_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
+    case = SWITCHES[name]
+    assert first_broken_switch_rule(case.broken) == name
+    assert first_broken_switch_rule(case.kept) is None
 
 
 @pytest.mark.parametrize("name", sorted(PAIRS))
-def test_a_rule_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
-    pair = PAIRS[name]
-    assert first_broken_rule(_subject(pair, pair.broken)) == name
-    assert first_broken_rule(_subject(pair, pair.kept)) is None
+def test_a_rule_on_pools_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
+    broken, kept = PAIRS[name]
+    assert first_broken_pair_rule(*broken) == name
+    assert first_broken_pair_rule(*kept) is None
 
 
-@pytest.mark.parametrize("name", sorted(SWITCHED))
-def test_a_rule_on_a_switch_names_what_breaks_it_and_lets_the_rest_pass(name: str) -> None:
-    case = SWITCHED[name]
-    assert first_broken_switch_rule(_switched(**case.broken)) == name
-    assert first_broken_switch_rule(_switched(**case.kept)) is None
+def test_a_rule_binds_only_its_own_devices_and_engines() -> None:
+    """ep 2 within tp 4 and dp 2 is nothing to vLLM alone; 310P has no experts under vLLM alone."""
+    layout = P(tp=4, dp=2, ep=2)
+    assert first_broken_rule(subject(sparse(), engine=VLLM, parallel=layout)) == "ep-engine"
+    assert first_broken_rule(subject(sparse(), parallel=layout)) is None
+    on_310p: dict[str, Any] = {
+        "spec": sparse(),
+        "cluster": "atlas-300i-duo",
+        "parallel": P(tp=2, ep=2),
+    }
+    assert first_broken_rule(subject(engine=VLLM, **on_310p)) == "ep-310p"
+    assert first_broken_rule(subject(**on_310p)) is None
+    assert first_broken_rule(subject(sparse(), A2, engine=VLLM, parallel=P(tp=2, ep=2))) is None
 
 
 def test_no_rule_binds_where_no_switch_is_on() -> None:
-    off = _switched(Overlap(), cluster="hgx-h200", engine="vllm", parallel=Parallelism())
+    off = subject(cluster="hgx-h200", engine="vllm")
     assert first_broken_switch_rule(off) is None
 
 
@@ -174,17 +137,14 @@ def test_what_no_layout_can_change_is_known_before_any_is_drawn() -> None:
 
 
 def test_experts_ask_for_a_model_that_has_some() -> None:
-    pair = Pair(broken=Parallelism(dp=2, ep=2), kept=Parallelism(dp=2))
-    assert first_broken_rule(_subject(pair, pair.broken)) == "ep-experts"
+    assert first_broken_rule(subject(parallel=P(dp=2, ep=2))) == "ep-experts"
 
 
 def test_tensor_parallelism_crosses_nodes_where_no_roce_joins_them() -> None:
     """A supernode's switch joins its nodes; RoCE rules out the same group on Atlas 800T A2."""
-    pair = PAIRS["tp-tier"]
-    subject = replace(
-        _subject(pair, pair.broken), cluster=load_cluster("cloudmatrix-384", cards=16)
-    )
-    assert first_broken_rule(subject) is None
+    broken = LAYOUTS["tp-tier"].broken
+    joined = replace(broken, cluster=load_cluster("cloudmatrix-384", cards=16))
+    assert first_broken_rule(joined) is None
 
 
 def _applies(spec: ModelSpec, par: Parallelism) -> bool:
@@ -208,8 +168,13 @@ def test_legal_means_applicable(spec: ModelSpec, data: st.DataObject) -> None:
         engine=load_engine("torch-graph"),
         parallel=par,
     )
-    rule = first_broken_rule(subject)
-    if rule is None:
+    known = rules()
+    graph = [
+        rule
+        for rule in broken_rules(subject)
+        if rule in LAYOUT_RULES and known[rule].devices == known[rule].engines == "all"
+    ]
+    if graph in ([], ["sp-tp"]):  # applying that changes nothing, so the graph allows it
         assert _applies(spec, par)
-    elif rule != "sp-tp":  # applying it changes nothing, so the graph allows it
+    else:
         assert not _applies(spec, par)

@@ -281,3 +281,19 @@ def test_no_value_ends_in_a_traceback(name: str, value: object) -> None:
         asked(**{name: value})
     except InputError:
         return
+
+
+def test_types_that_the_engine_does_not_run_are_refused_with_those_it_does() -> None:
+    """vllm-ascend has no weight-only int8 experts; the rule, and what may be asked instead."""
+    with pytest.raises(InputError, match="no weight-only int8 experts") as caught:
+        asked(model="mixtral-8x7b", weight_dtype="w8a16")
+    assert "--weight-dtype w8a8" in caught.value.hint
+    dense = asked(model="qwen3-32b", weight_dtype="w8a16")
+    assert dense.choices[0].weight_dtype == "w8a16"
+
+
+def test_types_are_not_shown_beside_where_no_engine_runs_them() -> None:
+    """Latent attention keeps its cache in 16 bit outside a decode pool, and a note says so."""
+    found = asked(model="deepseek-v3", cluster="atlas-800i-a3", nodes=2)
+    assert found.beside == ()
+    assert any("int8 cache of latent attention" in note for note in found.notes)

@@ -1,0 +1,125 @@
+"""`search --explain-space`: each strategy counts once, by the rule that removes it or as left."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.search.oracle import dense, small_case, sparse
+
+from shardplan.models.errors import InfeasibleError
+from shardplan.search.api import search
+from shardplan.search.explain_space import count_rules, explain_space
+from shardplan.search.legality import Subject, broken_rules, first_broken_rule, rules
+from shardplan.search.main import run
+from shardplan.search.request import Asked
+from shardplan.search.space import raw_layouts
+
+
+def asked(**given: Any) -> Asked:
+    """A small question on one Atlas 800T A2."""
+    return Asked(**{"model": "mixtral-8x7b", "cluster": "atlas-800t-a2", **given})
+
+
+@pytest.mark.parametrize("spec", [dense(), sparse()], ids=["dense", "experts"])
+def test_counts_are_those_of_a_loop_over_every_layout(spec: Any) -> None:
+    """First broken, broken at all, and left, each layout looked at by itself."""
+    case = small_case(spec, cards=8)
+    space, found = case.space(), count_rules(case.space())
+    first = dict.fromkeys(rules(), 0)
+    alone = dict(first)
+    legal = 0
+    for par in raw_layouts(spec, 8):
+        one = Subject(spec=spec, cluster=space.cluster, engine=space.engine, parallel=par)
+        name = first_broken_rule(one)
+        if name is None:
+            legal += space.strategies(par)
+        else:
+            first[name] += space.strategies(par)
+        for broken in broken_rules(one):
+            alone[broken] += space.strategies(par)
+    assert found.left == legal
+    assert found.legal_layouts == len(space.layouts)
+    assert sum(one.first for one in found.rules) + found.left == found.size == space.size
+    for rule in found.rules:
+        assert (rule.first, rule.alone) == (first[rule.id], alone[rule.id])
+        assert rule.first <= rule.alone
+    assert not {one.id for one in found.rules} & set(found.not_binding)
+
+
+def test_switches_are_counted_where_the_layout_is_legal() -> None:
+    """Fused collectives on: of tp 1, 2, 4 and 8 and sp, three layouts without sp may have it."""
+    case = small_case(dense(heads=8), cards=8)
+    fused = replace(case.choices[0], fused_collectives=True)
+    space = replace(case, choices=(case.choices[0], fused)).space()
+    found = count_rules(space)
+    per = {one.id: one.first for one in found.rules}
+    free = [par for par in space.layouts if space.broken_switch(par, fused) is None]
+    grid = len(space.batches) * len(space.chunks)
+    every, kept = (sum(map(space.cuts_of, pars)) for pars in (space.layouts, free))
+    assert 0 < len(free) < len(space.layouts)
+    assert per["fused-group"] + per["fused-sp"] == (every - kept) * grid
+    assert found.left == (every + kept) * grid
+
+
+def test_the_search_prunes_what_is_explained() -> None:
+    """The certificate of a search over the same space has the same counts."""
+    question = asked(cards=2, weight_dtype="w8a8", input_len=256, output_len=64)
+    found = explain_space(question)
+    pruned = search(
+        "mixtral-8x7b", "atlas-800t-a2", cards=2, weight_dtype="w8a8", input_len=256, output_len=64
+    ).plan.certificate
+    assert pruned.space_size == found.size
+    told = {f"rule {one.id}": one.first for one in found.rules if one.first}
+    assert {k: v for k, v in pruned.pruned_by.items() if k.startswith("rule ")} == told
+
+
+def test_json_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each rule with its sentence, scope, source and counts; what is left is left to price."""
+    line = "search --model mixtral-8x7b --cluster atlas-800i-a3 --explain-space --json"
+    assert run(line.split()) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["left"] == told["size"] - sum(one["first"] for one in told["rules"])
+    by = {one["id"]: one for one in told["rules"]}
+    assert by["gathered-a3"]["devices"] == ["a3"]
+    assert by["gathered-a3"]["alone"] >= by["gathered-a3"]["first"] > 0
+    assert by["tp-heads"]["engines"] == "all"
+    assert all(one["sentence"] and one["source"] for one in told["rules"])
+    assert "pp-engine" in told["not_binding"]
+
+
+def test_tables_name_the_rules_that_remove_something(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "search --model mixtral-8x7b --cluster atlas-800i-a3 --explain-space"
+    assert run(line.split()) == 0
+    text = capsys.readouterr().out
+    assert "gathered-a3" in text
+    assert "mla-310p" not in text
+    assert "are left to price" in text
+
+
+@pytest.mark.parametrize("search_too", [False, True], ids=["explain", "search"])
+def test_a_space_that_rules_empty_names_them_and_what_would_help(search_too: bool) -> None:
+    """Latent attention on 310P: no number of cards helps under vLLM, another engine does."""
+    given: dict[str, Any] = {"model": "deepseek-v2-lite", "cluster": "atlas-300i-duo", "cards": 4}
+    with pytest.raises(InfeasibleError) as caught:
+        search(**given) if search_too else explain_space(Asked(**given))
+    assert caught.value.exit_code == 3
+    assert "mla-310p (no latent attention on 310P)" in caught.value.got
+    engine = re.findall(r"--engine-profile (\S+)", caught.value.hint)[0]
+    assert explain_space(Asked(**given, engine_profile=engine)).left > 0
+
+
+def test_the_nearest_number_of_cards_is_told() -> None:
+    """One card has no all_reduce to fuse; two have."""
+    given: dict[str, Any] = {
+        "model": "llama-65b",
+        "cluster": "atlas-800t-a2",
+        "fused_collectives": "on",
+    }
+    with pytest.raises(InfeasibleError, match="fused-group") as caught:
+        explain_space(Asked(**given, cards=1))
+    assert caught.value.hint == "try --cards 2"
+    assert explain_space(Asked(**given, cards=2)).left > 0
