@@ -9,6 +9,10 @@
     reserve        runtime, captured graphs, workspaces (engine profile)
 
     capacity       memory_fraction * card
+
+Where tokens are predicted ahead, the prediction layer's weights and cache are the last stage's, a
+sequence's cache has room for the tokens of a step that may be refused, and a step holds the logits
+of all that it verifies.
 Left out: allocator fragmentation; static scales of an int8 cache (one per channel, kilobytes).
 """
 
@@ -124,7 +128,7 @@ class Ledger:
         peaks = {
             name: _liveness(graph, block)
             for name, block in graph.blocks.items()
-            if name not in ("send", "recv", "head")
+            if name not in ("send", "recv", "head", "mtp_head")
         }
         return cls(graph=graph, device=device, engine=engine, peaks=peaks)
 
@@ -202,10 +206,10 @@ class Ledger:
         context: ArrayLike,
     ) -> list[StageMemory]:
         """What each stage holds for `batch` sequences of `context` tokens, steps of `tokens`."""
-        block = float(self.engine.kv_block_tokens)
-        cached = as_array(batch) * np.ceil(as_array(context) / block) * block
+        block, ahead = float(self.engine.kv_block_tokens), self.graph.parallel.mtp
+        cached = as_array(batch) * np.ceil((as_array(context) + ahead) / block) * block
         activations = self.activations_bytes(machine, tokens, context, attention)
-        logits = self.logits_bytes(batch)
+        logits = self.logits_bytes(as_array(batch) * (1 + ahead))
         found = []
         for stage in self.graph.stages:
             last = stage.index == len(self.graph.stages) - 1

@@ -80,7 +80,8 @@ class LayoutScorer:
     ) -> None:
         self.question, self.parallel = question, par
         graphs: dict[Phase, ShardedGraph] = {
-            phase: apply(build_graph(question.spec, phase), par) for phase in _PHASES
+            phase: apply(build_graph(question.spec, phase, mtp=par.mtp > 0), par)
+            for phase in _PHASES
         }
         self.model = StepModel.of(graphs, question.cluster, question.engine, memo)
         self.ledger = Ledger.of(graphs["prefill"], question.cluster.device, question.engine)
