@@ -22,6 +22,7 @@ from shardplan.costmodel.placement import group_tiers
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.families import device_family
+from shardplan.search.mtp import most_depth
 
 __all__ = [
     "RULES",
@@ -36,6 +37,7 @@ __all__ = [
 
 _EXPERTS_OVER_ALL = ("vllm-ascend", "vllm-ascend-eager", "vllm")
 _NO_PIPELINE = ("mindie",)
+_NO_PIPELINED_DRAFTS = ("vllm-ascend", "vllm-ascend-eager")
 _FUSED_RANKS = {"a2": (2, 4, 8), "950": (2, 4, 8, 16, 32, 64)}
 _PREFETCH_FAMILIES = ("a2", "a3", "950")
 _PREFETCH_WITH_SP = ("vllm-ascend", "vllm-ascend-eager")
@@ -99,6 +101,10 @@ def _tp_tier(s: Subject) -> bool:
     return not joined_by_roce or s.parallel.tp <= max(fast, default=1)
 
 
+def _mtp_pipeline(s: Subject) -> bool:
+    return not s.parallel.mtp or s.parallel.pp == 1 or s.engine.name not in _NO_PIPELINED_DRAFTS
+
+
 RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
     {
         "tp-heads": lambda s: s.spec.heads % s.parallel.tp == 0,
@@ -111,6 +117,8 @@ RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
         "ep-engine": _ep_engine,
         "pp-engine": lambda s: s.parallel.pp == 1 or s.engine.name not in _NO_PIPELINE,
         "tp-tier": _tp_tier,
+        "mtp-engine": lambda s: s.parallel.mtp <= most_depth(s.spec, s.engine),
+        "mtp-pipeline": _mtp_pipeline,
     }
 )
 

@@ -1,6 +1,7 @@
 """The strategy space: every combination of the searched dimensions, and which of them are legal.
 
-    layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts
+    layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts; tokens
+              predicted ahead
     choices   attention kernel, weight dtype, KV dtype, switches of the engine
     grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
 
@@ -101,7 +102,7 @@ class Space:
             return sorted({getattr(layout, name) for layout in self.layouts})
 
         return {
-            **{name: values(name) for name in ("tp", "pp", "dp", "ep", "sp", "exchange")},
+            **{name: values(name) for name in ("tp", "pp", "dp", "ep", "sp", "exchange", "mtp")},
             "attention": [*sorted({c.attention for c in self.choices})],
             "weight_dtype": [*sorted({c.weight_dtype for c in self.choices})],
             "kv_dtype": [*sorted({c.kv_dtype for c in self.choices})],
@@ -184,12 +185,16 @@ def build_space(
     choices: tuple[Choice, ...],
     batches: tuple[int, ...],
     chunks: tuple[int, ...],
+    depths: tuple[int, ...] = (0,),
 ) -> Space:
-    """The space over `cards` ranks, with the rules applied to every layout."""
+    """The space over `cards` ranks, with the rules applied to every layout.
+
+    `depths`: tokens predicted ahead, of each layout.
+    """
     broken: Counter[str] = Counter()
     legal = []
     count = 0
-    for par in raw_layouts(spec, cards):
+    for par in (replace(one, mtp=depth) for one in raw_layouts(spec, cards) for depth in depths):
         count += 1
         rule = first_broken_rule(Subject(spec=spec, cluster=cluster, engine=engine, parallel=par))
         if rule is None:
