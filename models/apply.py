@@ -387,13 +387,13 @@ def apply(graph: ModelGraph, par: Parallelism) -> ShardedGraph:
     """
     key = replace(par, pp=1, stage_layers=(), mtp=min(par.mtp, 1))
     check_pipeline(graph.spec, par)
+    mesh, blocks = _blocks(graph, key)
     if par.mtp and not graph.predicts:
         raise LayoutError(
             "tokens are predicted ahead on a graph that holds the prediction layer",
             got=f"mtp={par.mtp}, model={graph.spec.name}",
             hint="build the graph with mtp=True",
         )
-    mesh, blocks = _blocks(graph, key)
     return ShardedGraph(
         model=graph, parallel=par, mesh=mesh, blocks=blocks, stages=_stages(graph, par)
     )

@@ -29,7 +29,7 @@ from shardplan.models.accounting import (
     stage_weights,
     state_elements_per_token,
 )
-from shardplan.models.apply import ShardedGraph, ShardedOp, apply
+from shardplan.models.apply import Layout, ShardedGraph, ShardedOp, apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError, ProofError
 from shardplan.models.graph import ModelGraph
@@ -120,9 +120,14 @@ def _owned(graph: ShardedGraph) -> str:
     return f"{total} parameters"
 
 
+def _logits(graph: ShardedGraph) -> Layout:
+    """Logits lie whole on each rank of a data-parallel group."""
+    return tuple((axis, "B") for axis in graph.mesh.axes if axis in graph.mesh.groups["dp"])
+
+
 def _joined(graph: ShardedGraph) -> str:
     """A block's output lies as the next one reads it; logits lie whole on each rank of a group."""
-    logits = tuple((axis, "B") for axis in graph.mesh.axes if axis in graph.mesh.groups["dp"])
+    logits = _logits(graph)
     for stage in graph.stages:
         names = [name for name, _ in graph.sequence(stage) if not name.startswith("mtp")]
         for name, reader in zip(names, [*names[1:], ""], strict=True):
@@ -152,6 +157,8 @@ def _joined_ahead(graph: ShardedGraph) -> str:
             )
     if reader.op(reader.entry).layout != want:
         raise ProofError("the prediction layer's output lies as its head expects")
+    if reader.op(reader.exit).layout != _logits(graph):
+        raise ProofError("drafts' logits lie whole on each rank of a group", got=f"{reader.exit}")
     return f"depth {graph.parallel.mtp}"
 
 
@@ -333,6 +340,9 @@ def prove_case(
         return checks
     elements = partial(_check_elements, cut, weights, executor)
     joins = [_attempt(1, f"{g.model.phase}: blocks joined", partial(_joined, g)) for g in cut]
+    if case.parallel.mtp:
+        name = "prediction layer joined"
+        joins += [_attempt(1, f"{g.model.phase}: {name}", partial(_joined_ahead, g)) for g in cut]
     return [*checks, _attempt(1, "elements on the right ranks", elements), *joins]
 
 

@@ -70,5 +70,6 @@ def acceptance_note(spec: ModelSpec) -> str:
     found = default_acceptance(spec.architecture)
     return (
         f"mtp_acceptance was not given: {found.value:g} of the tokens predicted ahead are taken as "
-        f"kept, at every position ({found.fact.kind}: {found.fact.source})"
+        f"kept, at every position ({found.fact.kind}: {found.fact.source}); later positions are "
+        "often kept less, so confirm depths above 1 with your own traffic"
     )

@@ -102,8 +102,15 @@ def _check_strategy(plan: Plan, family: str) -> None:
 
 def _ahead_rules(plan: Plan) -> list[tuple[bool, str, str, str]]:
     """(broken, rule, got, hint) of tokens predicted ahead."""
-    way, known = plan.strategy, table("vllm_ascend")["speculative"]["architectures"]
+    way, facts = plan.strategy, table("vllm_ascend")["speculative"]
+    known, most = facts["architectures"], facts["most"]
     return [
+        (
+            way.mtp > most,
+            f"at most {most} tokens are predicted ahead",
+            f"mtp={way.mtp}",
+            "search with a smaller mtp",
+        ),
         (
             way.mtp > 0 and plan.model.architecture not in known,
             f"tokens are predicted ahead with {', '.join(known)}",
