@@ -20,7 +20,7 @@ from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import engine_names, load_engine
 from shardplan.costmodel.forward import forward_loads
 from shardplan.costmodel.kernels.attention import attention_decode
-from shardplan.costmodel.kernels.base import Machine
+from shardplan.costmodel.kernels.base import Machine, as_array
 from shardplan.costmodel.kernels.mla import mla_decode
 from shardplan.costmodel.run_out import run_out
 from shardplan.costmodel.serving import Serving, ServingInput, serve, step_seconds
@@ -189,10 +189,10 @@ def test_loads_of_a_step_by_hand() -> None:
     loads = forward_loads(
         "decode", engine, batch=8.0, new=3.0, prefix=99.0, mtp=2, **KINDS._asdict()
     )
-    assert (loads["token"].tokens, loads["logits"].tokens) == (24.0, 24.0)
-    assert (loads["draft_logits"].tokens, loads["draft"].tokens) == (8.0, 8.0)
+    tokens = {name: float(one.tokens) for name, one in loads.items() if "attention" not in name}
+    assert tokens == {"token": 24.0, "logits": 24.0, "draft_logits": 8.0, "draft": 8.0}
     again = loads["draft_attention"]
-    assert (again.batch, again.new, again.prefix) == (8.0, 1.0, 102.0)
+    assert [float(one) for one in (again.batch, again.new, again.prefix)] == [8.0, 1.0, 102.0]
     usual = forward_loads("decode", engine, batch=8.0, new=1.0, prefix=99.0, **KINDS._asdict())
     assert set(usual) == {"token", "attention", "logits"}
 
@@ -242,14 +242,15 @@ def test_a_fleet_of_depths_costs_what_each_does_alone(engine: str) -> None:
     ]
     which = np.arange(len(layouts))
     fleet = Fleet.of([one.model for one in layouts], which, [KINDS], np.zeros_like(which))
-    batch, prefix = 1.0 + 3.0 * which, 500.0 + 100.0 * which
+    places = which.astype(np.float64)
+    batch, prefix = as_array(1.0 + 3.0 * places), as_array(500.0 + 100.0 * places)
     loads: dict[str, Any] = {"batch": batch, "new": 1.0 + fleet.mtp, "prefix": prefix}
     total, _ = step_seconds(fleet, "decode", mtp=fleet.mtp, **loads, **KINDS._asdict())
     given = ServingInput(
         batch=batch,
         chunk=np.full(which.shape, 2048.0),
-        input_len=700.0 + which,
-        output_len=100.0 + which,
+        input_len=as_array(700.0 + places),
+        output_len=as_array(100.0 + places),
         mtp=fleet.mtp,
         acceptance=np.full(which.shape, 0.8),
         **KINDS._asdict(),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.search.emit_cases import emit_plan, moe, run_script
 from tests.search.oracle import best_of, brute_force, latent, small_case, sparse
 
 import shardplan
@@ -17,11 +18,15 @@ from shardplan.models.errors import InputError, LayoutError
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.api import SearchResult, estimate
+from shardplan.search.emit import emit
+from shardplan.search.emit.atc import files as atc_files
+from shardplan.search.emit.vllm_ascend import files
 from shardplan.search.evaluate import LayoutScorer
 from shardplan.search.exact import search_exact
 from shardplan.search.mtp import mtp_depths
 from shardplan.search.plan import Plan
 from shardplan.search.proof import verify_plan
+from shardplan.search.request import Asked, resolve
 from shardplan.search.sampled import search_sampled
 
 
@@ -57,8 +62,10 @@ def test_depths_that_cannot_be_had(model: str, engine: str, asked: Any, says: st
 
 @pytest.mark.parametrize("spec", [sparse(), latent()], ids=["experts", "latent"])
 def test_the_best_of_all_depths_is_brute_forces_best(spec: ModelSpec) -> None:
-    case = small_case(replace(spec, mtp_layers=1), tpot_s=0.01, concurrency=24, mtp_acceptance=0.7)
-    case = replace(case, batches=(1, 4, 16), chunks=(16, 512, 2048), depths=(0, 1, 2))
+    spec = replace(spec, mtp_layers=1)
+    case = small_case(spec, cards=2, tpot_s=0.01, concurrency=24, mtp_acceptance=0.7)
+    grid: dict[str, Any] = {"choices": case.choices[:1], "batches": (1, 16), "chunks": (16, 2048)}
+    case = replace(case, **grid, depths=(0, 1, 2))
     everything, space = brute_force(case), case.space()
     best, outcome = best_of(everything), search_exact(case.question, space)
     assert list(dict.fromkeys(one.parallel for one in everything)) == list(space.layouts)
@@ -78,7 +85,7 @@ def test_the_best_of_all_depths_is_brute_forces_best(spec: ModelSpec) -> None:
 
 
 def test_sampling_draws_depths_too() -> None:
-    case = small_case(replace(latent(), mtp_layers=1), mtp_acceptance=0.9)
+    case = small_case(replace(latent(), mtp_layers=1), cards=2, mtp_acceptance=0.9)
     case = replace(case, batches=(4, 16), chunks=(512, 2048), depths=(0, 1, 2))
     space = case.space()
     found = search_sampled(case.question, space, engine="random", trials=40, seed=1)
@@ -107,11 +114,11 @@ def test_a_step_must_hold_all_that_its_slots_verify() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> SearchResult:
-    """DeepSeek-V3 on one A3 server of 16 dies, latency bound, over all depths."""
+    """GLM-4.5 on eight A3 dies over all depths."""
     return shardplan.search(
-        "deepseek-v3",
+        "glm-4.5",
         "atlas-800i-a3",
-        nodes=2,
+        cards=8,
         input_len=1024,
         output_len=256,
         concurrency=64,
@@ -138,29 +145,48 @@ def test_a_plan_that_drafts_says_so_and_is_proven(found: SearchResult, tmp_path:
     assert verify_plan(again).passed
 
 
-def test_the_engine_is_told_the_depth(found: SearchResult, tmp_path: Any) -> None:
-    found.plan.emit("vllm-ascend", tmp_path / "out")
-    script = (tmp_path / "out" / "serve_node0.sh").read_text()
-    flag = next(line for line in script.splitlines() if "--speculative-config" in line)
-    told = json.loads(flag[flag.index("'") + 1 : flag.rindex("'")])
-    depth = found.plan.strategy.mtp
-    assert told == {"method": "mtp", "num_speculative_tokens": depth}
-    graphs = next(line for line in script.splitlines() if "cudagraph_capture_sizes" in line)
-    sizes = json.loads(graphs[graphs.index("'") + 1 : graphs.rindex("'")])
-    assert max(sizes["cudagraph_capture_sizes"]) >= found.plan.strategy.batch * (1 + depth)
-    assert "70%" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(InputError):
-        found.plan.emit("atc", tmp_path / "other")
+def test_the_engine_is_told_the_depth(tmp_path: Any) -> None:
+    """Graphs are captured for all tokens that a step verifies."""
+    glm = moe(architecture="Glm4MoeForCausalLM")
+    plan = emit_plan(mtp=3, batch=16, ep=8, model=glm, workload={"mtp_acceptance": 0.7})
+    emit(plan, "vllm-ascend", tmp_path / "out")
+    (call,) = run_script(tmp_path / "out" / "serve_node0.sh", "vllm", MODEL="/checkpoint")
+    told = json.loads(call.words[call.words.index("--speculative-config") + 1])
+    assert told == {"method": "mtp", "num_speculative_tokens": 3}
+    graphs = json.loads(call.words[call.words.index("--compilation-config") + 1])
+    assert graphs["cudagraph_capture_sizes"] == [4, 8, 16, 32, 64]
+    assert "70% of drafts" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"mtp": 16}, "at most 15 tokens"),
+        ({"mtp": 1, "model": moe()}, "predicted ahead with DeepseekV3ForCausalLM"),
+        ({"mtp": 1, "tp": 4, "pp": 2, "ep": 4}, "one pipeline stage"),
+        ({"mtp": 3, "batch": 24, "chunk": 95}, "times the tokens that a step verifies"),
+    ],
+)
+def test_what_the_engine_cannot_draft_is_refused(changes: dict[str, Any], says: str) -> None:
+    glm = {"model": moe(architecture="Glm4MoeForCausalLM"), "ep": 8}
+    with pytest.raises(InputError, match=says):
+        files(emit_plan(**{**glm, **changes}))
+
+
+def test_a_compiler_drafts_nothing() -> None:
+    with pytest.raises(InputError, match="no loop that drafts"):
+        atc_files(emit_plan(mtp=1))
 
 
 def test_nothing_is_predicted_unless_asked() -> None:
-    """The default is off, even where predicting would gain."""
-    asked = shardplan.search(
-        "deepseek-v3", "atlas-800i-a3", nodes=2, concurrency=64, weight_dtype="w8a8", top=0
-    )
-    assert asked.plan.strategy.mtp == 0
-    assert asked.plan.certificate.space["mtp"] == [0]
-    assert asked.plan.request.workload.mtp_acceptance is None
+    usual = resolve(Asked(model="glm-4.5", cluster="atlas-800i-a3", concurrency=64))
+    assert usual.mtp == (0,)
+    assert usual.request.mtp == "off"
+    assert usual.request.workload.mtp_acceptance is None
+    assert not any("mtp" in note for note in usual.notes)
+    asked = resolve(Asked(model="glm-4.5", cluster="atlas-800i-a3", mtp="auto"))
+    assert asked.request.workload.mtp_acceptance == 0.85
+    assert any("mtp_acceptance was not given" in note for note in asked.notes)
 
 
 POINT: dict[str, Any] = {
