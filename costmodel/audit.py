@@ -26,7 +26,7 @@ def _charged(model: StepModel, graph: ShardedGraph, batch: int, tokens: int) -> 
     """Elements by (stage, kind, ranks) that the op table charges one step."""
     found: Counter[Key] = Counter()
     for stage in graph.stages:
-        for name, count in stage.counts.items():
+        for name, count in graph.runs(stage).items():
             for one in model.rows[graph.model.phase][name]:
                 row = one.fused or one
                 if not row.is_collective:
@@ -34,7 +34,9 @@ def _charged(model: StepModel, graph: ShardedGraph, batch: int, tokens: int) -> 
                 ranks = 1
                 for span in row.spans:
                     ranks *= span.members
-                whole_step = row.group != "logits" or graph.model.phase == "decode"
+                whole_step = row.group == "token" or (
+                    row.group == "logits" and graph.model.phase == "decode"
+                )
                 moved = batch * (tokens if whole_step else 1)
                 found[stage.index, row.kind, ranks] += count * round(row.n * -(-moved // row.ways))
     return found
@@ -44,7 +46,7 @@ def audit_collectives(model: StepModel, phase: Phase) -> str:
     """The charged collectives in words; `ProofError` where they are not the graph's."""
     graph = model.graphs[phase]
     par = graph.parallel
-    batch, tokens = 2 * par.dp * par.tp, 4 * par.tp if phase == "prefill" else 1
+    batch, tokens = 2 * par.dp * par.tp, 4 * par.tp if phase == "prefill" else 1 + par.mtp
     made: Counter[Key] = Counter()
     for one in predict_communication(graph, batch, tokens, tokens, logits=model.engine.sampling):
         made[one.stage, one.kind, one.ranks] += one.elements
@@ -62,13 +64,16 @@ def audit_collectives(model: StepModel, phase: Phase) -> str:
 def _held(graph: ShardedGraph, stage: Stage) -> tuple[int, float]:
     """(weight elements, cache elements a token) on one rank of a stage, counted layer by layer."""
     weights, cached = 0, 0.0
-    tied = graph.model.spec.tied_embeddings and stage.index == 0
-    for name, _ in graph.sequence(stage):
+    whole: set[str] = set()
+    for name, layer in graph.sequence(stage):
         for node in graph.blocks[name].ops():
             op = node.op
             if op is None:
                 continue
-            if op.weight and not (tied and name == "head" and op.kind == "matmul"):
+            own = layer >= 0 and not op.shared
+            if op.weight and (own or op.param not in whole):
+                if not own:
+                    whole.add(op.param)
                 ways = graph.mesh.size(tuple(axis for axis, _ in node.weight_layout))
                 weights += graph.model.size(op.weight) // ways
             if op.state:

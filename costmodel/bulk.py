@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,8 @@ _NAMES = tuple(one.name for one in fields(Row) if one.name not in (*_SIZES, *_UN
 """The same for all that are stacked."""
 _SPECIAL = tuple(name for name in _NAMES if name not in _PLAIN)
 """Fields that this module does not know: a row that has one may depend on every dtype."""
-_GROUPS: tuple[Group, ...] = ("token", "attention", "logits")
+_GROUPS: tuple[Group, ...] = get_args(Group)
+_ATTENTION: tuple[Group, ...] = ("attention", "draft_attention")
 _sizes_of, _names_of = attrgetter(*_SIZES), attrgetter(*_NAMES)
 
 
@@ -133,7 +134,7 @@ def _depends(row: Row) -> tuple[str, ...]:
         return Dtypes._fields
     if row.is_collective or row.kind not in FORMULAS:
         return ()
-    if row.group == "attention":
+    if row.group in _ATTENTION:
         return () if row.kind == "matmul" else ("kv_dtype", "attention")
     return ("weight_dtype",) if kernel_dtype(row, "") == "" else ()
 
@@ -186,11 +187,11 @@ def _tables(models: Sequence[StepModel], phase: Phase) -> _Tables:
 
 
 def _runs(models: Sequence[StepModel], phase: Phase, templates: Mapping[str, int]) -> Array:
-    stages = [model.graphs[phase].stages for model in models]
-    runs = np.zeros((len(models), max(map(len, stages)), len(templates)))
-    for model, ones in enumerate(stages):
-        for index, stage in enumerate(ones):
-            for name, count in stage.counts.items():
+    graphs = [model.graphs[phase] for model in models]
+    runs = np.zeros((len(models), max(len(one.stages) for one in graphs), len(templates)))
+    for model, graph in enumerate(graphs):
+        for index, stage in enumerate(graph.stages):
+            for name, count in graph.runs(stage).items():
                 runs[model, index, templates[name]] = count
     return runs
 
@@ -217,6 +218,8 @@ class Fleet:
     """Data-parallel groups of each model whose steps run together."""
     model_stages: Array
     """Pipeline stages of each model."""
+    model_mtp: Array
+    """Tokens that each model predicts ahead."""
     watch: Watch | None = None
     """Is told of every call of a formula, as it is priced."""
     calls: dict[tuple[Phase, Group], list[Call]] = field(
@@ -243,6 +246,7 @@ class Fleet:
             model_groups=np.asarray([model.groups for model in models], dtype=np.float64),
             model_locked=np.asarray([model.locked for model in models], dtype=np.float64),
             model_stages=np.asarray([model.stages for model in models], dtype=np.float64),
+            model_mtp=np.asarray([model.mtp for model in models], dtype=np.float64),
         )
 
     def at(self, which: Indices, choice: Indices) -> Fleet:
@@ -276,6 +280,11 @@ class Fleet:
     def stages(self) -> Array:
         """Pipeline stages of each point."""
         return np.asarray(self.model_stages[self.which], dtype=np.float64)
+
+    @property
+    def mtp(self) -> Array:
+        """Tokens that each point predicts ahead."""
+        return np.asarray(self.model_mtp[self.which], dtype=np.float64)
 
     def step_s(self, stages: list[Parts], phase: Phase) -> list[Array]:
         """Seconds of each stage, launches included; the engine's host time is not."""
@@ -373,7 +382,7 @@ def _at(load: Load, call: Call) -> Load:
         batch=spread(load.batch),
         new=spread(load.new),
         prefix=spread(load.prefix),
-        weight_dtype=load.weight_dtype if call.kernels.row.group == "attention" else weight_dtype,
+        weight_dtype=load.weight_dtype if call.kernels.row.group in _ATTENTION else weight_dtype,
         kv_dtype=kv_dtype,
         attention=attention,
     )

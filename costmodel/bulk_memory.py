@@ -27,6 +27,8 @@ __all__ = ["FleetMemory", "Held"]
 
 _ACTIVATION_BYTES = 2.0
 _LOGIT_BYTES = 4.0
+_SHARED = ("embed", "head", "mtp", "mtp_head")
+"""Templates that stand once in a stage and may use one another's tables."""
 Blocks = Mapping[str, ShardedBlock]
 
 
@@ -40,12 +42,13 @@ class Held:
 
     def stage_bytes(self, ledger: Ledger, stage: Stage, dtype: str) -> float:
         """Weight bytes of a stage, as `Ledger.weights_bytes` counts them."""
-        first = "embed" in stage.counts
+        shared = tuple(name for name in _SHARED if name in stage.counts)
         total = 0.0
         for name, count in stage.counts.items():
-            if name == "head" and first:
-                beside = self._of(ledger, f"w {dtype}", ("embed", "head"))
-                total += count * (beside - self._of(ledger, f"w {dtype}", ("embed",)))
+            before = shared[: shared.index(name)] if name in shared else ()
+            if before:
+                beside = self._of(ledger, f"w {dtype}", (*before, name))
+                total += count * (beside - self._of(ledger, f"w {dtype}", before))
             else:
                 total += count * self._of(ledger, f"w {dtype}", (name,))
         return total
@@ -102,6 +105,8 @@ class FleetMemory:
     """1 where a stage holds the logits `[ledgers, stages]`."""
     alive: _Alive
     vocab: Array
+    ahead: Array
+    """Tokens predicted ahead."""
     groups: Array
     heads: Array
     head_dim: Array
@@ -143,6 +148,7 @@ class FleetMemory:
             last=last,
             alive=_alive(ledgers),
             vocab=_numbers([float(one.model.spec.vocab) for one in graphs]),
+            ahead=_numbers([float(one.parallel.mtp) for one in graphs]),
             groups=_numbers([float(one.parallel.dp) for one in graphs]),
             heads=_numbers([_heads(one) for one in graphs]),
             head_dim=_numbers([float(one.model.spec.head_dim) for one in graphs]),
@@ -169,14 +175,15 @@ class FleetMemory:
     def _blocks(self, context: Array) -> Array:
         """Tokens of a sequence in whole blocks of the cache."""
         block = float(self.ledgers[0].engine.kv_block_tokens)
-        return np.asarray(np.ceil(context / block) * block)
+        return np.asarray(np.ceil((context + self.ahead[self.which]) / block) * block)
 
     def _stages(self, batch: Array, step_tokens: Array, context: Array) -> Array:
         """Bytes `[stages, points]`; -inf where a point has no such stage."""
         weights = self.weights[self.which, self.choice].T
         cache = batch * self._blocks(context) * self.token[self.which, self.choice].T
         activations = self._activations(step_tokens, context)
-        logits = batch * self.vocab[self.which] * _LOGIT_BYTES
+        verified = batch * (1.0 + self.ahead[self.which])
+        logits = verified * self.vocab[self.which] * _LOGIT_BYTES
         last = self.last[self.which].T > 0.0
         return np.asarray(
             weights + cache + np.where(last, np.maximum(activations, logits), activations)

@@ -146,7 +146,7 @@ class Tally:
         if key not in self.known:
             weights, _, attention = call.dtypes
             row = call.kernels.row
-            if row.group == "attention":
+            if row.group in ("attention", "draft_attention"):
                 weights = "bf16"
             self.known[key] = row_section(self.calibration, row, weights, phase, attention)
         return self.known[key]

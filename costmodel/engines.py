@@ -28,6 +28,8 @@ leave them out, the engine then has none):
                        qkv_a (down projections of MLA); none
     fused_collectives  weight dtypes for which a product and the all_reduce of its result can be
                        one kernel; none
+    mtp_max            tokens predicted ahead in a decode step, at most, by the layer that models
+                       of `mtp_architectures` (any) ship for it; 0
 
 `late` is what the ranks of a step wait for the last of them: an engine with one process a rank
 starts its kernels at different times, and the first collectives absorb it (of 129 all_reduces of a
@@ -148,6 +150,10 @@ class EngineProfile:
     """Weight dtypes of its fused product and all_reduce, of `FUSED_DTYPES`."""
     fused_collectives_default: bool = False
     """That kernel is on unless switched off."""
+    mtp_max: int = 0
+    """Most tokens that it predicts ahead with a model's own prediction layer; 0: none."""
+    mtp_architectures: tuple[str, ...] = ("any",)
+    """Models with which it does."""
 
     def skew_s(self, phase: Phase, ranks: int) -> float:
         """What a step waits for the last of `ranks` ranks, seconds."""
@@ -189,6 +195,8 @@ _SWITCHES: Mapping[str, Field] = {
     "fused_collectives_default": Field(
         target="fused_collectives_default", shape="flag", optional=True
     ),
+    "mtp_max": number("mtp_max", low=0, high=64, whole=True, optional=True),
+    "mtp_architectures": Field(target="mtp_architectures", shape="words", optional=True),
 }
 
 _ENGINE: Mapping[str, Field] = {

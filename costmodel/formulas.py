@@ -63,7 +63,7 @@ def matmul_time(
 
 def matmul_rows(model: StepModel, row: Row, load: Load) -> Array:
     """Rows (tokens) of a product's input on one rank, at least one."""
-    if row.group == "attention":
+    if row.group in ("attention", "draft_attention"):
         tokens = load.batch * (load.prefix + load.new if row.context else load.new)
     else:
         tokens = local_tokens(row, load, model.groups)
@@ -129,6 +129,7 @@ def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
             row.heads,
             row.kv_heads,
             row.head_dim,
+            new_tokens=load.new,
             kernel=load.attention,
             kv_dtype=load.kv_dtype,
             window=window,
@@ -169,6 +170,7 @@ def _mla_decode(model: StepModel, row: Row, load: Load) -> KernelTime:
         row.heads,
         row.head_dim,
         row.rope_dim,
+        new_tokens=load.new,
         kernel=load.attention,
         kv_dtype=load.kv_dtype,
     )

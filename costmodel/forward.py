@@ -2,13 +2,20 @@
 
 A pass of `batch` sequences of one dp group with `new` tokens each, after `prefix` cached ones,
 runs batch * new tokens through the token rows, the sequences through attention, and wants the
-logits of one token a sequence.
+logits of one token a sequence in prefill, of all of them in decode.
+
+Where `mtp` tokens are predicted ahead the first draft goes with the token and attention rows and
+wants logits of one token a sequence; each further draft of a decode step (`mtp` - 1 of them) is one
+token a sequence after all that the step has verified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
+
+import numpy as np
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.kernels.attention import AttentionKernel
@@ -60,11 +67,13 @@ def forward_loads(
     weight_dtype: str,
     kv_dtype: str,
     attention: AttentionKernel,
+    mtp: ArrayLike = 0.0,
 ) -> dict[Group, Load]:
-    """The load of each group of rows; `batch`, `new` and `prefix` broadcast."""
+    """The load of each group of rows; `batch`, `new`, `prefix` and `mtp` broadcast."""
     sequences = as_array(batch)
     tokens = sequences * as_array(new)
-    return {
+    wanted = tokens if phase == "decode" else sequences
+    loads: dict[Group, Load] = {
         "token": Load.of(phase, engine, tokens=tokens, weight_dtype=weight_dtype),
         "attention": Load.of(
             phase,
@@ -75,8 +84,17 @@ def forward_loads(
             kv_dtype=kv_dtype,
             attention=attention,
         ),
-        "logits": Load.of(phase, engine, tokens=sequences, weight_dtype=weight_dtype),
+        "logits": Load.of(phase, engine, tokens=wanted, weight_dtype=weight_dtype),
     }
+    deepest = np.max(as_array(mtp))
+    if deepest > 0.0:
+        one = Load.of(phase, engine, tokens=sequences, weight_dtype=weight_dtype)
+        loads["draft_logits"] = one
+    if deepest > 1.0 and phase == "decode":
+        seen = as_array(prefix) + as_array(new)
+        loads["draft"] = one
+        loads["draft_attention"] = replace(loads["attention"], new=as_array(1.0), prefix=seen)
+    return loads
 
 
 def parts_by_kind(model: StepModel, loads: Mapping[Group, Load]) -> dict[str, Parts]:

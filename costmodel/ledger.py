@@ -9,6 +9,10 @@
     reserve        runtime, captured graphs, workspaces (engine profile)
 
     capacity       memory_fraction * card
+
+Where tokens are predicted ahead, the prediction layer's weights and cache are the last stage's, a
+sequence's cache has room for the tokens of a step that may be refused, and a step holds the logits
+of all that it verifies.
 Left out: allocator fragmentation; static scales of an int8 cache (one per channel, kilobytes).
 """
 
@@ -124,7 +128,7 @@ class Ledger:
         peaks = {
             name: _liveness(graph, block)
             for name, block in graph.blocks.items()
-            if name not in ("send", "recv", "head")
+            if name not in ("send", "recv", "head", "mtp_head")
         }
         return cls(graph=graph, device=device, engine=engine, peaks=peaks)
 
@@ -200,11 +204,12 @@ class Ledger:
         context: ArrayLike,
     ) -> dict[str, Array]:
         """What every stage holds alike: `cached_tokens`, `activations_bytes`, `logits_bytes`."""
-        block = float(self.engine.kv_block_tokens)
+        block, ahead = float(self.engine.kv_block_tokens), self.graph.parallel.mtp
+        blocks = np.ceil((as_array(context) + ahead) / block)
         return {
-            "cached_tokens": as_array(batch) * np.ceil(as_array(context) / block) * block,
+            "cached_tokens": as_array(batch) * blocks * block,
             "activations_bytes": self.activations_bytes(machine, tokens, context, attention),
-            "logits_bytes": self.logits_bytes(batch),
+            "logits_bytes": self.logits_bytes(as_array(batch) * (1 + ahead)),
         }
 
     def stages(

@@ -2,11 +2,17 @@
 
 One row is one kernel or collective of one rank. A row knows its local sizes and how the free
 dims (batch, tokens, context) enter, so a table is made once a layout and priced for any batch,
-length and dtype. Rows fall into three groups by what they depend on:
+length and dtype. Rows fall into groups by what they depend on:
 
     token      the tokens of a step (matmuls, norms, expert kernels, most collectives)
     attention  batch, new tokens and context (attention, MLA's up-projections)
-    logits     the sequences whose logits are wanted (LM head, its gather, sampling)
+    logits     the tokens whose logits are wanted (LM head, its gather, sampling)
+
+and where a prediction layer drafts tokens ahead (its first pass has token and attention rows)
+
+    draft_logits      one token a sequence: the head of the first pass
+    draft             the same: all but the attention of each further pass
+    draft_attention   the attention of each further pass
 
 Engine fusion is decided here: projections that share an input become one matmul, a residual add
 joins the norm that follows it, query/key norms join the rotary embedding; `rowfusion` marks what
@@ -18,7 +24,7 @@ Left out: kernels under a microsecond that real engines hide (reshapes, casts).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
@@ -44,9 +50,16 @@ __all__ = [
     "Overlap",
     "Row",
     "block_rows",
+    "draft_rows",
+    "phase_rows",
     "pointwise_bytes",
     "pointwise_kernel",
 ]
+
+_PLAIN_NORMS = ("hnorm", "enorm")
+"""Norms of the prediction layer's inputs: no residual add comes before them."""
+_AGAIN: Mapping[Group, Group] = {"attention": "draft_attention"}
+"""Groups of a further draft; all others are `draft`."""
 
 
 def _ways(graph: ShardedGraph, node: ShardedOp, layout: tuple[tuple[str, str], ...]) -> int:
@@ -153,9 +166,10 @@ def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer
     spans = group_tiers(cluster, group=one.ranks, stride=one.stride)
     free = dict(one.elements.free)
     last = block == "head" and (graph.model.phase == "decode" or "T" not in free)
+    ahead = block == "mtp_head" and "T" not in free
     return Row(
         kind=one.kind,
-        group="logits" if last else "token",
+        group="logits" if last else "draft_logits" if ahead else "token",
         ways=math.prod(free.values()),
         n=one.elements.factor,
         spans=spans,
@@ -189,7 +203,7 @@ def _node_row(graph: ShardedGraph, node: ShardedOp, op: Op, engine: EngineProfil
     fused_norm = "add_rmsnorm" in engine.fused
     if op.kind == "add" and op.role == "token" and fused_norm:
         return None
-    if op.kind == "rmsnorm" and op.role == "token":
+    if op.kind == "rmsnorm" and op.role == "token" and op.name not in _PLAIN_NORMS:
         return _pointwise(graph, node, "add_rmsnorm" if fused_norm else "rmsnorm")
     return _pointwise(graph, node, op.kind)
 
@@ -202,10 +216,35 @@ def block_rows(
     overlap: Overlap = NO_OVERLAP,
 ) -> tuple[Row, ...]:
     """Rows of one template under one layout, fusions applied, switches of `overlap` set."""
-    return tuple(
+    rows = tuple(
         one.row
         for one in mark(_placed(graph, block, cluster, engine), graph, block, engine, overlap)
     )
+    if block.name != "mtp_head":
+        return rows
+    return tuple(
+        row if row.is_collective and row.group == "token" else replace(row, group="draft_logits")
+        for row in rows
+    )
+
+
+def draft_rows(first: tuple[Row, ...], head: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Rows of a draft after the first one: those of `mtp` and `mtp_head`, one token a sequence."""
+    return tuple(replace(row, group=_AGAIN.get(row.group, "draft")) for row in (*first, *head))
+
+
+def phase_rows(
+    graph: ShardedGraph, rows_of: Callable[[str], tuple[Row, ...]]
+) -> dict[str, tuple[Row, ...]]:
+    """Rows of every template that a phase runs, `draft` with them where a step drafts again."""
+    found = {
+        name: rows_of(name)
+        for name in graph.blocks
+        if any(name in stage.counts for stage in graph.stages)
+    }
+    if "mtp" in found and graph.model.phase == "decode":
+        found["draft"] = draft_rows(found["mtp"], found["mtp_head"])
+    return found
 
 
 def _placed(
@@ -227,7 +266,7 @@ def _placed(
     for name, one in zip(moving, transfers(graph, block), strict=True):
         if engine.sampling or not one.logits:
             placed.append(Placed(_collective(cluster, graph, block.name, one), (name,)))
-    if block.name == "head" and engine.sampling:
+    if block.name in ("head", "mtp_head") and engine.sampling:
         row = Row(
             kind="softmax_sample",
             group="logits",

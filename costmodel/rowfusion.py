@@ -32,7 +32,7 @@ _ONE_WEIGHT = ("q_b", "kv_b", "qkv_a")
 
 _CUBE = ("matmul", "grouped_matmul", "attention", "mla_attention", "mla_absorbed")
 _NORMS = ("rmsnorm", "add_rmsnorm")
-_APART = ("embed", "head", "send", "recv")
+_APART = ("embed", "head", "mtp_head", "send", "recv")
 """Templates that are no layer: nothing of their own kind comes before them."""
 
 

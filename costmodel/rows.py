@@ -24,7 +24,7 @@ __all__ = [
     "pointwise_kernel",
 ]
 
-Group = Literal["token", "attention", "logits"]
+Group = Literal["token", "attention", "logits", "draft_logits", "draft", "draft_attention"]
 
 _POINTWISE_BYTES: Mapping[str, float] = {
     "add": 6.0,
@@ -45,6 +45,7 @@ _POINTWISE_BYTES: Mapping[str, float] = {
     "topk_router": 6.0,
     "dispatch": 4.0,
     "combine": 4.0,
+    "concat": 4.0,
     "select": 4.0,
     "softmax_sample": 4.0,
 }
@@ -61,6 +62,7 @@ _KIND_OF_POINTWISE: Mapping[str, str] = {
     "select": "slice",
     "dispatch": "slice",
     "combine": "add",
+    "concat": "slice",
 }
 """Which fitted pointwise kernel stands for an operator that has none of its own."""
 

@@ -21,12 +21,14 @@ wait = N / 2 (1 / r - 1 / R).
 Percentiles (99th):
     TTFT   wait of a queue with an exponential tail: mean wait * ln 100, at most (b - 1) prompts;
            with N given, the 99th percentile of the first b prompts if that is longer
-    TPOT   mixed steps among a request's O - 1 are binomial with share f:
-           t_d + min(f + z sqrt(f (1 - f) / (O - 1)), 1) (t_m - t_d)       z = 2.33, bound t_m
+    TPOT   mixed steps among a request's n are binomial with share f:
+           t_d + min(f + z sqrt(f (1 - f) / n), 1) (t_m - t_d)       z = 2.33, bound t_m
            where prompts go first, those met are Poisson, each adding its prefill T_p to the mean
-           TPOT t:     t + z sqrt((t - t_d) T_p / (O - 1))
+           step t:     t + z sqrt((t - t_d) T_p / n)
+           times n / (O - 1); n = O - 1 unless tokens are predicted ahead (`serving`)
 
-Left out: length distributions, client and tokenizer time, preemption.
+Left out: length distributions, client and tokenizer time, preemption, how acceptance differs
+between requests.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ class _Case:
     rate: Array
     """Offered to one dp group, requests a second; infinity for closed loop."""
     prompt: Array
-    later: Array
+    steps: Array
+    """Decode steps of a request."""
 
 
 def _at(model: Pricer, given: ServingInput, slots: Array) -> Serving:
@@ -108,13 +111,15 @@ def _some(model: Pricer, case: _Case, rows: Indices) -> tuple[Pricer, _Case]:
         output_len=taken(given.output_len),
         prefix_hit=taken(given.prefix_hit),
         in_flight=None if in_flight is None else taken(in_flight),
+        mtp=taken(given.mtp),
+        acceptance=taken(given.acceptance),
     )
     own = _Case(
         given=few,
         prompts=case.prompts[rows],
         rate=case.rate[rows],
         prompt=taken(case.prompt),
-        later=taken(case.later),
+        steps=taken(case.steps),
     )
     return (model.take(rows) if isinstance(model, Fleet) else model), own
 
@@ -210,6 +215,7 @@ def _burst_s(model: Pricer, case: _Case, first: Array) -> Array:
         weight_dtype=given.weight_dtype,
         kv_dtype=given.kv_dtype,
         attention=given.attention,
+        mtp=given.mtp,
     )
     slowest = functools.reduce(np.maximum, model.step_s(stages, "prefill"))
     return np.asarray((slowest + model.host_s("prefill")) * case.prompt / tokens)
@@ -269,16 +275,16 @@ def _ttft(
 
 
 def _tpot_p99(model: Pricer, case: _Case, served: Serving) -> Array:
-    steps = np.maximum(case.later, 1.0)
+    steps, each = np.maximum(case.steps, 1.0), case.given.steps_per_token
     decode = served.decode_step_s
     if model.engine.prefill_first:
-        extra = np.maximum(served.tpot_s - decode, 0.0)
+        extra = np.maximum(served.tpot_s / each - decode, 0.0)
         found = decode + extra + _NORMAL_P99 * np.sqrt(extra * served.prefill_s / steps)
     else:
         share = served.mixed_share
         most = np.minimum(share + _NORMAL_P99 * np.sqrt(share * (1.0 - share) / steps), 1.0)
         found = decode + most * np.maximum(served.mixed_step_s - decode, 0.0)
-    return np.where(case.later > 0.0, np.maximum(found, served.tpot_s), 0.0)
+    return np.where(case.steps > 0.0, np.maximum(found * each, served.tpot_s), 0.0)
 
 
 def run_out(
@@ -302,7 +308,7 @@ def run_out(
         prompts=prompts,
         rate=np.broadcast_to(as_array(request_rate) / model.groups, shape),
         prompt=np.maximum(np.ceil(as_array(given.input_len) * hit), 1.0),
-        later=as_array(given.output_len) - 1.0,
+        steps=given.decode_steps,
     )
     most = np.broadcast_to(given.batch, shape)
     if given.in_flight is not None:

@@ -1,20 +1,27 @@
 """Steady-state continuous batching: from step times to TTFT, TPOT and throughput.
 
 One dp group has `b` slots and steps of at most `c` tokens; a request has I prompt tokens (less
-those found in the prefix cache) and O output tokens. Chunked prefill, prefill mixed with decode:
+those found in the prefix cache) and O output tokens. A decode step verifies 1 + k tokens of a
+sequence, k of them predicted ahead and each kept with probability a where those before it were:
 
-    r  = min(b / (O - 1 + ceil(I / c)), c / (I + O - 1))     requests that finish a step
+    E  = 1 + a + a^2 + ... + a^k          tokens that a decode step gives a sequence
+    n  = (O - 1) / E                      decode steps of a request, at least one where O > 1
+
+With k = 0 (nothing predicted) E = 1 and n = O - 1. Chunked prefill, prefill mixed with decode:
+
+    r  = min(b / (n + ceil(I / c)), c / (I + (1 + k) n))     requests that finish a step
     q  = the same with b - 1 for b: those of the other slots, which a request meets
-    d  = r (O - 1)                        sequences decoding in an average step
-    e  = q (O - 1)                        those that decode beside a prompt
-    s  = ceil(I / (c - e))                steps that prefill one prompt
-    u  = min(c - e, max(I / s, q I))      prompt tokens of a step that has any
+    d  = r n                              sequences decoding in an average step
+    e  = q n                              those that decode beside a prompt
+    s  = ceil(I / (c - (1 + k) e))        steps that prefill one prompt
+    u  = min(c - (1 + k) e, max(I / s, q I))      prompt tokens of a step that has any
     f  = min(1, q I / u)                  share of a request's steps that carry prompt tokens
     h  = 1 - (1 - f) (1 - F)^(g - 1)      the same of g groups that share experts: a prompt of
-         F = min(1, f + s / (s + O - 1))  another makes the step of all a mixed one; to the others
+         F = min(1, f + s / (s + n))      another makes the step of all a mixed one; to the others
                                           a request's own prompt counts, too
     t  = h mixed(e, u) + (1 - h) decode(d)             mean step
-    TPOT = t        TTFT = wait + s mixed        throughput = b O / latency (Little's law)
+    latency = wait + s mixed + n t
+    TPOT = t n / (O - 1)    TTFT = wait + s mixed    throughput = b O / latency (Little's law)
 
 where wait = R - D of a closed loop of b requests around a server that takes D = I / (c - e) mixed a
 prompt, with Z the rest of a request's time. Mean-value analysis with deterministic service,
@@ -25,8 +32,11 @@ never below the server's own limit:
 Prefill first (an engine that stops decoding for a prompt): requests end where decode steps do, so
 a prompt waits for half of those that came at the same step, and a request meets every other
 prompt once, while it waits or while it decodes:
-    wait = (b - 1) prefill(I) / max(2 (O - 1), 1)
-    TPOT = decode(b) + ((b - 1) prefill(I) - wait) / (O - 1)
+    wait = (b - 1) prefill(I) / max(2 n, 1)
+    t    = decode(b) + ((b - 1) prefill(I) - wait) / n        TPOT as above
+
+A step that predicts ahead also runs the prediction layer k times: once over all its tokens, prompt
+tokens with them, and k - 1 times over one token of each sequence that decodes.
 
 A pipeline of p stages runs p microbatches of slots at once: a step takes
 max(sum of stages, p * slowest stage at b / p); a prompt of several chunks flows through it with
@@ -34,14 +44,15 @@ max(sum of stages, p * slowest stage at b / p); a prompt of several chunks flows
 With `offered` requests a second, slots fill by Little's law: b = rate * latency.
 
 Left out: length distributions, bursts, preemption, the start and end of a run (`run_out` adds
-them for a closed-loop benchmark of a given number of prompts).
+them for a closed-loop benchmark of a given number of prompts); of tokens predicted ahead, how
+acceptance differs with their position and the request, and those of a last step beyond O.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -130,6 +141,7 @@ def step_seconds(
     weight_dtype: str,
     kv_dtype: str,
     attention: AttentionKernel,
+    mtp: ArrayLike = 0.0,
 ) -> tuple[Array, list[Parts]]:
     """(seconds, parts per stage) of one forward pass of `batch` sequences of one dp group."""
     loads = forward_loads(
@@ -141,6 +153,7 @@ def step_seconds(
         weight_dtype=weight_dtype,
         kv_dtype=kv_dtype,
         attention=attention,
+        mtp=mtp,
     )
     stages = _sum(*(model.parts(group, load) for group, load in loads.items()))
     return _flow(model, stages, phase, 1.0), stages
@@ -148,22 +161,44 @@ def step_seconds(
 
 def _decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
     """A decode step of `sequences` of one microbatch at the mean context."""
-    engine = model.engine
-    token = Load.of("decode", engine, tokens=sequences, weight_dtype=given.weight_dtype)
+    dtype = given.weight_dtype
+    token = Load.of("decode", model.engine, tokens=sequences * given.width, weight_dtype=dtype)
     return _sum(
         model.parts("token", token),
         model.parts("attention", _cached(model, given, sequences)),
         model.parts("logits", token),
+        *_first_draft(model, given, "decode", sequences),
+        *_later_drafts(model, given, sequences),
     )
 
 
+def _first_draft(
+    model: Pricer, given: ServingInput, phase: Phase, sequences: Array
+) -> list[list[Parts]]:
+    """The head of the first draft of `sequences`; its layer is among the token rows."""
+    if not np.any(given.mtp):
+        return []
+    one = Load.of(phase, model.engine, tokens=sequences, weight_dtype=given.weight_dtype)
+    return [model.parts("draft_logits", one)]
+
+
+def _later_drafts(model: Pricer, given: ServingInput, sequences: Array) -> list[list[Parts]]:
+    """Every draft of `sequences` after the first."""
+    if np.max(as_array(given.mtp)) <= 1.0:
+        return []
+    one = Load.of("decode", model.engine, tokens=sequences, weight_dtype=given.weight_dtype)
+    cached = _cached(model, given, sequences)
+    after = replace(cached, new=as_array(1.0), prefix=cached.prefix + cached.new)
+    return [model.parts("draft", one), model.parts("draft_attention", after)]
+
+
 def _cached(model: Pricer, given: ServingInput, sequences: Array) -> Load:
-    """One new token of each sequence at the mean context."""
+    """The new tokens of each sequence at the mean context."""
     return Load.of(
         "decode",
         model.engine,
         batch=sequences,
-        new=1.0,
+        new=given.width,
         prefix=as_array(given.input_len) + as_array(given.output_len) / 2.0,
         kv_dtype=given.kv_dtype,
         attention=given.attention,
@@ -177,7 +212,8 @@ def _prompt_stages(
     engine = model.engine
     piece, prompt = shares.piece, shares.prompt
     kept = as_array(given.input_len) - prompt
-    tokens = Load.of("prefill", engine, tokens=sequences + piece, weight_dtype=given.weight_dtype)
+    decoding, dtype = sequences * given.width, given.weight_dtype
+    tokens = Load.of("prefill", engine, tokens=decoding + piece, weight_dtype=dtype)
     many, new = np.maximum(piece / prompt, 1.0), np.minimum(piece, prompt)
     chunk = Load.of(
         "prefill",
@@ -188,16 +224,20 @@ def _prompt_stages(
         kv_dtype=given.kv_dtype,
         attention=given.attention,
     )
-    rows = Load.of("prefill", engine, tokens=sequences + many, weight_dtype=given.weight_dtype)
+    rows = Load.of("prefill", engine, tokens=decoding + many, weight_dtype=dtype)
     return _sum(
-        model.parts("token", tokens), model.parts("attention", chunk), model.parts("logits", rows)
+        model.parts("token", tokens),
+        model.parts("attention", chunk),
+        model.parts("logits", rows),
+        *_first_draft(model, given, "prefill", sequences + many),
     )
 
 
 def _beside_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
-    """Attention of `sequences` that decode beside a prompt; launches where there are none."""
-    beside = model.parts("attention", _cached(model, given, np.maximum(sequences, 1.0)))
-    return _where(sequences > 0.0, beside)
+    """What only `sequences` that decode beside a prompt run; launches where there are none."""
+    least = np.maximum(sequences, 1.0)
+    beside = model.parts("attention", _cached(model, given, least))
+    return _where(sequences > 0.0, _sum(beside, *_later_drafts(model, given, least)))
 
 
 def _steps(
@@ -294,7 +334,7 @@ def serve(
         watch((decode, mixed))
     decode_s = _rotate(model, decode, "decode")
     mixed_s = _rotate(model, mixed, "prefill")
-    later = as_array(given.output_len) - 1.0
+    later = given.decode_steps
     if engine.prefill_first:
         pace = _prompts_first(
             shares, later, decode_s, _flow(model, mixed, "prefill", shares.pieces)
@@ -310,7 +350,7 @@ def serve(
     means = _mean_parts(decode, mixed, pace)
     return Serving(
         ttft_s=ttft_s,
-        tpot_s=np.where(later > 0, step_s, 0.0),
+        tpot_s=np.where(later > 0, step_s * given.steps_per_token, 0.0),
         end_to_end_s=latency,
         requests_per_s=rate,
         output_tokens_per_s=rate * as_array(given.output_len),

@@ -29,12 +29,18 @@ from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective, group_size
 from shardplan.costmodel.load import ZERO, Load, Parts, kernel_dtype
 from shardplan.costmodel.memo import FEW_POINTS, Memo, Points
-from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_rows
+from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_rows, phase_rows
 from shardplan.costmodel.overlap import fused_parts, prefetched
 from shardplan.models.apply import ShardedGraph
 from shardplan.models.graph import Phase
 
 __all__ = ["FORMULAS", "Load", "Parts", "StepModel", "kernel_dtype"]
+
+
+def _block_rows(
+    graph: ShardedGraph, cluster: Cluster, engine: EngineProfile, overlap: Overlap, name: str
+) -> tuple[Row, ...]:
+    return block_rows(graph, graph.blocks[name], cluster, engine, overlap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +70,10 @@ class StepModel:
 
         `overlap`: switches of the engine that let kernels run beside one another.
         """
-        rows = {
-            phase: {
-                name: block_rows(graph, block, cluster, engine, overlap)
-                for name, block in graph.blocks.items()
-                if any(name in stage.counts for stage in graph.stages)
-            }
-            for phase, graph in graphs.items()
-        }
+        rows = {}
+        for phase, graph in graphs.items():
+            of = functools.partial(_block_rows, graph, cluster, engine, overlap)
+            rows[phase] = phase_rows(graph, of)
         return cls(
             graphs=graphs,
             machine=Machine.of(cluster.device, engine.name),
@@ -96,6 +98,11 @@ class StepModel:
         """Pipeline stages."""
         return self.graphs["decode"].parallel.pp
 
+    @property
+    def mtp(self) -> int:
+        """Tokens predicted ahead in a decode step."""
+        return self.graphs["decode"].parallel.mtp
+
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """Per stage, the rows of one group under a load."""
         if load.points < FEW_POINTS:
@@ -116,7 +123,8 @@ class StepModel:
                 prices[name] = functools.reduce(Parts.plus, own)
         stages, seen = [], {}
         for stage in self.graphs[load.phase].stages:
-            key = tuple(sorted((n, c) for n, c in stage.counts.items() if n in prices))
+            runs = self.graphs[load.phase].runs(stage)
+            key = tuple(sorted((n, c) for n, c in runs.items() if n in prices))
             if key not in seen:
                 times = [prices[name].times(count) for name, count in key]
                 total = functools.reduce(Parts.plus, times, ZERO)
@@ -138,7 +146,7 @@ class StepModel:
         """(kind, parts) of every row of a group, summed over all stages."""
         graph = self.graphs[load.phase]
         for name, rows in self.rows[load.phase].items():
-            count = sum(stage.counts.get(name, 0) for stage in graph.stages)
+            count = sum(graph.runs(stage).get(name, 0) for stage in graph.stages)
             for row in rows:
                 if row.group == group and count:
                     yield row.kind, self.price(row, load).times(count)

@@ -1,6 +1,6 @@
 """What an average step of continuous batching holds: decoding requests and pieces of prompts.
 
-The symbols are those of `shardplan.costmodel.serving`: r, q, d, e, s, u, f.
+The symbols are those of `shardplan.costmodel.serving`: r, q, d, e, s, u, f, k, a, E, n.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ import numpy as np
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 
-__all__ = ["ServingInput", "Shares", "step_shares"]
+__all__ = ["ServingInput", "Shares", "step_shares", "tokens_per_step"]
+
+
+def tokens_per_step(depth: ArrayLike, acceptance: ArrayLike) -> Array:
+    """Mean tokens that a sequence gains in a decode step: 1 + a + a^2 + ... + a^k.
+
+    `depth` k tokens are predicted ahead; each is kept with probability `acceptance` a where those
+    before it were, and the step's own token comes on top.
+    """
+    k, a = as_array(depth), as_array(acceptance)
+    below = np.where(a < 1.0, a, 0.0)
+    return np.where(a < 1.0, (1.0 - below ** (k + 1.0)) / (1.0 - below), k + 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +45,33 @@ class ServingInput:
     attention: AttentionKernel = "flash"
     in_flight: ArrayLike | None = None
     """Requests in flight of one dp group; None: as many as there are slots."""
+    mtp: ArrayLike = 0.0
+    """Tokens predicted ahead in each decode step (k)."""
+    acceptance: ArrayLike = 0.0
+    """Probability that one of them is kept where those before it were (a)."""
+
+    @property
+    def width(self) -> Array:
+        """Tokens of a sequence that a decode step verifies: 1 + k."""
+        return np.asarray(1.0 + as_array(self.mtp))
+
+    @property
+    def decode_steps(self) -> Array:
+        """Decode steps that a request needs after its first token (n)."""
+        later = as_array(self.output_len) - 1.0
+        each = tokens_per_step(self.mtp, self.acceptance)
+        return np.maximum(later / each, np.minimum(later, 1.0))
+
+    @property
+    def steps_per_token(self) -> Array:
+        """Decode steps of a request over the tokens that they give it; 1 where there are none."""
+        later = as_array(self.output_len) - 1.0
+        return np.where(later > 0.0, self.decode_steps / np.maximum(later, 1.0), 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """How an average step is made up; arrays of the grid."""
+    """How an average step is made up, in sequences and prompt tokens; arrays of the grid."""
 
     slots: Array
     decoding: Array
@@ -55,7 +88,7 @@ def step_shares(given: ServingInput, prefill_first: bool) -> Shares:
     prompt = np.maximum(
         np.ceil(as_array(given.input_len) * (1.0 - as_array(given.prefix_hit))), 1.0
     )
-    later = as_array(given.output_len) - 1.0
+    later, width = given.decode_steps, given.width
     chunk = np.maximum(given.chunk, 1.0)
     slots = given.batch
     if given.in_flight is not None:
@@ -74,11 +107,11 @@ def step_shares(given: ServingInput, prefill_first: bool) -> Shares:
             mixed=zero,
             prompt=prompt,
         )
-    wanted, most = slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later)
+    wanted, most = slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later * width)
     per_step = np.minimum(wanted, most)
     others = np.minimum(wanted * (1.0 - 1.0 / np.maximum(slots, 1.0)), most)
     beside = others * later
-    room = np.maximum(chunk - beside, 1.0)
+    room = np.maximum(chunk - beside * width, 1.0)
     pieces = np.ceil(prompt / room)
     piece = np.minimum(room, np.maximum(prompt / pieces, prompt * others))
     return Shares(

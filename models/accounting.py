@@ -123,9 +123,12 @@ def predict_communication(
     sizes = {"B": batch, "T": tokens, "S": context}
     found = []
     for stage in graph.stages:
-        for name, _ in graph.sequence(stage):
+        passes = [(name, sizes) for name, _ in graph.sequence(stage)]
+        for _ in range(graph.runs(stage).get("draft", 0)):
+            passes += [(name, {**sizes, "T": 1}) for name in ("mtp", "mtp_head")]
+        for name, free in passes:
             for one in transfers(graph, graph.blocks[name], logits=logits):
-                elements = round(one.elements.at(sizes))
+                elements = round(one.elements.at(free))
                 found.append(
                     Communication(stage.index, name, one.kind, one.axes, one.ranks, elements)
                 )
@@ -135,14 +138,18 @@ def predict_communication(
 def stage_weights(graph: ShardedGraph, stage: Stage) -> Iterator[HeldWeight]:
     """Parameters that one rank of a stage holds.
 
-    A tied LM head on the stage of the embedding reuses its table.
+    A table that several templates of a stage use is held once: a tied LM head on the stage of the
+    embedding, and what the prediction layer shares with the model.
     """
-    tied = graph.model.spec.tied_embeddings and "embed" in stage.counts
+    held: set[str] = set()
     for name, count in stage.counts.items():
+        whole = name in ("embed", "head", "mtp_head")
         for node in graph.blocks[name].ops():
             op = node.op
-            if op is None or not op.weight or (tied and op.kind == "matmul" and name == "head"):
+            if op is None or not op.weight or ((whole or op.shared) and op.param in held):
                 continue
+            if whole or op.shared:
+                held.add(op.param)
             kept = tuple(d for d in op.weight if d not in op.contract)
             yield HeldWeight(
                 name=op.param,

@@ -103,7 +103,7 @@ class Stage:
     first: int
     last: int
     counts: Mapping[str, int]
-    """Times each template runs in this stage, `embed`, `head`, `send` and `recv` included."""
+    """Times each template stands in this stage, `embed`, `head`, `send` and `recv` included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,11 +117,28 @@ class ShardedGraph:
     stages: tuple[Stage, ...]
 
     def sequence(self, stage: Stage) -> Iterator[tuple[str, int]]:
-        """(template, layer) in computing order within one stage; layer is -1 outside layers."""
+        """(template, layer) in computing order within one stage; layer is -1 outside layers.
+
+        The prediction layer counts as the one after the last and stands there once.
+        """
         yield ("embed", -1) if stage.index == 0 else ("recv", -1)
         for layer in range(stage.first, stage.last):
             yield self.model.layers[layer], layer
         yield ("head", -1) if stage.index == len(self.stages) - 1 else ("send", -1)
+        if "mtp" in stage.counts:
+            yield "mtp", stage.last
+            yield "mtp_head", -1
+
+    def runs(self, stage: Stage) -> Mapping[str, int]:
+        """Times each template runs in one step.
+
+        `draft` are the passes of a decode step through `mtp` and `mtp_head` after the first: one
+        token a sequence, where the first takes all that the step verifies.
+        """
+        again = self.parallel.mtp - 1
+        if again < 1 or "mtp" not in stage.counts or self.model.phase == "prefill":
+            return stage.counts
+        return {**stage.counts, "draft": again}
 
     def split(self, dim: str, layout: Layout) -> int:
         """How many ways a dim is cut under a layout."""
@@ -161,7 +178,7 @@ class _Sharder:
         for op in self.block.ops():
             self.place(op)
         last = self.block.exit
-        if self.block.name == "head":
+        if self.block.name in ("head", "mtp_head"):
             ends = dict.fromkeys(self.mesh.groups["dp"], "B")
         else:
             ends = carry(self.mesh, self.par, self.model.phase)
@@ -172,12 +189,11 @@ class _Sharder:
         """One operator: its inputs redistributed as it needs them, its output's layout derived."""
         if op.kind == "input":
             lies = carry(self.mesh, self.par, self.model.phase)
-            if self.block.name == "embed":
+            if "H" not in op.dims:
                 lies = dict.fromkeys(self.mesh.groups["dp"], "B")
+            key = self.key(lies)
             self.put(
-                ShardedOp(
-                    name="x", kind="input", inputs=(), dims=op.dims, layout=self.key(lies), op=op
-                )
+                ShardedOp(name=op.name, kind="input", inputs=(), dims=op.dims, layout=key, op=op)
             )
             return
         chosen = assignment(op, self.mesh, self.par, self.model.phase)
@@ -348,6 +364,7 @@ def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
         counts |= {"embed": 1} if index == 0 else {"recv": 1}
         counts |= {"head": 1} if index == par.pp - 1 else {"send": 1}
+        counts |= {"mtp": 1, "mtp_head": 1} if index == par.pp - 1 and par.mtp else {}
         stages.append(Stage(index=index, first=first, last=first + count, counts=counts))
         first += count
     return tuple(stages)
@@ -368,9 +385,15 @@ def apply(graph: ModelGraph, par: Parallelism) -> ShardedGraph:
 
     Raises `LayoutError` where a size does not divide or an axis has no home.
     """
-    key = replace(par, pp=1, stage_layers=())
+    key = replace(par, pp=1, stage_layers=(), mtp=min(par.mtp, 1))
     check_pipeline(graph.spec, par)
     mesh, blocks = _blocks(graph, key)
+    if par.mtp and not graph.predicts:
+        raise LayoutError(
+            "tokens are predicted ahead on a graph that holds the prediction layer",
+            got=f"mtp={par.mtp}, model={graph.spec.name}",
+            hint="build the graph with mtp=True",
+        )
     return ShardedGraph(
         model=graph, parallel=par, mesh=mesh, blocks=blocks, stages=_stages(graph, par)
     )

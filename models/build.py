@@ -7,8 +7,15 @@ Formulas, one line an operator (weights in brackets):
     prefill: k = c[C,K,N], v = c[C,K,D]; decode: q_c = q_n[C,K,N], o = o_c[C,K,D] (absorbed)
     y = (silu(x[H,F]) * x[H,F]) [F,H]                     feed-forward network
     g = topk(score(x[H,E]));  y = sum_E g_E ffn_E(x)      experts, dispatched and combined
+    h' = layer([norm(h); norm(embed(t))] [U,H])           multi-token prediction (MTP), U = 2 H
 The KV cache is state: an operator of kind `cache` appends T new tokens and yields all S.
-Left out: multi-token-prediction layers (counted in the specification only), vision towers.
+
+The prediction layer is the module of DeepSeek-V3 (arXiv 2412.19437, section 2.2): h is what the
+last layer gives for a token, t the token after it, the layer one like the model's last with a KV
+cache of its own; a norm of its own and the shared LM head give the logits of the token after t.
+It is in the graph only where asked. Of several shipped layers the first is taken, again for each
+further token, as engines do.
+Left out: vision towers.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from typing import Any
 
 import networkx as nx
 
+from shardplan.models.errors import LayoutError
 from shardplan.models.graph import Block, ModelGraph, Op, Phase, topological
 from shardplan.models.spec import ModelSpec
 
@@ -197,16 +205,16 @@ def _experts(block: _Template, spec: ModelSpec, source: str) -> str:
     return block.add("moe_sum", "add", "moe_sum", (routed, shared), "BTH", linear=(0, 1))
 
 
-def _layer(spec: ModelSpec, name: str, phase: Phase) -> Block:
-    block = _Template(name, tuple("BTH"))
-    normed = block.norm("norm1", "token", "x", "H")
+def _decoder(block: _Template, spec: ModelSpec, name: str, phase: Phase, source: str) -> str:
+    """One decoder layer of kind `name` on `source`."""
+    normed = block.norm("norm1", "token", source, "H")
     window = name.startswith("sliding_")
     mixed = _mla(block, spec, normed, phase) if spec.mla else _gqa(block, spec, normed, window)
     if spec.o_bias:
         mixed = block.bias("token", mixed)
     if spec.sandwich_norms:
         mixed = block.norm("norm1_post", "token", mixed, "H")
-    first = block.add("add1", "add", "token", ("x", mixed), "BTH", linear=(0, 1))
+    first = block.add("add1", "add", "token", (source, mixed), "BTH", linear=(0, 1))
     normed = block.norm("norm2", "token", first, "H")
     if name.endswith("moe"):
         fed = _experts(block, spec, normed)
@@ -216,7 +224,47 @@ def _layer(spec: ModelSpec, name: str, phase: Phase) -> Block:
         fed = block.bias("token", fed)
     if spec.sandwich_norms:
         fed = block.norm("norm2_post", "token", fed, "H")
-    return block.block(block.add("add2", "add", "token", (first, fed), "BTH", linear=(0, 1)))
+    return block.add("add2", "add", "token", (first, fed), "BTH", linear=(0, 1))
+
+
+def _layer(spec: ModelSpec, name: str, phase: Phase) -> Block:
+    block = _Template(name, tuple("BTH"))
+    return block.block(_decoder(block, spec, name, phase, "x"))
+
+
+def _prediction(spec: ModelSpec, name: str, phase: Phase) -> Block:
+    """The prediction layer: hidden states `x` and the tokens after them, `ids`."""
+    block = _Template("mtp", tuple("BTH"))
+    ids = block.add("ids", "input", "input", (), "BT")
+    hidden = block.norm("hnorm", "token", "x", "H")
+    token = block.add(
+        "embedding",
+        "embedding",
+        "embedding",
+        (ids,),
+        "BTH",
+        contract="V",
+        weight="VH",
+        weight_class="embedding",
+        shared=True,
+    )
+    token = block.norm("enorm", "token", token, "H")
+    both = block.add("concat", "concat", "token", (hidden, token), "BTU")
+    # engines keep this product in 16 bits and whole on each rank (vLLM deepseek_mtp.py: nn.Linear)
+    joined = block.linear("eh_proj", "token", both, "BTH", "UH", weight_class="small")
+    return block.block(_decoder(block, spec, name, phase, joined))
+
+
+def _prediction_head(tied: bool) -> Block:
+    """Logits of the token that follows the last one, in both phases."""
+    block = _Template("mtp_head", tuple("BTH"))
+    source = block.add("select", "select", "token", ("x",), "BLH", whole="T")
+    source = block.norm("mtp_norm", "token", source, "H")
+    more = {"param": "embedding"} if tied else {}
+    head = block.linear(
+        "lm_head", "head", source, "BLV", "VH" if tied else "HV", weight_class="embedding", **more
+    )
+    return block.block(head)
 
 
 def _embed() -> Block:
@@ -277,23 +325,39 @@ def _layer_names(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(names)
 
 
-@functools.lru_cache(maxsize=64)
-def build_graph(spec: ModelSpec, phase: Phase) -> ModelGraph:
-    """The folded graph of `spec` in `phase`.
+def build_graph(spec: ModelSpec, phase: Phase, *, mtp: bool = False) -> ModelGraph:
+    """The folded graph of `spec` in `phase`, with its prediction layer where `mtp` asks for it.
 
     Prefill takes T new tokens a sequence and yields the logits of the last one; decode takes T
     tokens (one, or more with speculation) against a cache of S and yields the logits of each.
+    `LayoutError` where a model without a prediction layer is asked for one.
     """
+    if mtp and not spec.mtp_layers:
+        raise LayoutError(
+            "only a model that ships a prediction layer predicts tokens ahead",
+            got=f"model={spec.name}, mtp_layers=0",
+            hint="use mtp=0",
+        )
+    return _build(spec, phase, mtp)
+
+
+@functools.lru_cache(maxsize=64)
+def _build(spec: ModelSpec, phase: Phase, mtp: bool) -> ModelGraph:
     layers = _layer_names(spec)
     blocks: Mapping[str, Block] = {
         "embed": _embed(),
         **{name: _layer(spec, name, phase) for name in dict.fromkeys(layers)},
         "head": _head(phase, spec.tied_embeddings),
     }
+    sizes = _sizes(spec)
+    if mtp:
+        sizes["U"] = 2 * spec.hidden
+        ahead = {"mtp": _prediction(spec, layers[-1], phase)}
+        blocks = {**blocks, **ahead, "mtp_head": _prediction_head(spec.tied_embeddings)}
     return ModelGraph(
         spec=spec,
         phase=phase,
-        sizes=MappingProxyType(_sizes(spec)),
+        sizes=MappingProxyType(sizes),
         blocks=MappingProxyType(dict(blocks)),
         layers=layers,
     )

@@ -8,7 +8,11 @@ tokens a sequence) and S (context) stay free, so a change of batch or length reb
 
 Every named dim is one letter, so that an operator's arithmetic is an einsum over its dims:
 B T S H K G D F V E I X Q C N R as in `shardplan.models.spec`, and L, of size 1 (the one token whose
-logits are wanted).
+logits are wanted), and U, of size 2 H (a hidden state and an embedding side by side).
+
+A graph that predicts tokens ahead holds two more templates, `mtp` (the prediction layer) and
+`mtp_head`. They read what the last layer gives, run after the head, and share the embedding table
+and the LM head with the model.
 """
 
 from __future__ import annotations
@@ -47,7 +51,8 @@ Role = Literal[
 ]
 WeightClass = Literal["none", "linear", "expert", "absorbed", "embedding", "small"]
 """What a parameter is to quantization: linear and expert weights may be quantized; the latent
-up-projections of MLA (absorbed into decode), embeddings, routers, norms and biases stay whole."""
+up-projections of MLA (absorbed into decode), embeddings, routers, norms, biases and the product
+that joins the inputs of a prediction layer stay whole."""
 FREE_DIMS = ("B", "T", "S")
 
 
@@ -78,6 +83,8 @@ class Op:
     density: float = 1.0
     """Share of the output's elements that carry data (routed tokens: topk / experts)."""
     attrs: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    shared: bool = False
+    """Its parameter is one of the whole model, not of its layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +138,35 @@ class ModelGraph:
                 "a named dim has no size", got=f"dim={error.args[0]}, dims={dims}"
             ) from None
 
+    @property
+    def predicts(self) -> bool:
+        """Whether it holds the layer that predicts tokens ahead."""
+        return "mtp" in self.blocks
+
     def sequence(self) -> Iterator[tuple[str, int]]:
-        """(template, layer) in computing order; layer is -1 for embed and head."""
+        """(template, layer) in computing order; layer is -1 for embed and heads.
+
+        The prediction layer counts as the one after the last.
+        """
         yield "embed", -1
         for layer, name in enumerate(self.layers):
             yield name, layer
         yield "head", -1
+        if self.predicts:
+            yield "mtp", len(self.layers)
+            yield "mtp_head", -1
 
     def parameters(self) -> int:
-        """Parameter elements of the whole model, tied embeddings counted once."""
+        """Parameter elements of the whole graph, shared ones (tied embeddings) counted once."""
         total = 0
-        for name, _ in self.sequence():
-            total += sum(self.size(op.weight) for op in self.blocks[name].ops() if op.weight)
-        if self.spec.tied_embeddings:
-            total -= self.size(("V", "H"))
+        shared: set[str] = set()
+        for name, layer in self.sequence():
+            for op in self.blocks[name].ops():
+                if layer < 0 or op.shared:
+                    if op.param in shared:
+                        continue
+                    shared.add(op.param)
+                total += self.size(op.weight) if op.weight else 0
         return total
 
     def kv_elements_per_token(self) -> int:
@@ -159,9 +181,10 @@ class ModelGraph:
     def unfolded(self) -> nx.DiGraph[str]:
         """Every operator of every layer in one DiGraph; node names are `template.layer/op`."""
         whole: nx.DiGraph[str] = nx.DiGraph()
-        previous = ""
+        previous = hidden = ""
         for name, layer in self.sequence():
             block = self.blocks[name]
+            previous = hidden if name == "mtp" else previous
             prefix = f"{name}.{layer}/" if layer >= 0 else f"{name}/"
             for op in block.ops():
                 whole.add_node(prefix + op.name, op=op, layer=layer, block=name)
@@ -170,4 +193,5 @@ class ModelGraph:
             if previous:
                 whole.add_edge(previous, prefix + block.entry, slot=0)
             previous = prefix + block.exit
+            hidden = hidden if name == "head" else previous
         return whole

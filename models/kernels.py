@@ -187,6 +187,10 @@ def _add(call: Call) -> Array:
     return np.asarray(call.inputs[0] + call.inputs[1])
 
 
+def _concat(call: Call) -> Array:
+    return np.concatenate(call.inputs, axis=-1)
+
+
 def _gate(call: Call) -> Array:
     return np.asarray(call.inputs[0] * _sigmoid(call.inputs[1]))
 
@@ -229,6 +233,7 @@ KERNELS: Mapping[str, Callable[[Call], Array]] = {
     "bias": _bias,
     "cache": _cache,
     "combine": _combine,
+    "concat": _concat,
     "dispatch": _dispatch,
     "embedding": _embedding,
     "gate": _gate,

@@ -7,6 +7,11 @@ are per-rank state: appended by `cache` operators, cleared by `reset`.
 
 The executor also writes down what it did (`log`): each collective with the elements that it
 really moved, so that the cost model's prediction can be held against it.
+
+A graph with a prediction layer drafts after each step, at depth k: its first pass takes the
+tokens of the step, each with the token after it, and fills the layer's cache; the k - 1 others of
+a decode step take one token each and what the pass before gave for the last one, and their cache
+entries are dropped, as the next step writes the right ones in their place.
 """
 
 from __future__ import annotations
@@ -49,6 +54,8 @@ class LockStep:
     decode_graph: ShardedGraph
     weights: Mapping[str, Weight]
     log: list[Communication] = field(default_factory=list)
+    ahead: np.ndarray | None = None
+    """Tokens [B, k] that follow those of the next step, for the layer that predicts ahead."""
     weight_bytes: dict[int, int] = field(default_factory=dict)
     """Bytes of weights that one rank of each stage holds."""
     _cache: dict[tuple[int, str], Array] = field(default_factory=dict)
@@ -57,11 +64,14 @@ class LockStep:
     _counted: set[tuple[int, str]] = field(default_factory=set)
 
     def prefill(self, ids: np.ndarray) -> Array:
-        """Logits of the last token, [B, 1, V]; `ids` [B, T] are new tokens of each sequence."""
+        """Logits of the last token, [B, 1, V]; `ids` [B, T] are new tokens of each sequence.
+
+        With a prediction layer those of its first draft stand behind.
+        """
         return self._run(self.prefill_graph, ids)
 
     def decode(self, ids: np.ndarray) -> Array:
-        """Logits of each given token, [B, T, V], against the cache."""
+        """Logits of each given token, [B, T, V], against the cache; then of each draft."""
         return self._run(self.decode_graph, ids)
 
     def reset(self) -> None:
@@ -74,39 +84,87 @@ class LockStep:
         return sum(
             array.size // graph.mesh.ranks
             for (layer, _), array in self._cache.items()
-            if stage.first <= layer < stage.last
+            if stage.first <= layer < stage.last + stage.counts.get("mtp", 0)
         )
 
     def _run(self, graph: ShardedGraph, ids: np.ndarray) -> Array:
         past = self._past()
-        out: Array | None = None
+        logits: list[Array] = []
         for stage in graph.stages:
-            out = self._run_stage(graph, stage, ids, past)
-        if out is None:
+            logits = self._run_stage(graph, stage, ids, past)
+        if not logits:
             raise ProofError("a plan has at least one stage")
-        head = graph.blocks["head"]
-        return unplace(out, head.op(head.exit), graph.mesh)
+        return np.concatenate(logits, axis=1)
 
     def _past(self) -> int:
         for array in self._cache.values():
             return int(array.shape[len(self.decode_graph.mesh.shape) + 1])
         return 0
 
-    def _run_stage(self, graph: ShardedGraph, stage: Stage, ids: np.ndarray, past: int) -> Array:
+    def _run_stage(
+        self, graph: ShardedGraph, stage: Stage, ids: np.ndarray, past: int
+    ) -> list[Array]:
+        """Logits [B, tokens, V] that the last stage gives; the others give none."""
         mesh = graph.mesh
         value = place(ids, ("B", "T"), graph.blocks["embed"].op("x").layout, mesh)
+        hidden, logits = value, []
         for name, layer in graph.sequence(stage):
+            if name == "mtp":
+                logits += self._draft(graph, stage, ids, hidden, past)
+                break
+            hidden = value
             value = self._run_block(graph, stage, name, layer, value, past)
-        return value
+            if name == "head":
+                logits.append(self._logits(graph, name, value))
+        return logits
+
+    @staticmethod
+    def _logits(graph: ShardedGraph, name: str, value: Array) -> Array:
+        head = graph.blocks[name]
+        return unplace(value, head.op(head.exit), graph.mesh)
+
+    def _draft(
+        self, graph: ShardedGraph, stage: Stage, ids: np.ndarray, hidden: Array, past: int
+    ) -> list[Array]:
+        """Logits [B, 1, V] of each pass of the prediction layer over what the last layer gave."""
+        if self.ahead is None:
+            raise ProofError("a prediction layer is told the tokens that follow")
+        where, length = len(graph.mesh.shape) + 1, past + ids.shape[1]
+        tokens = np.concatenate([ids[:, 1:], self.ahead[:, :1]], axis=1)
+        logits = []
+        for turn in range(1 + graph.runs(stage).get("draft", 0)):
+            if turn:
+                past, tokens = length + turn - 1, self.ahead[:, turn : turn + 1]
+                hidden = np.take(hidden, [-1], axis=where)
+            hidden = self._run_block(graph, stage, "mtp", stage.last, hidden, past, tokens)
+            ahead = self._run_block(graph, stage, "mtp_head", -1, hidden, past)
+            logits.append(self._logits(graph, "mtp_head", ahead))
+        self._forget(stage.last, length, where)
+        return logits
+
+    def _forget(self, layer: int, length: int, where: int) -> None:
+        """Drop what a layer cached beyond `length` tokens, along axis `where`."""
+        for key, array in self._cache.items():
+            if key[0] == layer:
+                self._cache[key] = np.take(array, range(length), axis=where)
 
     def _run_block(
-        self, graph: ShardedGraph, stage: Stage, name: str, layer: int, value: Array, past: int
+        self,
+        graph: ShardedGraph,
+        stage: Stage,
+        name: str,
+        layer: int,
+        value: Array,
+        past: int,
+        ids: np.ndarray | None = None,
     ) -> Array:
         block = graph.blocks[name]
         values: dict[str, Array] = {}
         for node in block.ops():
             inputs = tuple(values[source] for source in node.inputs)
-            if node.kind == "input":
+            if node.kind == "input" and ids is not None and node.name != block.entry:
+                values[node.name] = place(ids, node.dims, node.layout, graph.mesh)
+            elif node.kind == "input":
                 values[node.name] = value
             elif node.kind in ("send", "recv"):
                 values[node.name] = self._hand_over(node, stage, graph, inputs[0])

@@ -136,7 +136,13 @@ def _check_sizes(spec: ModelSpec, par: Parallelism) -> None:
     for name in ("tp", "pp", "dp", "ep", "cp"):
         if getattr(par, name) < 1:
             raise LayoutError("an axis size is 1 or more", got=f"{name}={getattr(par, name)}")
-    for name in (*(f"{one}_tp" for one in MODULES), "mtp"):
+    if par.mtp < 0 or (par.mtp and not spec.mtp_layers):
+        raise LayoutError(
+            "tokens are predicted ahead by the layer that a model ships for it, 0 of them without",
+            got=f"mtp={par.mtp}, model={spec.name}, mtp_layers={spec.mtp_layers}",
+            hint="use mtp=0",
+        )
+    for name in (f"{one}_tp" for one in MODULES):
         if getattr(par, name):
             raise LayoutError(
                 f"`{name}` cannot be applied to this graph",

@@ -8,6 +8,11 @@ L1  on a model shrunk with its ratios kept (`shardplan.models.shrink`): numpy fl
     sizes, must equal the prediction; weights and cache must be held as accounted; every weight
     element must lie on the right number of ranks. A second pass repeats it with int8 weights cut
     with their scales.
+
+With tokens predicted ahead (depth k) a decode step verifies 1 + k tokens a sequence and drafts k
+more; the logits of all of them must agree. Both runs are given the same tokens and accept them
+all: which drafts an engine accepts depends on their values, not on the cut, and is no part of the
+proof.
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from shardplan.models.accounting import (
     stage_weights,
     state_elements_per_token,
 )
-from shardplan.models.apply import ShardedGraph, ShardedOp, apply
+from shardplan.models.apply import Layout, ShardedGraph, ShardedOp, apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError, ProofError
+from shardplan.models.graph import ModelGraph
 from shardplan.models.lockstep import Communication, LockStep
 from shardplan.models.parallel import Parallelism
 from shardplan.models.shrink import Case, shrink
@@ -114,11 +120,16 @@ def _owned(graph: ShardedGraph) -> str:
     return f"{total} parameters"
 
 
+def _logits(graph: ShardedGraph) -> Layout:
+    """Logits lie whole on each rank of a data-parallel group."""
+    return tuple((axis, "B") for axis in graph.mesh.axes if axis in graph.mesh.groups["dp"])
+
+
 def _joined(graph: ShardedGraph) -> str:
     """A block's output lies as the next one reads it; logits lie whole on each rank of a group."""
-    logits = tuple((axis, "B") for axis in graph.mesh.axes if axis in graph.mesh.groups["dp"])
+    logits = _logits(graph)
     for stage in graph.stages:
-        names = [name for name, _ in graph.sequence(stage)]
+        names = [name for name, _ in graph.sequence(stage) if not name.startswith("mtp")]
         for name, reader in zip(names, [*names[1:], ""], strict=True):
             block = graph.blocks[name]
             lies = block.op(block.exit).layout
@@ -134,6 +145,23 @@ def _joined(graph: ShardedGraph) -> str:
     return f"stages: {len(graph.stages)}"
 
 
+def _joined_ahead(graph: ShardedGraph) -> str:
+    """The prediction layer reads what the last layer gives, and what it gives itself."""
+    last, block = graph.blocks[graph.model.layers[-1]], graph.blocks["mtp"]
+    want, reader = block.op(block.entry).layout, graph.blocks["mtp_head"]
+    for one in (last, block):
+        if one.op(one.exit).layout != want:
+            raise ProofError(
+                "the prediction layer's input lies as it expects",
+                got=f"{one.name}: {one.op(one.exit).layout} for {want}",
+            )
+    if reader.op(reader.entry).layout != want:
+        raise ProofError("the prediction layer's output lies as its head expects")
+    if reader.op(reader.exit).layout != _logits(graph):
+        raise ProofError("drafts' logits lie whole on each rank of a group", got=f"{reader.exit}")
+    return f"depth {graph.parallel.mtp}"
+
+
 def check_static(graphs: tuple[ShardedGraph, ...]) -> list[Check]:
     """L0: the checks that need no arithmetic, on the real sizes."""
     found = []
@@ -142,6 +170,9 @@ def check_static(graphs: tuple[ShardedGraph, ...]) -> list[Check]:
         found.append(_attempt(0, f"{phase}: dims divide", partial(_divides, graph)))
         found.append(_attempt(0, f"{phase}: weights owned", partial(_owned, graph)))
         found.append(_attempt(0, f"{phase}: blocks joined", partial(_joined, graph)))
+        if graph.parallel.mtp:
+            ahead = partial(_joined_ahead, graph)
+            found.append(_attempt(0, f"{phase}: prediction layer joined", ahead))
     return found
 
 
@@ -158,8 +189,12 @@ class _Pair:
 
     def step(self, phase: str) -> None:
         """One step of both; remembers the worst error and checks the collectives."""
-        tokens = self.case.tokens if phase == "prefill" else 1
+        depth = self.case.parallel.mtp
+        tokens = self.case.tokens if phase == "prefill" else 1 + depth
         ids = self.rng.integers(0, self.case.spec.vocab, size=(self.case.batch, tokens))
+        if depth:
+            ahead = self.rng.integers(0, self.case.spec.vocab, size=(self.case.batch, depth))
+            self.whole.ahead = self.cut.ahead = ahead
         self.context += tokens
         self.cut.log.clear()
         graph = self.cut.prefill_graph if phase == "prefill" else self.cut.decode_graph
@@ -274,6 +309,10 @@ def _run(pair: _Pair, quantized: bool) -> str:
     return f"relative error {pair.worst:.2g}; {detail}"
 
 
+def _graphs(spec: ModelSpec, par: Parallelism) -> list[ModelGraph]:
+    return [build_graph(spec, phase, mtp=par.mtp > 0) for phase in ("prefill", "decode")]
+
+
 def prove_case(
     case: Case,
     *,
@@ -283,9 +322,9 @@ def prove_case(
     executor: type[LockStep] = LockStep,
 ) -> list[Check]:
     """L1 on one small case. `mutate` and `executor` exist so that faults can be planted."""
-    graphs = [build_graph(case.spec, phase) for phase in ("prefill", "decode")]
+    graphs = _graphs(case.spec, case.parallel)
     weights = random_weights(graphs[0], seed, quantized=quantized)
-    alone = [apply(g, Parallelism()) for g in graphs]
+    alone = [apply(g, Parallelism(mtp=case.parallel.mtp)) for g in graphs]
     cut = [apply(g, case.parallel) for g in graphs]
     if mutate is not None:
         cut = [mutate(g) for g in cut]
@@ -301,6 +340,9 @@ def prove_case(
         return checks
     elements = partial(_check_elements, cut, weights, executor)
     joins = [_attempt(1, f"{g.model.phase}: blocks joined", partial(_joined, g)) for g in cut]
+    if case.parallel.mtp:
+        name = "prediction layer joined"
+        joins += [_attempt(1, f"{g.model.phase}: {name}", partial(_joined_ahead, g)) for g in cut]
     return [*checks, _attempt(1, "elements on the right ranks", elements), *joins]
 
 
@@ -310,7 +352,7 @@ def prove(spec: ModelSpec, par: Parallelism, *, level: int = 1, seed: int = 0) -
     Raises `LayoutError` where the strategy cannot be laid on the model at all.
     """
     start = time.perf_counter()
-    graphs = tuple(apply(build_graph(spec, phase), par) for phase in ("prefill", "decode"))
+    graphs = tuple(apply(graph, par) for graph in _graphs(spec, par))
     checks = check_static(graphs)
     if level >= 1:
         case = shrink(spec, par)

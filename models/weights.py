@@ -36,7 +36,7 @@ class Weight:
 
 def param_key(op: Op, layer: int) -> str:
     """Name of an operator's parameter in the whole model; tied embeddings share one."""
-    return op.param if layer < 0 else f"{layer}.{op.param}"
+    return op.param if layer < 0 or op.shared else f"{layer}.{op.param}"
 
 
 def quantize(weight: Weight, channels: tuple[str, ...]) -> Weight:

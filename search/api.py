@@ -156,6 +156,7 @@ def space_of(resolved: Resolved, cards: int) -> Space:
         choices=resolved.choices,
         batches=batch_grid(work.concurrency or _MOST_SLOTS),
         chunks=chunk_grid(resolved.engine, work.input_len, work.output_len),
+        depths=resolved.mtp,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from shardplan.costmodel.bulk import Dtypes, Fleet
 from shardplan.costmodel.confidence import serving_confidence
 from shardplan.costmodel.serving import ServingInput, serve
-from shardplan.search.evaluate import LayoutScorer
+from shardplan.search.evaluate import LayoutScorer, acceptance_of
 from shardplan.search.how_sure import confidence_summary
 from shardplan.search.kept import Kept
 from shardplan.search.plan import Confidence
@@ -30,6 +30,8 @@ def plan_confidence(scorer: LayoutScorer, best: Kept) -> Confidence:
         output_len=work.output_len,
         prefix_hit=work.prefix_hit,
         in_flight=flying,
+        mtp=scorer.parallel.mtp,
+        acceptance=acceptance_of(question.spec, work),
         **dtypes._asdict(),
     )
     sure = serving_confidence(fleet, given, serve(fleet, given))

@@ -138,11 +138,13 @@ def _loads(scorer: LayoutScorer, best: Kept, phase: Phase) -> dict[Group, Load]:
         weight_dtype=choice.weight_dtype,
         kv_dtype=choice.kv_dtype,
         attention=choice.attention,
+        mtp=scorer.parallel.mtp,
     )
     if phase == "prefill":
         return ask(batch=1.0, new=float(min(work.input_len, best.chunk)), prefix=0.0)
     slots = float(-(-best.batch // scorer.parallel.pp))
-    return ask(batch=slots, new=1.0, prefix=work.input_len + work.output_len / 2.0)
+    verified = 1.0 + scorer.parallel.mtp
+    return ask(batch=slots, new=verified, prefix=work.input_len + work.output_len / 2.0)
 
 
 def breakdown(scorer: LayoutScorer, best: Kept) -> tuple[BreakdownRow, ...]:
@@ -206,9 +208,11 @@ def _breakdown_row(
 def _mean_note(best: Kept) -> str:
     """Why TPOT is not the time of a decode step."""
     columns = best.columns
+    ahead = best.parallel.mtp
+    each = f", each of up to {1 + ahead} tokens a sequence" if ahead else ""
     return (
-        f"TPOT is a mean over steps: {columns['mixed_share']:.0%} of them also carry prompt tokens "
-        f"and take {columns['mixed_step_s'] * 1e3:.1f} ms, the others "
+        f"TPOT is a mean over steps{each}: {columns['mixed_share']:.0%} of them also carry prompt "
+        f"tokens and take {columns['mixed_step_s'] * 1e3:.1f} ms, the others "
         f"{columns['decode_step_s'] * 1e3:.1f} ms"
     )
 

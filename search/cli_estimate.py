@@ -50,6 +50,7 @@ def estimate(
     dp: Annotated[Text, _cell("dp", "Data-parallel groups.")] = None,
     ep: Annotated[Text, _cell("ep", "Ranks that share the experts.")] = None,
     cp: Annotated[Text, _cell("cp", "Context-parallel ranks.")] = None,
+    mtp: Annotated[Text, _cell("mtp", "Tokens predicted ahead in a decode step.")] = None,
     weight_prefetch: Annotated[Text, _cell("weight_prefetch", "Into L2: off or on.")] = None,
     fused_collectives: Annotated[
         Text, _cell("fused_collectives", "Product and all_reduce in one kernel: off or on.")
@@ -63,6 +64,9 @@ def estimate(
     request_rate: Annotated[Text, _cell("request_rate", "serve: requests a second.")] = None,
     num_prompts: Annotated[Text, _cell("num_prompts", "serve: prompts of the run.")] = None,
     prefix_hit: Annotated[Text, _cell("prefix_hit", "serve: share found in the cache.")] = None,
+    mtp_acceptance: Annotated[
+        Text, _cell("mtp_acceptance", "serve: share of tokens predicted ahead that is kept.")
+    ] = None,
     max_num_seqs: Annotated[Text, _cell("max_num_seqs", "serve: slots of a dp group.")] = None,
     max_num_batched_tokens: Annotated[
         Text, _cell("max_num_batched_tokens", "serve: tokens of a step of a dp group.")

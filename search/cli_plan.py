@@ -40,6 +40,9 @@ def verify(
     stage_layers: Annotated[
         str | None, typer.Option("--stage-layers", help="Layers of each stage, as 40,40.")
     ] = None,
+    mtp: Annotated[
+        int, typer.Option("--mtp", help="Tokens predicted ahead and verified in a decode step.")
+    ] = 0,
     level: Annotated[int, whole("--level", "0: shapes; 1: arithmetic too.")] = 1,
     json: Json = False,
 ) -> None:
@@ -49,7 +52,7 @@ def verify(
     if plan is not None:
         proof, what = _prove_plan(plan, model, level)
     elif model is not None:
-        strategy = {"tp": tp, "pp": pp, "dp": dp, "ep": ep, "cp": cp, "sp": sp}
+        strategy = {"tp": tp, "pp": pp, "dp": dp, "ep": ep, "cp": cp, "sp": sp, "mtp": mtp}
         strategy |= _graph_options(exchange, stage_layers)
         proof, what = _prove_strategy(model, strategy, level)
     else:

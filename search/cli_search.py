@@ -81,6 +81,12 @@ def search(
             help="Product and all_reduce in one kernel: off, on or auto; the engine's own.",
         ),
     ] = None,
+    mtp: Annotated[
+        str, typer.Option("--mtp", help="Tokens predicted ahead: off, auto or a number.")
+    ] = "off",
+    mtp_acceptance: Annotated[
+        float | None, number("--mtp-acceptance", "Share of them that is kept; the model's.")
+    ] = None,
     serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[

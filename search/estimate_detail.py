@@ -155,7 +155,7 @@ def _memory(
         kv_dtype=kinds["kv_dtype"],
         attention=cast("AttentionKernel", kinds["attention"]),
         batch=float(batch),
-        tokens=float(batch * tokens if phase == "prefill" else batch),
+        tokens=float(batch * (tokens if phase == "prefill" else 1 + layout.parallel.mtp)),
         context=float(tokens),
     )
     return [

@@ -33,6 +33,7 @@ from shardplan.search.estimate_layout import (
 from shardplan.search.estimate_points import Indices, Points, grouped
 from shardplan.search.estimate_serve import SERVE_ARRAYS, price_serving
 from shardplan.search.estimate_steps import STEP_COLUMNS, price_steps
+from shardplan.search.mtp import acceptance_note
 
 __all__ = [
     "SETTING_COLUMNS",
@@ -71,6 +72,9 @@ def single_fleet(layout: Layout, dtypes: Dtypes) -> tuple[Fleet, FleetMemory]:
 def _said(points: Points, layout: Layout, dtypes: Dtypes, row: int) -> Iterator[str]:
     """What the row left open, or what was changed in it."""
     yield from layout.notes
+    unsaid = points.cell("mtp_acceptance", row) is None
+    if layout.parallel.mtp and unsaid and points.cell("phase", row) == "serve":
+        yield acceptance_note(layout.spec)
     own = layout.spec.dtype
     if not points.cell("weight_dtype", row) and own != dtypes.weight_dtype:
         yield f"weight_dtype={dtypes.weight_dtype}: {layout.device.name} does not run {own}"

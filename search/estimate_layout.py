@@ -16,6 +16,7 @@ the machine are settled here, and every one that is taken is said in a note:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from shardplan.costmodel.engines import EngineProfile, engine_names, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.ledger import Ledger
-from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows
+from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows, phase_rows
 from shardplan.costmodel.placement import group_tiers
 from shardplan.costmodel.step import StepModel
 from shardplan.models.accounting import Transfer, transfers
@@ -39,6 +40,7 @@ from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.legality import Subject, first_broken_switch_rule, rules
+from shardplan.search.mtp import check_depth
 
 __all__ = [
     "LAYOUT_COLUMNS",
@@ -64,12 +66,13 @@ LAYOUT_COLUMNS = (
     "dp",
     "ep",
     "cp",
+    "mtp",
     "weight_prefetch",
     "fused_collectives",
 )
 """What fixes a layout and its op tables."""
 
-_AXES = ("tp", "pp", "dp", "ep", "cp")
+_AXES = ("tp", "pp", "dp", "ep", "cp", "mtp")
 _SWITCHES = ("weight_prefetch", "fused_collectives")
 _SIXTEEN_BIT = ("bf16", "fp16")
 _NATIVE = {"fp32": "bf16"}
@@ -276,9 +279,13 @@ class LayoutMaker:
         spec = self._spec(_needed("model", columns["model"], "see `shardplan models`"))
         cluster = self._cluster(columns, par.ranks)
         engine = self._engine(columns["engine_profile"], cluster.device)
+        check_depth(spec, engine, par.mtp)
         known: dict[Phase, ShardedGraph] = {} if decode is None else {"decode": decode}
+        ahead = par.mtp > 0
         graphs = {
-            phase: known[phase] if phase in known else apply(build_graph(spec, phase), par)
+            phase: known[phase]
+            if phase in known
+            else apply(build_graph(spec, phase, mtp=ahead), par)
             for phase in _PHASES
         }
         self.kept |= {id(graph.blocks): graph.blocks for graph in graphs.values()}
@@ -340,21 +347,21 @@ class LayoutMaker:
         blocks = graph.blocks
         key = (id(blocks), graph.parallel.pp > 1, cluster.tiers, id(engine))
         if key not in self.rows:
-            used = dict.fromkeys(name for stage in graph.stages for name in stage.counts)
-            made = {}
-            for name in used:
-                first = (id(blocks), name, id(engine))
-                if first not in self.tables:
-                    self.tables[first] = block_rows(graph, blocks[name], cluster, engine)
-                    made[name] = self.tables[first]
-                else:
-                    made[name] = _moved(
-                        self.tables[first],
-                        transfers(graph, blocks[name], logits=engine.sampling),
-                        cluster,
-                    )
-            self.rows[key] = made
+            rows_of = functools.partial(self._template, graph, cluster, engine)
+            self.rows[key] = phase_rows(graph, rows_of)
         return self.rows[key]
+
+    def _template(
+        self, graph: ShardedGraph, cluster: Cluster, engine: EngineProfile, name: str
+    ) -> tuple[Row, ...]:
+        """The op table of one template."""
+        block = graph.blocks[name]
+        first = (id(graph.blocks), name, id(engine))
+        if first not in self.tables:
+            self.tables[first] = block_rows(graph, block, cluster, engine)
+            return self.tables[first]
+        moves = transfers(graph, block, logits=engine.sampling)
+        return _moved(self.tables[first], moves, cluster)
 
     def _ledger(self, graph: ShardedGraph, device: Device, engine: EngineProfile) -> Ledger:
         known = self.peaks.get(id(graph.blocks))

@@ -105,6 +105,13 @@ def _share(name: str, cell: Cell) -> float:
     return value
 
 
+def _part(name: str, cell: Cell) -> float:
+    value = _number(name, cell)
+    if not 0.0 <= value <= 1.0:
+        raise InputError(f"`{name}` must be from 0 to 1", got=f"{name}={_shown(cell)}")
+    return value
+
+
 def _rate(name: str, cell: Cell) -> float:
     """Requests a second; infinity means that all are sent at once."""
     value = _number(name, cell)
@@ -156,6 +163,7 @@ INPUT_COLUMNS: Mapping[str, Column] = _columns(
     ("dp", _whole(1), 1),
     ("ep", _whole(1), 1),
     ("cp", _whole(1), 1),
+    ("mtp", _whole(0, 64), 0),
     ("weight_prefetch", _one_of("off", "on"), "off"),
     ("fused_collectives", _one_of("off", "on"), "off"),
     ("phase", _one_of(*PHASES), ""),
@@ -167,6 +175,7 @@ INPUT_COLUMNS: Mapping[str, Column] = _columns(
     ("request_rate", _rate, math.inf),
     ("num_prompts", _whole(1), None),
     ("prefix_hit", _share, 0.0),
+    ("mtp_acceptance", _part, None),
     ("max_num_seqs", _whole(1), None),
     ("max_num_batched_tokens", _whole(1), None),
     ("op", _one_of(*OPS), ""),

@@ -7,7 +7,8 @@
 `max_num_seqs` and `max_num_batched_tokens` are those of one dp group (one engine) and default to
 the engine profile's. Without `concurrency` a closed loop fills every slot. Times are those of
 `shardplan.costmodel.run_out`; `step_s` and its parts are of one average step, and `memory_bytes`
-is that of the slots in use. Fewer requests in flight than dp groups leave groups idle.
+is that of the slots in use. Fewer requests in flight than dp groups leave groups idle. Of tokens
+predicted ahead (`mtp`) the share `mtp_acceptance` is kept, by default the model's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.bulk import Fleet
 from shardplan.costmodel.bulk_memory import FleetMemory
 from shardplan.costmodel.confidence import Confidence, serving_confidence
@@ -35,6 +37,7 @@ SERVE_ARRAYS = (
     "request_rate",
     "num_prompts",
     "prefix_hit",
+    "mtp_acceptance",
     "max_num_seqs",
     "max_num_batched_tokens",
 )
@@ -57,6 +60,13 @@ def _chosen(given: Mapping[str, Array], engine: EngineProfile) -> tuple[Array, A
     return seqs, np.where(np.isnan(chunk), float(engine.max_num_batched_tokens), chunk)
 
 
+def _acceptance(fleet: Fleet, asked: Array) -> Array:
+    """Share of the tokens predicted ahead that are kept; the model's own where nothing is said."""
+    specs = [model.graphs["decode"].model.spec for model in fleet.models]
+    own = np.asarray([default_acceptance(one.architecture).value for one in specs])
+    return np.where(np.isnan(asked), own[fleet.which], asked)
+
+
 def price_serving(fleet: Fleet, memory: FleetMemory, given: Mapping[str, Array]) -> Served:
     """Price a benchmark on each point `[points]` of a fleet; `given` holds `SERVE_ARRAYS`."""
     slots, chunk = _chosen(given, fleet.engine)
@@ -72,6 +82,8 @@ def price_serving(fleet: Fleet, memory: FleetMemory, given: Mapping[str, Array])
         output_len=given["output_len"],
         prefix_hit=given["prefix_hit"],
         in_flight=np.maximum(in_flight, 1.0),
+        mtp=fleet.mtp,
+        acceptance=_acceptance(fleet, given["mtp_acceptance"]),
         **fleet.choices[0]._asdict(),
     )
     prompts = np.where(np.isnan(given["num_prompts"]), np.inf, given["num_prompts"])

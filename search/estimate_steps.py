@@ -1,7 +1,8 @@
 """Rows of phase prefill and decode: one forward pass, priced for all points of a fleet at once.
 
     prefill   `batch` sequences a dp group of `tokens` prompt tokens each, in one step
-    decode    one new token of each of `batch` sequences, seeing `tokens` tokens with itself
+    decode    one new token of each of `batch` sequences, seeing `tokens` tokens with itself; the
+              tokens that are predicted ahead come after it
 
     step_s       = sum over stages (+ the engine's host time of a step)
     compute_s    = matrix and vector units plus HBM and L2, whichever binds each kernel
@@ -66,18 +67,18 @@ class KindTime:
         return self.compute_s + self.memory_s + self.collective_s + self.overhead_s
 
 
-def _lengths(phase: Phase, tokens: Array) -> tuple[Array, Array]:
+def _lengths(phase: Phase, tokens: Array, ahead: Array) -> tuple[Array, Array]:
     """(new tokens, prefix tokens) of a sequence."""
     if phase == "prefill":
         return tokens, np.zeros_like(tokens)
-    return np.ones_like(tokens), tokens - 1.0
+    return np.ones_like(tokens) + ahead, tokens - 1.0
 
 
 def price_steps(
     fleet: Fleet, memory: FleetMemory, phase: Phase, *, batch: Array, tokens: Array
 ) -> Step:
     """Price one pass of each point `[points]` of a fleet."""
-    new, prefix = _lengths(phase, tokens)
+    new, prefix = _lengths(phase, tokens, fleet.mtp)
     tally = Tally.of(fleet)
     total, stages = step_seconds(
         fleet.watched(tally),
@@ -85,6 +86,7 @@ def price_steps(
         batch=batch,
         new=new,
         prefix=prefix,
+        mtp=fleet.mtp,
         **fleet.choices[0]._asdict(),
     )
     parts = functools.reduce(Parts.plus, stages)
@@ -111,7 +113,9 @@ def breakdown(
     tokens: int,
 ) -> list[KindTime]:
     """Seconds of one step by kind of operator, the longest first."""
-    new, prefix = (float(value) for value in _lengths(phase, np.asarray(float(tokens))))
+    ahead = np.asarray(float(layout.parallel.mtp))
+    lengths = _lengths(phase, np.asarray(float(tokens)), ahead)
+    new, prefix = (float(value) for value in lengths)
     loads = forward_loads(
         phase,
         layout.engine,
@@ -121,6 +125,7 @@ def breakdown(
         weight_dtype=weight_dtype,
         kv_dtype=kv_dtype,
         attention=cast("AttentionKernel", attention),
+        mtp=ahead,
     )
     found = parts_by_kind(layout.model, loads)
     rows = [

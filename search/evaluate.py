@@ -5,8 +5,8 @@ prices one choice (attention, dtypes, switches) over arrays of batch and chunk. 
 search calls it with the whole grid, a sampled search with one point: the same code and numbers.
 
 Limits, in the order that names the one that binds: memory, context (prompt and output within the
-model's), step (a step holds a token of every slot), concurrency (slots for the requests asked
-for), ttft, tpot, rate.
+model's), step (a step holds the tokens that every slot decodes: one, and those predicted ahead),
+concurrency (slots for the requests asked for), ttft, tpot, rate.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
@@ -35,7 +36,7 @@ from shardplan.models.spec import ModelSpec
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice
 
-__all__ = ["LIMITS", "LayoutScorer", "Question", "Scores", "context_tokens"]
+__all__ = ["LIMITS", "LayoutScorer", "Question", "Scores", "acceptance_of", "context_tokens"]
 
 LIMITS = ("memory", "context", "step", "ttft", "tpot", "rate")
 Objective = str
@@ -73,6 +74,12 @@ def context_tokens(workload: Workload) -> int:
     return workload.input_len + workload.output_len
 
 
+def acceptance_of(spec: ModelSpec, workload: Workload) -> float:
+    """Share of the tokens predicted ahead that are kept: as asked, or the model's."""
+    asked = workload.mtp_acceptance
+    return default_acceptance(spec.architecture).value if asked is None else asked
+
+
 class LayoutScorer:
     """One layout of a question, ready to be priced; `memo` is shared by layouts of one question."""
 
@@ -81,7 +88,8 @@ class LayoutScorer:
     ) -> None:
         self.question, self.parallel = question, par
         graphs: dict[Phase, ShardedGraph] = {
-            phase: apply(build_graph(question.spec, phase), par) for phase in _PHASES
+            phase: apply(build_graph(question.spec, phase, mtp=par.mtp > 0), par)
+            for phase in _PHASES
         }
         self.model = StepModel.of(graphs, question.cluster, question.engine, memo)
         self.ledger = Ledger.of(graphs["prefill"], question.cluster.device, question.engine)
@@ -115,6 +123,8 @@ class LayoutScorer:
             kv_dtype=choice.kv_dtype,
             attention=choice.attention,
             in_flight=work.concurrency / self.parallel.dp if work.concurrency else None,
+            mtp=self.parallel.mtp,
+            acceptance=acceptance_of(self.question.spec, work),
         )
 
     def common_bytes(self, choice: Choice, batch: Array, chunk: Array) -> dict[str, Array]:
@@ -223,7 +233,7 @@ class LayoutScorer:
         broken = {
             "memory": columns["memory_bytes"] > self.ledger.capacity_bytes,
             "context": np.full((), context_tokens(work) > longest),
-            "step": chunk < batch,
+            "step": chunk < batch * (1 + self.parallel.mtp),
             "ttft": columns["ttft_s"] > (question.limits.ttft_s or math.inf),
             "tpot": columns["tpot_s"] > (question.limits.tpot_s or math.inf),
             "rate": columns["requests_per_s"] < (work.request_rate or 0.0),

@@ -30,7 +30,7 @@ from shardplan.search.legality import (
 from shardplan.search.report.words import count_text
 from shardplan.search.request import Asked, resolve
 from shardplan.search.rulebook import Scope
-from shardplan.search.space import Space, raw_layouts
+from shardplan.search.space import Space
 from shardplan.search.tables import add, new_table, show
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _tally(space: Space) -> tuple[Counter[str], Counter[str], int]:
     alone: Counter[str] = Counter()
     legal = 0
     switched = [choice for choice in space.choices if choice.switched]
-    for par in raw_layouts(space.spec, space.cards):
+    for par in space.raw():
         broken = broken_rules(_subject(space, par))
         legal += not broken
         cuts = space.cuts_of(par)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardplan.costmodel.hardware import Cluster
+from shardplan.search.mtp import most_depth
 from shardplan.search.rulebook import Subject, value
 
 __all__ = ["LAYOUT_RULES", "fast_ranks", "is_sent", "replica_ranks"]
@@ -72,6 +73,9 @@ LAYOUT_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
         "ep-shape": _ep_shape,
         "tp-width": _width,
         "mtp-layers": lambda s: s.parallel.mtp == 0 or s.spec.mtp_layers > 0,
+        "mtp-engine": lambda s: (
+            not s.spec.mtp_layers or s.parallel.mtp <= most_depth(s.spec, s.engine)
+        ),
         "tp-tier": lambda s: s.parallel.tp <= fast_ranks(s.cluster),
         "a3-modules": lambda s: (ranks := replica_ranks(s)) == 1 or ranks % 2 == 0,
         "910a-rings": _rings,

@@ -61,6 +61,9 @@ class Workload(Part):
     """Requests a second to be served; None: as many as possible."""
     prefix_hit: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the prompt tokens found in the prefix cache."""
+    mtp_acceptance: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Share of tokens predicted ahead that are kept where those before them were; None: nothing is
+    predicted ahead, or as the model's default."""
 
 
 class Limits(Part):
@@ -83,6 +86,8 @@ class Request(Part):
     weight_prefetch: str = "off"
     """off, on or auto: searched both ways."""
     fused_collectives: str = "off"
+    mtp: str = "off"
+    """Tokens predicted ahead: off, auto (every depth of the engine is searched) or a depth."""
     engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
     """Search engine."""
     engine_profile: str

@@ -15,6 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
+from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
@@ -23,6 +24,7 @@ from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
+from shardplan.search.mtp import acceptance_note, mtp_depths
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 from shardplan.search.workload import (
@@ -78,6 +80,9 @@ class Asked:
     weight_prefetch: str | None = None
     """off, on or auto (searched both ways); None: as the engine has it."""
     fused_collectives: str | None = None
+    mtp: str | int = "off"
+    """Tokens to predict ahead: off, auto (every depth of the engine is searched) or a depth."""
+    mtp_acceptance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +101,8 @@ class Resolved:
     notes: tuple[str, ...]
     time_limit_s: float | None
     """When the exact engine stops; None: when it is done."""
+    mtp: tuple[int, ...]
+    """Depths to search: tokens predicted ahead in a decode step."""
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
@@ -343,6 +350,18 @@ def _attention(engine: EngineProfile, asked: str, notes: list[str]) -> tuple[str
     return (asked,)
 
 
+def _ahead(
+    subject: tuple[ModelSpec, EngineProfile], asked: Asked, work: Workload, notes: list[str]
+) -> tuple[tuple[int, ...], Workload]:
+    """Depths to search, and the workload with the acceptance that they are priced with."""
+    depths = mtp_depths(*subject, asked.mtp, notes)
+    if not any(depths) or work.mtp_acceptance is not None:
+        return depths, work
+    notes.append(acceptance_note(subject[0]))
+    share = default_acceptance(subject[0].architecture).value
+    return depths, work.model_copy(update={"mtp_acceptance": share})
+
+
 def _request(
     asked: Asked,
     engine: EngineProfile,
@@ -360,6 +379,7 @@ def _request(
         kv_dtype=asked.kv_dtype,
         attention=asked.attention,
         **settings,
+        mtp=str(asked.mtp).strip().lower(),
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
         serving="agg",
@@ -377,6 +397,7 @@ def resolve(asked: Asked) -> Resolved:
     work, limits = read_workload(asked, notes)
     limits, soft = _soft_limits(work, limits, asked.objective, notes)
     engine = _engine_profile(cluster, asked.engine_profile, notes)
+    depths, work = _ahead((spec, engine), asked, work, notes)
     weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
     subject = (spec, cluster, engine)
@@ -403,5 +424,6 @@ def resolve(asked: Asked) -> Resolved:
         beside=beside,
         notes=(*notes, *spec.extra),
         time_limit_s=_time_limit(asked),
+        mtp=depths,
         soft_limits=soft,
     )

@@ -1,6 +1,6 @@
 """The sampled searches: Optuna proposes strategies, the scorer of the exact search prices them.
 
-    ask  -> tp, pp, ep, sp, exchange, attention, dtypes, switches, batch, chunk
+    ask  -> tp, pp, ep, sp, exchange, mtp, attention, dtypes, switches, batch, chunk
          -> dp = cards / (tp pp); the legality rules
          -> `LayoutScorer.score` at one point
     tell <- the objective, and by how much each limit is missed
@@ -143,6 +143,7 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
 
     numbers = {
         **{name: len(_sizes(space, name)) for name in ("tp", "pp", "ep")},
+        "mtp": len(_depths(space)),
         "batch": len(space.batches),
         "chunk": len(space.chunks),
     }
@@ -162,6 +163,11 @@ def _sizes(space: Space, axis: str) -> tuple[int, ...]:
     """Sizes of an axis that some legal layout has; all divisors of the cards where none is."""
     legal = tuple(sorted({getattr(par, axis) for par in space.layouts}))
     return legal or divisors(space.cards)
+
+
+def _depths(space: Space) -> tuple[int, ...]:
+    """Tokens predicted ahead of some legal layout."""
+    return tuple(sorted({par.mtp for par in space.layouts})) or (0,)
 
 
 def _choice_words(space: Space) -> dict[str, Sequence[int | str]]:
@@ -188,6 +194,7 @@ def point_of(space: Space, params: Mapping[str, Any]) -> _Point:
             ep=ep,
             sp=tp > 1 and bool(params.get("sp", False)),
             exchange="alltoall" if sent else "allgather",
+            mtp=_depths(space)[params.get("mtp", 0)],
         ),
         choice=replace(
             base, **{one.name: params[one.name] for one in fields(Choice) if one.name in params}
@@ -205,7 +212,7 @@ def excess(question: Question, one: Kept) -> tuple[float, ...]:
     over = {
         "memory": columns["memory_bytes"] / capacity,
         "context": context_tokens(work) / (spec.max_context or math.inf),
-        "step": one.batch / one.chunk,
+        "step": one.batch * (1 + one.parallel.mtp) / one.chunk,
         "ttft": columns["ttft_s"] / (limits.ttft_s or math.inf),
         "tpot": columns["tpot_s"] / (limits.tpot_s or math.inf),
         "rate": (work.request_rate or 0.0) / columns["requests_per_s"],

@@ -1,6 +1,7 @@
 """The strategy space: every combination of the searched dimensions, and which of them are legal.
 
-    layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts
+    layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts; tokens
+              predicted ahead
     cut       layers of each of pp stages, any positive numbers that sum to the layers
     choices   attention kernel, weight dtype, KV dtype, switches of the engine
     grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
@@ -97,6 +98,8 @@ class Space:
     """All layouts, legal or not, counted likewise."""
     all_cuts: bool
     """Layers may be cut in any way; otherwise evenly."""
+    depths: tuple[int, ...]
+    """Tokens predicted ahead."""
     choices: tuple[Choice, ...]
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -115,6 +118,10 @@ class Space:
     def broken_strategies(self) -> dict[str, int]:
         """Strategies that each rule left out."""
         return {rule: count * self.per_layout for rule, count in self.broken_cuts.items()}
+
+    def raw(self) -> Iterator[Parallelism]:
+        """Every layout, legal or not, in a fixed order."""
+        return raw_layouts(self.spec, self.cards, self.depths)
 
     def cuts_of(self, par: Parallelism) -> int:
         """Ways to cut the layers into the stages of a layout."""
@@ -135,7 +142,7 @@ class Space:
             return sorted({getattr(layout, name) for layout in self.layouts})
 
         return {
-            **{name: values(name) for name in ("tp", "pp", "dp", "ep", "sp", "exchange")},
+            **{name: values(name) for name in ("tp", "pp", "dp", "ep", "sp", "exchange", "mtp")},
             "attention": [*sorted({c.attention for c in self.choices})],
             "weight_dtype": [*sorted({c.weight_dtype for c in self.choices})],
             "kv_dtype": [*sorted({c.kv_dtype for c in self.choices})],
@@ -199,8 +206,18 @@ def chunk_grid(engine: EngineProfile, input_len: int, output_len: int) -> tuple[
     return tuple(sorted(size for size in found if size <= limit))
 
 
-def raw_layouts(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
-    """Every combination of axis sizes over `cards` ranks, legal or not, in a fixed order."""
+def raw_layouts(
+    spec: ModelSpec, cards: int, depths: tuple[int, ...] = (0,)
+) -> Iterator[Parallelism]:
+    """Every combination of axis sizes over `cards` ranks, legal or not, in a fixed order.
+
+    `depths`: tokens predicted ahead, of each.
+    """
+    for one in _splits(spec, cards):
+        yield from (replace(one, mtp=depth) for depth in depths)
+
+
+def _splits(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
     for tp in divisors(cards):
         for pp in divisors(cards // tp):
             dp = cards // (tp * pp)
@@ -227,13 +244,17 @@ def build_space(
     batches: tuple[int, ...],
     chunks: tuple[int, ...],
     all_cuts: bool = True,
+    depths: tuple[int, ...] = (0,),
 ) -> Space:
-    """The space over `cards` ranks, with the rules applied to every layout."""
+    """The space over `cards` ranks, with the rules applied to every layout.
+
+    `depths`: tokens predicted ahead, of each layout.
+    """
     broken: Counter[str] = Counter()
     broken_cuts: Counter[str] = Counter()
     legal = []
     count = cuts = 0
-    for par in raw_layouts(spec, cards):
+    for par in raw_layouts(spec, cards, depths):
         count += 1
         ways = cuts_of(spec, par, all_cuts=all_cuts)
         cuts += ways
@@ -254,6 +275,7 @@ def build_space(
         broken_cuts=dict(sorted(broken_cuts.items())),
         raw_cuts=cuts,
         all_cuts=all_cuts,
+        depths=depths,
         choices=choices,
         batches=batches,
         chunks=chunks,

@@ -55,8 +55,8 @@ class TemplateCosts:
     """Prices of each template at points `[n]` of a layout's grid."""
 
     layers: tuple[str, ...]
-    ends: tuple[Mapping[str, int], ...]
-    """Per stage, how often it runs templates that are no layers."""
+    ends: Mapping[Phase, tuple[Mapping[str, int], ...]]
+    """Per stage, how often a step of a phase runs templates that are no layers."""
     times: tuple[tuple[Mapping[str, Array], ...], ...]
     """Template -> seconds `[n]` of each part of the rows DECODE and MIXED."""
     held: Mapping[str, Array]
@@ -77,26 +77,25 @@ class TemplateCosts:
         graphs = {phase: _alone(graph) for phase, graph in model.graphs.items()}
         alone = replace(model, graphs=graphs, sums={})
         graph = graphs["prefill"]
-        names = [next(iter(stage.counts)) for stage in graph.stages]
+        names = {
+            phase: [next(iter(stage.counts)) for stage in one.stages]
+            for phase, one in graphs.items()
+        }
         decode, mixed = steady_steps(alone, given)
-        layers = graph.model.layers
         activations = memory["activations_bytes"]
         fixed = ledger.communicators * ledger.engine.communicator_bytes
         fixed += ledger.engine.reserve_bytes
         return cls(
-            layers=layers,
-            ends=tuple(
-                {name: count for name, count in stage.counts.items() if name not in set(layers)}
-                for stage in model.graphs["prefill"].stages
-            ),
+            layers=graph.model.layers,
+            ends={phase: _ends(graph) for phase, graph in model.graphs.items()},
             times=(
-                _parts(alone, "decode", names, decode),
-                _parts(alone, "prefill", names, mixed),
+                _parts(alone, "decode", names["decode"], decode),
+                _parts(alone, "prefill", names["prefill"], mixed),
             ),
             held={
                 name: ledger.weights_bytes(stage, given.weight_dtype)
                 + memory["cached_tokens"] * ledger.kv_bytes_per_token(stage, given.kv_dtype)
-                for name, stage in zip(names, graph.stages, strict=True)
+                for name, stage in zip(names["prefill"], graph.stages, strict=True)
             },
             room=ledger.capacity_bytes - fixed - activations,
             logits=np.maximum(memory["logits_bytes"] - activations, 0.0),
@@ -105,15 +104,30 @@ class TemplateCosts:
     def rows(self, point: int) -> PointRows:
         """The rows of one grid point."""
 
-        def part(costs: Mapping[str, Array], last: float = 0.0) -> tuple[list[float], list[float]]:
+        def part(
+            costs: Mapping[str, Array], phase: Phase, last: float = 0.0
+        ) -> tuple[list[float], list[float]]:
             each = {name: _at(values, point) for name, values in costs.items()}
-            ends = [sum(count * each[n] for n, count in end.items()) for end in self.ends]
+            ends = [sum(count * each[n] for n, count in end.items()) for end in self.ends[phase]]
             ends[-1] += last
             return [each[name] for name in self.layers], ends
 
-        seconds = (CostRow.of(*map(part, parts)) for parts in self.times)
-        held = CostRow.of(part(self.held, _at(self.logits, point)))
-        return PointRows((*seconds, held), _at(self.room, point))
+        decode, mixed = self.times
+        rows = (
+            CostRow.of(*(part(costs, "decode") for costs in decode)),
+            CostRow.of(*(part(costs, "prefill") for costs in mixed)),
+            CostRow.of(part(self.held, "prefill", _at(self.logits, point))),
+        )
+        return PointRows(rows, _at(self.room, point))
+
+
+def _ends(graph: ShardedGraph) -> tuple[dict[str, int], ...]:
+    """Per stage, how often it runs each template that is no layer."""
+    layers = set(graph.model.layers)
+    return tuple(
+        {name: count for name, count in stage.counts.items() if name not in layers}
+        for stage in graph.stages
+    )
 
 
 def _at(values: Array, point: int) -> float:

@@ -1,7 +1,8 @@
 """The workload of a request: what was asked or stands in a TOML file, checked, defaults stated.
 
 Keys of the file: input_len, output_len (tokens), concurrency (requests in flight), rate (requests
-a second), prefix_hit (share of the prompt), ttft_ms, tpot_ms. Times are milliseconds here, as
+a second), prefix_hit (share of the prompt), mtp_acceptance (share of the tokens predicted ahead
+that are kept), ttft_ms, tpot_ms. Times are milliseconds here, as
 people write them, and seconds behind.
 """
 
@@ -36,6 +37,7 @@ _WORKLOAD_KEYS = (
     "concurrency",
     "rate",
     "prefix_hit",
+    "mtp_acceptance",
     "ttft_ms",
     "tpot_ms",
 )
@@ -159,10 +161,24 @@ def read_workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
         else whole("concurrency", concurrency, _MOST_REQUESTS, try_=32),
         request_rate=None if rate is None else _positive("rate", rate, _MOST_RATE, try_="1"),
         prefix_hit=_prefix_hit(said("prefix_hit"), notes),
+        mtp_acceptance=_acceptance(said("mtp_acceptance")),
     )
     if work.concurrency is None and work.request_rate is None:
         notes.append("no concurrency or rate was given: as many requests in flight as serve best")
     return work, Limits(**limits)
+
+
+def _acceptance(value: object) -> float | None:
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:  # type: ignore[operator]  # a number here
+        raise InputError(
+            "`mtp_acceptance` is a share from 0 to 1",
+            got=f"mtp_acceptance={shown(value)}",
+            hint="try 0.85",
+        )
+    return float(value)  # type: ignore[arg-type]  # a number here
 
 
 def _prefix_hit(value: object, notes: list[str]) -> float:

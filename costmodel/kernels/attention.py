@@ -177,26 +177,27 @@ def attention_decode(
     kv_heads: ArrayLike,
     head_dim: ArrayLike,
     *,
+    new_tokens: ArrayLike = 1.0,
     kernel: AttentionKernel,
     kv_dtype: str,
     window: int | None = None,
 ) -> KernelTime:
-    """One new token a sequence, `[batch, heads, head_dim]`, over `kv_tokens` cached ones each.
+    """New tokens of each sequence, `[batch, new_tokens, heads, head_dim]`, over its cache.
 
-    Sizes broadcast; `heads` and `kv_heads` are those of one rank. `InputError` for an unknown
-    kernel or `kv_dtype`; `CalibrationError` without coefficients.
+    `kv_tokens` are those that the last of them sees, itself with them. Sizes broadcast; `heads`
+    and `kv_heads` are those of one rank. `InputError` for an unknown kernel or `kv_dtype`;
+    `CalibrationError` without coefficients.
     """
     check_kernel(kernel)
     kv_bytes = kv_element_bytes(kv_dtype)
     sequences, queries, keys, dim = map(as_array, (batch, heads, kv_heads, head_dim))
-    tokens = as_array(kv_tokens)
+    tokens, new = as_array(kv_tokens), as_array(new_tokens)
     seen = tokens if window is None else np.minimum(tokens, float(window))
     if kernel == "naive":
-        one = np.ones_like(seen)
         naive = PrefillWork(
             batch=sequences,
-            new_tokens=one,
-            prefix_tokens=seen - one,
+            new_tokens=new,
+            prefix_tokens=np.maximum(seen - new, 0.0),
             heads=queries,
             kv_heads=keys,
             qk_dim=dim,
@@ -204,7 +205,7 @@ def attention_decode(
             kv_bytes=kv_bytes,
         )
         return naive_attention(machine, naive)
-    group = queries / keys
+    group = queries / keys * new
     elements = 2.0 * sequences * keys * seen * dim
     work = DecodeWork(
         batch=sequences,
@@ -212,7 +213,7 @@ def attention_decode(
         stream_bytes=elements * kv_bytes,
         elements=elements if kv_bytes < ELEMENT_BYTES else np.zeros_like(elements),
         cube_flop=2.0 * elements * np.maximum(group, FRACTAL),
-        scores=sequences * queries * seen,
+        scores=sequences * queries * new * seen,
         group=group,
         streams_per_token=keys,
         kv_tokens=seen,

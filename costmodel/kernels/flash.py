@@ -34,6 +34,10 @@ Decode. Keys and values are streamed once, from L2 while all of them fit it:
              + (stream^4 + tasks^4 + compute^4)^(1/4)
              all times exp(surface(B, S, K)) where the section has one (`kernels.surface`)
 
+Several new tokens of a sequence (a step that verifies tokens predicted ahead) share one read of
+its keys and values: they are further query rows of a stream, so G stands for G T there, and scores
+and cube work grow with T (the fused kernel merges both dims of the queries; T up to 16).
+
 u = waves over cores above an even share, for grouped heads; for others e falls with the share of
 the cores that have a task (e_t). e is an exponential as above, of ln S, ln G and ln K. hidden =
 floor_s (l2_hidden + l2_hidden_g if grouped). Compute as in prefill, with G padded to 16 rows (one
@@ -107,7 +111,7 @@ class DecodeWork:
     cube_flop: Array
     scores: Array
     group: Array
-    """Query heads a stream."""
+    """Query rows a stream: heads times new tokens."""
     streams_per_token: Array
     """kv heads; 1 for a latent cache."""
     kv_tokens: Array

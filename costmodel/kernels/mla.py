@@ -14,7 +14,8 @@ rank and serves as key and as value:
     stream_bytes = B S (C_kv + R) b        tasks = B
     cube FLOP    = 2 B S max(H, 16) (2 C_kv + R)
 
-so that tensor parallelism shrinks its arithmetic but not its traffic. The rest (L2, efficiency,
+so that tensor parallelism shrinks its arithmetic but not its traffic. Several new tokens of a
+sequence share that read: H then stands for heads times new tokens. The rest (L2, efficiency,
 floor) is `flash_decode` with the coefficients of `mla.decode`.
 
 Naive prefill and decode are the kernels of eager attention on expanded heads. Left out: the
@@ -94,25 +95,26 @@ def mla_decode(
     kv_lora_rank: ArrayLike,
     rope_dim: ArrayLike,
     *,
+    new_tokens: ArrayLike = 1.0,
     kernel: AttentionKernel,
     kv_dtype: str,
 ) -> KernelTime:
-    """One new token a sequence over `kv_tokens` latents of `kv_lora_rank + rope_dim` elements.
+    """New tokens of a sequence over `kv_tokens` latents of `kv_lora_rank + rope_dim` elements.
 
-    Sizes broadcast; `heads` are those of one rank. The naive kernel is eager attention in the
-    latent space (queries absorbed, scores through HBM). `InputError` for an unknown kernel or
-    `kv_dtype`; `CalibrationError` without coefficients.
+    `kv_tokens` are those that the last of `new_tokens` sees, itself with them. Sizes broadcast;
+    `heads` are those of one rank. The naive kernel is eager attention in the latent space (queries
+    absorbed, scores through HBM). `InputError` for an unknown kernel or `kv_dtype`;
+    `CalibrationError` without coefficients.
     """
     check_kernel(kernel)
     kv_bytes = kv_element_bytes(kv_dtype)
     sequences, tokens, queries = as_array(batch), as_array(kv_tokens), as_array(heads)
-    rank, rope = as_array(kv_lora_rank), as_array(rope_dim)
+    rank, rope, new = as_array(kv_lora_rank), as_array(rope_dim), as_array(new_tokens)
     if kernel == "naive":
-        one = np.ones_like(tokens)
         naive = PrefillWork(
             batch=sequences,
-            new_tokens=one,
-            prefix_tokens=tokens - one,
+            new_tokens=new,
+            prefix_tokens=np.maximum(tokens - new, 0.0),
             heads=queries,
             kv_heads=np.ones_like(queries),
             qk_dim=rank + rope,
@@ -120,15 +122,15 @@ def mla_decode(
             kv_bytes=kv_bytes,
         )
         return naive_attention(machine, naive)
-    elements = sequences * tokens * (rank + rope)
+    elements, rows = sequences * tokens * (rank + rope), queries * new
     work = DecodeWork(
         batch=sequences,
         tasks=sequences,
         stream_bytes=elements * kv_bytes,
         elements=elements if kv_bytes < ELEMENT_BYTES else np.zeros_like(elements),
-        cube_flop=2.0 * sequences * tokens * np.maximum(queries, FRACTAL) * (2.0 * rank + rope),
-        scores=sequences * queries * tokens,
-        group=queries,
+        cube_flop=2.0 * sequences * tokens * np.maximum(rows, FRACTAL) * (2.0 * rank + rope),
+        scores=sequences * rows * tokens,
+        group=rows,
         streams_per_token=np.ones_like(queries),
         kv_tokens=tokens,
     )

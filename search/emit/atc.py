@@ -131,6 +131,9 @@ def _check_strategy(plan: Plan, family: str) -> None:
         if size > 1:
             hint = f"search with {axis}=1{more}{_or_elsewhere(family)}"
             raise refuse(_TARGET, rule, got=f"{axis}={size}", hint=hint)
+    if way.mtp:
+        rule = "a compiled graph has no loop that drafts tokens"
+        raise refuse(_TARGET, rule, got=f"mtp={way.mtp}", hint="search with mtp off")
 
 
 def _or_elsewhere(family: str) -> str:

@@ -90,6 +90,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
             f"try sp off, or ep={way.tp}",
         ),
         *_switch_rules(plan, family),
+        *_ahead_rules(plan),
         (
             0 < plan.model.max_context < longest,
             "requests must fit the model's context",
@@ -100,6 +101,32 @@ def _check_strategy(plan: Plan, family: str) -> None:
     for broken, rule, got, hint in rules:
         if broken:
             raise refuse(_TARGET, rule, got=got, hint=hint)
+
+
+def _ahead_rules(plan: Plan) -> list[tuple[bool, str, str, str]]:
+    """(broken, rule, got, hint) of tokens predicted ahead."""
+    way, facts = plan.strategy, table("vllm_ascend")["speculative"]
+    known, most = facts["architectures"], facts["most"]
+    return [
+        (
+            way.mtp > most,
+            f"at most {most} tokens are predicted ahead",
+            f"mtp={way.mtp}",
+            "search with a smaller mtp",
+        ),
+        (
+            way.mtp > 0 and plan.model.architecture not in known,
+            f"tokens are predicted ahead with {', '.join(known)}",
+            f"mtp={way.mtp}, architecture={printable(plan.model.architecture)}",
+            "search with mtp off",
+        ),
+        (
+            way.mtp > 0 and way.pp > 1,
+            "a server that predicts tokens ahead has one pipeline stage",
+            f"mtp={way.mtp}, pp={way.pp}",
+            "search with mtp off, or pp=1",
+        ),
+    ]
 
 
 def _switch_rules(plan: Plan, family: str) -> list[tuple[bool, str, str, str]]:
@@ -256,11 +283,13 @@ def _sizes(plan: Plan) -> list[Flag]:
     longest = -(-(work.input_len + work.output_len) // block) * block
     if plan.model.max_context:
         longest = min(longest, plan.model.max_context)
-    if way.chunk < way.batch:
+    least = way.batch * (1 + way.mtp)
+    if way.chunk < least:
         raise InputError(
-            "max_num_batched_tokens must be at least max_num_seqs",
-            got=f"chunk={way.chunk}, batch={way.batch}",
-            hint=f"plan with a chunk of at least {way.batch} tokens",
+            "max_num_batched_tokens must be at least max_num_seqs"
+            + (" times the tokens that a step verifies" if way.mtp else ""),
+            got=f"chunk={way.chunk}, batch={way.batch}" + (f", mtp={way.mtp}" if way.mtp else ""),
+            hint=f"plan with a chunk of at least {least} tokens",
         )
     flags: list[Flag] = [
         ("--max-num-seqs", str(way.batch)),
@@ -283,6 +312,16 @@ def _sent_across_roce(plan: Plan, family: str) -> bool:
     return family == "a3" and way.exchange == "alltoall" and 0 < most < way.ep
 
 
+def _speculative(plan: Plan) -> list[Flag]:
+    """Tokens that the model's own layer predicts ahead."""
+    depth = plan.strategy.mtp
+    if not depth:
+        return []
+    method = table("vllm_ascend")["speculative"]["method"]
+    config = {"method": method, "num_speculative_tokens": depth}
+    return [("--speculative-config", json.dumps(config))]
+
+
 def _additional(plan: Plan, family: str) -> list[Flag]:
     """The plugin's own switches, one JSON object."""
     way, names = plan.strategy, table("vllm_ascend")["additional_config"]
@@ -301,11 +340,11 @@ def _additional(plan: Plan, family: str) -> list[Flag]:
 def _graphs(plan: Plan, family: str) -> list[Flag]:
     """Decode graphs of the sizes that the plan meets, or none in eager mode."""
     way = plan.strategy
-    flags = _additional(plan, family)
+    flags = [*_speculative(plan), *_additional(plan, family)]
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
-    step = way.tp if way.sp else 1
+    step, each = way.tp if way.sp else 1, 1 + way.mtp
     sizes = {2**i for i in range(way.batch.bit_length()) if 2**i < way.batch} | {way.batch}
-    rounded = sorted({-(-size // step) * step for size in sizes})
+    rounded = sorted({-(-size * each // step) * step for size in sizes})
     config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
     return [*flags, ("--compilation-config", json.dumps(config))]

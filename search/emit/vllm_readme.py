@@ -209,6 +209,13 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
             "- Fused matmul and all_reduce is on (enable_matmul_allreduce, gone after this "
             "release); priced as a gain of prefill alone, though decode steps run it too."
         )
+    if way.mtp:
+        share = plan.request.workload.mtp_acceptance
+        kept = "" if share is None else f"; the plan assumed that {share:.0%} of drafts are kept"
+        lines.append(
+            f"- The checkpoint holds the model's prediction layer, which drafts {way.mtp} token(s) "
+            f"a step{kept}. Random prompts may be predicted less well: measure with real ones."
+        )
     if way.weight_dtype == "w4a16":
         lines.append("- The engine's W4A16 covers experts; attention stays in 16 bit.")
     return lines

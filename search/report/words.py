@@ -138,6 +138,11 @@ def _split_sentences(strategy: StrategyInfo, group: int) -> list[str]:
             "alltoall": "tokens are sent to their experts, all to all",
         }[strategy.exchange]
         sentences.append(f"Experts are spread over {strategy.ep} ranks (ep {strategy.ep}); {how}.")
+    if strategy.mtp:
+        sentences.append(
+            f"Each decode step verifies {_plural(strategy.mtp, 'token')} that the model's"
+            f" prediction layer drafted, beside its own (mtp {strategy.mtp})."
+        )
     return sentences or ["Nothing is split: one rank holds the whole model."]
 
 

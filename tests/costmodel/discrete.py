@@ -24,12 +24,14 @@ _ZERO = np.zeros(())
 
 
 class Setting(NamedTuple):
-    """Slots, tokens a step, prompt and output lengths."""
+    """Slots, tokens a step, prompt and output lengths; tokens predicted ahead, and kept of them."""
 
     slots: int
     chunk: int
     prompt: int
     output: int
+    ahead: int = 0
+    kept: float = 0.0
 
     @property
     def load(self) -> float:
@@ -90,6 +92,7 @@ class _Engine:
         self.waiting: list[_Request] = []
         self.running: list[_Request] = []
         self.ended: list[tuple[_Request, float]] = []
+        self.luck = random.Random(1)
 
     def start(self) -> None:
         """One more prompt, where there is one."""
@@ -98,11 +101,18 @@ class _Engine:
             now = self.now_s
             self.waiting.append(_Request(self.setting.prompt, self.setting.output - 1, now))
 
+    def _gained(self) -> int:
+        """Tokens of one step: its own, and those predicted ahead up to the first refused."""
+        gained = 1
+        while gained <= self.setting.ahead and self.luck.random() < self.setting.kept:
+            gained += 1
+        return gained
+
     def step(self) -> None:
         """One forward pass: every running request a token, then prompts in order of arrival."""
         stopped = self.prompts_first and self.waiting
         decoding = [] if stopped else list(self.running)
-        room = self.setting.chunk - len(decoding)
+        room = self.setting.chunk - len(decoding) * (1 + self.setting.ahead)
         fed: list[_Request] = []
         for request in self.waiting[:1] if self.prompts_first else self.waiting:
             take = min(request.prompt_left, room)
@@ -113,13 +123,13 @@ class _Engine:
                 break
         self.now_s += BASE_S + TOKEN_S * (self.setting.chunk - room)
         for request in decoding:
-            request.decode_left -= 1
+            request.decode_left -= self._gained()
         for request in fed:
             if not request.prompt_left:
                 self.waiting.remove(request)
                 request.first_s = self.now_s
                 self.running.append(request)
-        for request in [one for one in self.running if not one.decode_left]:
+        for request in [one for one in self.running if one.decode_left <= 0]:
             self.running.remove(request)
             self.ended.append((request, self.now_s))
             self.start()

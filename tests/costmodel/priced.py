@@ -81,7 +81,7 @@ def price(
     machines = load_cluster(cluster, cards=par.ranks)
     profile = engine if isinstance(engine, EngineProfile) else load_engine(engine)
     graphs: dict[Phase, ShardedGraph] = {
-        phase: apply(build_graph(spec, phase), par) for phase in PHASES
+        phase: apply(build_graph(spec, phase, mtp=par.mtp > 0), par) for phase in PHASES
     }
     return Priced(
         model=StepModel.of(graphs, machines, profile),

@@ -81,7 +81,7 @@ def wide(hidden: int = 2048, experts: int = 64, **moe: Any) -> ModelSpec:
 
 def deep(spec: ModelSpec, mtp_layers: int = 1) -> ModelSpec:
     """The same with layers that predict ahead."""
-    return replace(spec, mtp_layers=mtp_layers)
+    return replace(spec, mtp_layers=mtp_layers, architecture="DeepseekV3ForCausalLM")
 
 
 BOTH = replace(latent(), moe=wide().moe, hidden=2048)
@@ -96,7 +96,8 @@ LAYOUTS: dict[str, Case] = {
     "ep-experts": layout(P(dp=4, ep=4), P(dp=4, ep=2), spec=sparse(experts=6)),
     "ep-shape": layout(P(dp=2, ep=4), P(tp=2, dp=2, ep=4), spec=sparse()),
     "tp-width": layout(P(tp=8), P(tp=4), spec=dense(ffn=516)),
-    "mtp-layers": case({"spec": dense()}, {"spec": deep(dense())}, parallel=P(mtp=1)),
+    "mtp-layers": case({"spec": dense()}, {"spec": deep(dense())}, parallel=P(mtp=1), engine=VLLM),
+    "mtp-engine": layout(P(mtp=4), P(mtp=3), spec=deep(dense()), engine=VLLM),
     "tp-tier": layout(P(tp=16), P(tp=8, dp=2), spec=dense(heads=16, kv_heads=16), nodes=2),
     "a3-modules": layout(
         P(tp=3, dp=2),
@@ -115,7 +116,7 @@ LAYOUTS: dict[str, Case] = {
         P(tp=2, dp=2, order=("dp", "pp", "cp", "tp")),
         engine=VLLM,
     ),
-    "mtp-multiple": layout(P(mtp=3), P(mtp=4), spec=deep(dense(), 2), engine=VLLM),
+    "mtp-multiple": layout(P(mtp=3), P(mtp=2), spec=deep(dense(), 2), engine=VLLM),
     "modules-vllm": layout(
         P(dp=4, head_tp=4), P(tp=4, head_tp=4), cluster="hgx-h100", engine="vllm"
     ),
@@ -220,10 +221,6 @@ LAYOUTS: dict[str, Case] = {
     "cp-mindie-model": case({"spec": dense()}, {"spec": latent()}, parallel=P(cp=2), engine=MINDIE),
     "cp-mindie-device": case(
         {"cluster": OLD}, {"cluster": A3}, parallel=P(cp=2), spec=latent(), engine=MINDIE
-    ),
-    "mtp-mindie": layout(P(mtp=3), P(mtp=2), spec=deep(latent()), engine=MINDIE),
-    "mtp-mindie-model": case(
-        {"spec": deep(dense())}, {"spec": deep(latent())}, parallel=P(mtp=1), engine=MINDIE
     ),
     "mtp-mindie-device": case(
         {"cluster": DUO}, {"cluster": A2}, spec=deep(latent()), parallel=P(mtp=1), engine=MINDIE

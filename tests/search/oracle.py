@@ -48,6 +48,7 @@ class Case:
     choices: tuple[Choice, ...]
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
+    depths: tuple[int, ...] = (0,)
 
     def space(self) -> Space:
         """As the search sees it."""
@@ -60,6 +61,7 @@ class Case:
             choices=self.choices,
             batches=self.batches,
             chunks=self.chunks,
+            depths=self.depths,
         )
 
 
@@ -74,6 +76,13 @@ class Found:
     objective: float
     memory_bytes: float
     feasible: bool
+
+
+def _ahead(case: Case) -> Iterator[Parallelism]:
+    """Every split with every depth of prediction."""
+    for par in _layouts(case.question):
+        for depth in case.depths:
+            yield replace(par, mtp=depth)
 
 
 def _layouts(question: Question) -> Iterator[Parallelism]:
@@ -97,13 +106,15 @@ def _legal(question: Question, par: Parallelism) -> bool:
         return False
     if question.cluster.device.name.startswith("a3") and _deployment(par) in range(3, 999, 2):
         return False
+    if par.mtp and "vllm-ascend" in question.engine.name and par.pp > 1:
+        return False
     node = question.cluster.ranks_per_node
     if any(t.topology == "roce" for t in question.cluster.tiers) and par.tp > node:
         return False
     try:
         make_mesh(question.spec, par)
         for phase in ("prefill", "decode"):
-            apply(build_graph(question.spec, phase), par)
+            apply(build_graph(question.spec, phase, mtp=par.mtp > 0), par)
     except LayoutError:
         return False
     return True
@@ -165,8 +176,8 @@ def _allowed(question: Question, par: Parallelism, choice: Choice) -> bool:
     return question.spec.moe is not None or par.sp or fused
 
 
-def _holds(question: Question, columns: dict[str, float], batch: int, chunk: int) -> bool:
-    """Whether one strategy satisfies every limit."""
+def _holds(question: Question, columns: dict[str, float], tokens: int, chunk: int) -> bool:
+    """Whether one strategy, whose slots decode `tokens` a step, satisfies every limit."""
     work, limits = question.workload, question.limits
     most = question.engine.memory_fraction * question.cluster.device.hbm_bytes
     length = work.input_len + work.output_len
@@ -174,7 +185,7 @@ def _holds(question: Question, columns: dict[str, float], batch: int, chunk: int
         (
             columns["memory_bytes"] <= most,
             not question.spec.max_context or length <= question.spec.max_context,
-            chunk >= batch,
+            chunk >= tokens,
             limits.ttft_s is None or columns["ttft_s"] <= limits.ttft_s,
             limits.tpot_s is None or columns["tpot_s"] <= limits.tpot_s,
             work.request_rate is None or columns["requests_per_s"] >= work.request_rate,
@@ -195,7 +206,7 @@ def _cuts(question: Question, par: Parallelism) -> Iterator[Parallelism]:
 def brute_force(case: Case) -> list[Found]:
     """Every legal strategy, one at a time, in the order of the space."""
     question, found = case.question, []
-    legal = (par for par in _layouts(question) if _legal(question, par))
+    legal = (par for par in _ahead(case) if _legal(question, par))
     for par in (cut for one in legal for cut in _cuts(question, one)):
         scorer = LayoutScorer(question, par)
         for choice in (one for one in case.choices if _allowed(question, par, one)):
@@ -217,7 +228,7 @@ def brute_force(case: Case) -> list[Found]:
                             chunk=chunk,
                             objective=value,
                             memory_bytes=columns["memory_bytes"],
-                            feasible=_holds(question, columns, batch, chunk),
+                            feasible=_holds(question, columns, batch * (1 + par.mtp), chunk),
                         )
                     )
     return found
