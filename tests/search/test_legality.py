@@ -66,6 +66,18 @@ PAIRS = {
         broken=Parallelism(tp=16),
         kept=Parallelism(tp=8, dp=2),
     ),
+    "mtp-engine": Pair(
+        spec=dense(mtp_layers=1),
+        engine="vllm-ascend",
+        broken=Parallelism(tp=4, mtp=4),
+        kept=Parallelism(tp=4, mtp=3),
+    ),
+    "mtp-pipeline": Pair(
+        spec=dense(mtp_layers=1),
+        engine="vllm-ascend",
+        broken=Parallelism(pp=2, mtp=1),
+        kept=Parallelism(pp=2),
+    ),
 }
 
 
