@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
-from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.placement import TierSpan, neighbour_tiers, tiers_crossed
 from shardplan.costmodel.rowfusion import join_rotary, mark, merged, runs_inside_rotary
 from shardplan.costmodel.rows import (
     NO_OVERLAP,
@@ -46,6 +46,7 @@ __all__ = [
     "block_rows",
     "pointwise_bytes",
     "pointwise_kernel",
+    "spans_of",
 ]
 
 
@@ -150,7 +151,6 @@ def _pointwise(graph: ShardedGraph, node: ShardedOp, kind: str) -> Row:
 
 
 def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer) -> Row:
-    spans = group_tiers(cluster, group=one.ranks, stride=one.stride)
     free = dict(one.elements.free)
     last = block == "head" and (graph.model.phase == "decode" or "T" not in free)
     return Row(
@@ -158,8 +158,14 @@ def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer
         group="logits" if last else "token",
         ways=math.prod(free.values()),
         n=one.elements.factor,
-        spans=spans,
+        spans=spans_of(cluster, one),
     )
+
+
+def spans_of(cluster: Cluster, one: Transfer) -> tuple[TierSpan, ...]:
+    """Tiers that a collective crosses, or in which neighbouring stages meet."""
+    meet = neighbour_tiers if one.kind == "send" else tiers_crossed
+    return meet(cluster, one.lies)
 
 
 def _node_rows(graph: ShardedGraph, node: ShardedOp, engine: EngineProfile) -> Iterator[Row]:

@@ -27,8 +27,8 @@ from shardplan.costmodel.engines import EngineProfile, engine_names, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.ledger import Ledger
-from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows
-from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows, spans_of
+from shardplan.costmodel.placement import neighbour_tiers
 from shardplan.costmodel.step import StepModel
 from shardplan.models.accounting import Transfer, transfers
 from shardplan.models.apply import ShardedGraph, apply
@@ -37,6 +37,7 @@ from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, LayoutError, UnknownNameError
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
+from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
 from shardplan.search.legality import Subject, first_broken_switch_rule, rules
 
@@ -338,7 +339,8 @@ class LayoutMaker:
         They differ between clusters in the tiers that their collectives cross.
         """
         blocks = graph.blocks
-        key = (id(blocks), graph.parallel.pp > 1, cluster.tiers, id(engine))
+        stages = neighbour_tiers(cluster, extents(graph.mesh, graph.parallel, ("pp",)))
+        key = (id(blocks), stages, cluster.tiers, id(engine))
         if key not in self.rows:
             used = dict.fromkeys(name for stage in graph.stages for name in stage.counts)
             made = {}
@@ -366,7 +368,7 @@ class LayoutMaker:
 def _moved(rows: tuple[Row, ...], moves: Iterator[Transfer], cluster: Cluster) -> tuple[Row, ...]:
     """The same rows on another cluster: collectives stand in the order of the transfers."""
     return tuple(
-        replace(row, spans=group_tiers(cluster, group=one.ranks, stride=one.stride))
+        replace(row, spans=spans_of(cluster, one))
         if row.is_collective and (one := next(moves))
         else row
         for row in rows

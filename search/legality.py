@@ -20,6 +20,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
 from shardplan.costmodel.placement import group_tiers
 from shardplan.models.parallel import Parallelism
+from shardplan.models.ranks import axis_stride
 from shardplan.models.spec import ModelSpec
 from shardplan.search.families import device_family
 
@@ -96,7 +97,8 @@ def _ep_engine(s: Subject) -> bool:
 def _tp_tier(s: Subject) -> bool:
     fast = [tier.ranks for tier in s.cluster.tiers if tier.topology != "roce"]
     joined_by_roce = len(fast) < len(s.cluster.tiers)
-    return not joined_by_roce or s.parallel.tp <= max(fast, default=1)
+    reach = s.parallel.tp * axis_stride(s.parallel, "tp")
+    return not joined_by_roce or s.parallel.tp == 1 or reach <= max(fast, default=1)
 
 
 RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
@@ -123,7 +125,7 @@ def _family(s: Subject) -> str:
 def _fused_group(s: Subject) -> bool:
     if s.parallel.tp not in _FUSED_RANKS.get(_family(s), ()):
         return False
-    spans = group_tiers(s.cluster, group=s.parallel.tp, stride=1)
+    spans = group_tiers(s.cluster, group=s.parallel.tp, stride=axis_stride(s.parallel, "tp"))
     return len(spans) == 1 and spans[0].tier.topology != "roce"
 
 

@@ -35,6 +35,7 @@ from shardplan.search.emit.common import (
     round_up,
     table,
 )
+from shardplan.search.emit.placing import in_order
 from shardplan.search.emit.rank_table import (
     RankDevice,
     Server,
@@ -62,7 +63,8 @@ def files(
 
     `cann`: major release, 7 or 8. `soc_version`: one of the device's names, default the first.
     `addresses`: IP address of each node that the plan uses. `device_addresses`: IP address of
-    each device's network port, rank by rank. Both lists may be given as one string with commas.
+    each device's network port, replica by replica and rank by rank. Both lists may be given as one
+    string with commas.
     Raises InputError for a plan or option that cannot be expressed, with the nearest that can.
     """
     facts = table("atc")
@@ -71,8 +73,13 @@ def files(
     soc = _soc(plan, soc_version)
     _check_strategy(plan, family)
     way = plan.strategy
-    groups = place(_TARGET, groups=way.dp, ranks=way.tp, per_node=plan.cluster.ranks_per_node)
-    hosts = _addresses(addresses, "addresses", groups[-1][-1].node + 1)
+    groups = in_order(
+        _TARGET,
+        plan,
+        place(_TARGET, groups=way.dp, ranks=way.tp, per_node=plan.cluster.ranks_per_node),
+    )
+    last = max(slot.node for slots in groups for slot in slots)
+    hosts = _addresses(addresses, "addresses", last + 1)
     ports = _addresses(device_addresses, "device_addresses", way.ranks)
     _check_groups(groups, family, hosts)
     made = {"atc.sh": _script(plan, soc)}

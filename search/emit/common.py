@@ -1,7 +1,8 @@
 """What every target needs: data tables, device families, placement on nodes, safe text.
 
 Ranks are consecutive: group `g` of `n` ranks holds ranks `g*n` to `g*n + n - 1`, and rank `r`
-is device `r mod p` of node `r div p` on nodes of `p` ranks. Left out: any other placement.
+is device `r mod p` of node `r div p` on nodes of `p` ranks. `placing` moves slots where a plan
+numbers its ranks in another order.
 
 Text from a plan reaches a shell only through `shlex.quote` and prose only through `printable`.
 """
@@ -50,16 +51,17 @@ class Raw(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Consecutive devices of one node."""
+    """Devices of one node: consecutive ones, unless `listed` names them."""
 
     node: int
     first: int
     ranks: int
+    listed: tuple[int, ...] = ()
 
     @property
-    def devices(self) -> range:
+    def devices(self) -> Sequence[int]:
         """Device ids within the node."""
-        return range(self.first, self.first + self.ranks)
+        return self.listed or range(self.first, self.first + self.ranks)
 
 
 @functools.cache
