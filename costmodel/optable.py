@@ -23,7 +23,13 @@ from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
-from shardplan.costmodel.placement import TierSpan, neighbour_tiers, tiers_crossed
+from shardplan.costmodel.kernels.algorithms import AUTO, runs
+from shardplan.costmodel.placement import (
+    TierSpan,
+    neighbour_tiers,
+    tiers_crossed,
+    with_algorithm,
+)
 from shardplan.costmodel.rowfusion import join_rotary, mark, merged, runs_inside_rotary
 from shardplan.costmodel.rows import (
     NO_OVERLAP,
@@ -150,7 +156,9 @@ def _pointwise(graph: ShardedGraph, node: ShardedOp, kind: str) -> Row:
     )
 
 
-def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer) -> Row:
+def _collective(
+    cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer, algorithm: str
+) -> Row:
     free = dict(one.elements.free)
     last = block == "head" and (graph.model.phase == "decode" or "T" not in free)
     return Row(
@@ -158,14 +166,16 @@ def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer
         group="logits" if last else "token",
         ways=math.prod(free.values()),
         n=one.elements.factor,
-        spans=spans_of(cluster, one),
+        spans=spans_of(cluster, one, algorithm),
     )
 
 
-def spans_of(cluster: Cluster, one: Transfer) -> tuple[TierSpan, ...]:
+def spans_of(cluster: Cluster, one: Transfer, algorithm: str = AUTO) -> tuple[TierSpan, ...]:
     """Tiers that a collective crosses, or in which neighbouring stages meet."""
-    meet = neighbour_tiers if one.kind == "send" else tiers_crossed
-    return meet(cluster, one.lies)
+    if one.kind == "send":
+        return neighbour_tiers(cluster, one.lies)
+    spans = tiers_crossed(cluster, one.lies)
+    return with_algorithm(cluster, spans, algorithm) if runs(algorithm, one.kind) else spans
 
 
 def _node_rows(graph: ShardedGraph, node: ShardedOp, engine: EngineProfile) -> Iterator[Row]:
@@ -210,12 +220,22 @@ def block_rows(
     """Rows of one template under one layout, fusions applied, switches of `overlap` set."""
     return tuple(
         one.row
-        for one in mark(_placed(graph, block, cluster, engine), graph, block, engine, overlap)
+        for one in mark(
+            _placed(graph, block, cluster, engine, overlap.collectives),
+            graph,
+            block,
+            engine,
+            overlap,
+        )
     )
 
 
 def _placed(
-    graph: ShardedGraph, block: ShardedBlock, cluster: Cluster, engine: EngineProfile
+    graph: ShardedGraph,
+    block: ShardedBlock,
+    cluster: Cluster,
+    engine: EngineProfile,
+    algorithm: str,
 ) -> list[Placed]:
     placed: list[Placed] = []
     moving: list[str] = []
@@ -232,7 +252,8 @@ def _placed(
     placed = list(merged(join_rotary(placed, graph, engine), engine))
     for name, one in zip(moving, transfers(graph, block), strict=True):
         if engine.sampling or not one.logits:
-            placed.append(Placed(_collective(cluster, graph, block.name, one), (name,)))
+            row = _collective(cluster, graph, block.name, one, algorithm)
+            placed.append(Placed(row, (name,)))
     if block.name == "head" and engine.sampling:
         row = Row(
             kind="softmax_sample",

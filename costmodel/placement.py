@@ -20,14 +20,21 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from shardplan.costmodel.hardware import Cluster, Tier
 from shardplan.models.errors import InputError
 from shardplan.models.ranks import Extents
 
-__all__ = ["TierSpan", "group_tiers", "neighbour_tiers", "tiers_crossed"]
+__all__ = [
+    "TierSpan",
+    "between_nodes",
+    "group_tiers",
+    "neighbour_tiers",
+    "tiers_crossed",
+    "with_algorithm",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +44,8 @@ class TierSpan:
     tier: Tier
     members: int
     """Parties that meet in one instance of the tier: ranks in the innermost, else sub-groups."""
+    algorithm: str = "auto"
+    """How they exchange, where the user picked it (`kernels.algorithms`)."""
 
 
 def group_tiers(cluster: Cluster, *, group: int, stride: int) -> tuple[TierSpan, ...]:
@@ -67,6 +76,21 @@ def tiers_crossed(cluster: Cluster, lies: Extents) -> tuple[TierSpan, ...]:
         TierSpan(tier=tier, members=members)
         for tier, members in zip(cluster.tiers, counts, strict=True)
         if members > 1
+    )
+
+
+def between_nodes(cluster: Cluster) -> Tier | None:
+    """The tier that joins servers, where an algorithm can be picked; None on one server."""
+    return next((tier for tier in cluster.tiers if tier.ranks > cluster.ranks_per_node), None)
+
+
+def with_algorithm(
+    cluster: Cluster, spans: tuple[TierSpan, ...], algorithm: str
+) -> tuple[TierSpan, ...]:
+    """The same tiers, that between servers crossed by a picked algorithm."""
+    outer = between_nodes(cluster)
+    return tuple(
+        replace(span, algorithm=algorithm) if span.tier == outer else span for span in spans
     )
 
 

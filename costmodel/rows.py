@@ -116,10 +116,12 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """Switches of an engine that let kernels run beside one another."""
+    """Switches of an engine: kernels that run beside one another, and how servers exchange."""
 
     weight_prefetch: bool = False
     fused_collectives: bool = False
+    collectives: str = "auto"
+    """Algorithm between servers (`kernels.algorithms`); auto: the library's own pick."""
 
 
 NO_OVERLAP = Overlap()

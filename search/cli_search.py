@@ -77,6 +77,13 @@ def search(
             help="Product and all_reduce in one kernel: off, on or auto; the engine's own.",
         ),
     ] = None,
+    collectives: Annotated[
+        str,
+        typer.Option(
+            "--collectives",
+            help="Algorithm between nodes: auto (the library's), all (searched), ring, NHR, ...",
+        ),
+    ] = "auto",
     serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[

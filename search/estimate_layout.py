@@ -283,7 +283,8 @@ class LayoutMaker:
             for phase in _PHASES
         }
         self.kept |= {id(graph.blocks): graph.blocks for graph in graphs.values()}
-        overlap = Overlap(**{name: columns.get(name) == "on" for name in _SWITCHES})
+        on: dict[str, Any] = {name: columns.get(name) == "on" for name in _SWITCHES}
+        overlap = Overlap(**on)
         return Layout(
             spec=spec,
             cluster=cluster,

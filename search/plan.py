@@ -83,6 +83,8 @@ class Request(Part):
     weight_prefetch: str = "off"
     """off, on or auto: searched both ways."""
     fused_collectives: str = "off"
+    collectives: str = "auto"
+    """Algorithm between nodes: auto, all (searched) or a name."""
     engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
     """Search engine."""
     engine_profile: str

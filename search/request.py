@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
@@ -22,6 +22,7 @@ from shardplan.costmodel.optable import Overlap
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
+from shardplan.search.algorithms import asked_algorithms
 from shardplan.search.legality import rules, unsupported_switch
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
@@ -75,6 +76,8 @@ class Asked:
     weight_prefetch: str | None = None
     """off, on or auto (searched both ways); None: as the engine has it."""
     fused_collectives: str | None = None
+    collectives: str = "auto"
+    """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +177,8 @@ def _switch(
 ) -> tuple[str, bool]:
     """(off, on or auto; whether it can be on at all) of one switch of the engine."""
     engine = subject[2]
-    rule = unsupported_switch(*subject, Overlap(**{name: True}), weight)
+    on: dict[str, Any] = {name: True}
+    rule = unsupported_switch(*subject, Overlap(**on), weight)
     if asked == "on" and rule is not None:
         raise InputError(
             f"`{name}` is not to be had here: {rules()[rule].sentence}",
@@ -304,6 +308,7 @@ def _request(
         kv_dtype=asked.kv_dtype,
         attention=asked.attention,
         **settings,
+        collectives=asked.collectives,
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
         serving="agg",
@@ -334,6 +339,11 @@ def resolve(asked: Asked) -> Resolved:
         for a in attention
     )
     choices, switches, settings = _switched((spec, cluster, engine), base, asked, notes)
+    choices = tuple(
+        replace(one, collectives=name)
+        for name in asked_algorithms(cluster, asked.collectives)
+        for one in choices
+    )
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings),
         spec=spec,

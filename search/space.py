@@ -56,9 +56,11 @@ class Choice:
 
     @property
     def overlap(self) -> Overlap:
-        """The switches of the engine."""
+        """The switches of the engine, and the algorithm between nodes."""
         return Overlap(
-            weight_prefetch=self.weight_prefetch, fused_collectives=self.fused_collectives
+            weight_prefetch=self.weight_prefetch,
+            fused_collectives=self.fused_collectives,
+            collectives=self.collectives,
         )
 
     @property
@@ -107,6 +109,7 @@ class Space:
             "kv_dtype": [*sorted({c.kv_dtype for c in self.choices})],
             "weight_prefetch": [*sorted({c.weight_prefetch for c in self.choices})],
             "fused_collectives": [*sorted({c.fused_collectives for c in self.choices})],
+            "collectives": [*sorted({c.collectives for c in self.choices})],
             "batch": list(self.batches),
             "chunk": list(self.chunks),
         }

@@ -21,10 +21,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
+from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
     Slot,
+    algorithm_rule,
     command_line,
     family_of,
     model_name,
@@ -91,6 +94,9 @@ def files(
         made |= tables
         if not tables:
             left.append(_no_table())
+        if way.collectives != AUTO:
+            setting = hccl_algo(way.collectives)
+            left.append(f"- Run with `export HCCL_ALGO='{setting}'`: the plan is priced so.")
     made["README.md"] = _readme(plan, release, soc, sorted({*made, "README.md"}), left)
     return made
 
@@ -138,6 +144,9 @@ def _check_strategy(plan: Plan, family: str) -> None:
         if size > 1:
             hint = f"search with {axis}=1{more}{_or_elsewhere(family)}"
             raise refuse(_TARGET, rule, got=f"{axis}={size}", hint=hint)
+    broken, rule, got, hint = algorithm_rule(plan)
+    if broken:
+        raise refuse(_TARGET, rule, got=got, hint=hint)
 
 
 def _or_elsewhere(family: str) -> str:

@@ -19,14 +19,17 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.config_fields import plain
 from shardplan.models.errors import InputError
+from shardplan.search.algorithms import supported
 from shardplan.search.families import device_family
 from shardplan.search.plan import Plan
 
 __all__ = [
     "Raw",
     "Slot",
+    "algorithm_rule",
     "check_plan",
     "command_line",
     "family_of",
@@ -99,6 +102,17 @@ def check_plan(plan: Plan) -> None:
 def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
     """The error of a plan that a target cannot express."""
     return InputError(f"{target} cannot express this plan: {rule}", got=got, hint=hint)
+
+
+def algorithm_rule(plan: Plan) -> tuple[bool, str, str, str]:
+    """(broken, rule, got, hint) of the algorithm between servers that a plan picks."""
+    known = (AUTO, *supported(plan.cluster.soc_versions))
+    return (
+        plan.strategy.collectives not in known,
+        "HCCL has no such algorithm between servers of this device",
+        f"collectives={printable(plan.strategy.collectives)}",
+        "try " + ", ".join(known),
+    )
 
 
 def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:

@@ -16,9 +16,12 @@ import json
 import math
 from collections.abc import Sequence
 
+from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
+from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
+    algorithm_rule,
     command_line,
     family_of,
     model_name,
@@ -87,6 +90,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
             f"try sp off, or ep={way.tp}",
         ),
         *_switch_rules(plan, family),
+        algorithm_rule(plan),
         (
             0 < plan.model.max_context < longest,
             "requests must fit the model's context",
@@ -186,6 +190,8 @@ def _environment(plan: Plan, family: str, split: Split) -> list[str]:
     buffers = facts["hccl_buffsize_mib"]
     wanted.append(("HCCL_BUFFSIZE", str(buffers["experts" if split.experts else "plain"])))
     way = plan.strategy
+    if way.collectives != AUTO:
+        wanted.append(("HCCL_ALGO", hccl_algo(way.collectives)))
     if way.pp > 1 and way.stage_layers:
         layers = ",".join(str(count) for count in way.stage_layers)
         wanted.append(("VLLM_PP_LAYER_PARTITION", layers))

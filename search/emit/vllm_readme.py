@@ -173,6 +173,11 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
             "- Fused matmul and all_reduce is on (enable_matmul_allreduce, gone after this "
             "release); priced as a gain of prefill alone, though decode steps run it too."
         )
+    if way.collectives != "auto":
+        lines.append(
+            f"- HCCL_ALGO picks {printable(way.collectives)} between servers. HCCL still chooses "
+            "by itself for messages so small that its vector-core kernels carry them."
+        )
     if way.weight_dtype == "w4a16":
         lines.append("- The engine's W4A16 covers experts; attention stays in 16 bit.")
     return lines
