@@ -43,6 +43,7 @@ from shardplan.costmodel.rows import (
 from shardplan.models.accounting import Transfer, local_product, transfers
 from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp
 from shardplan.models.graph import FREE_DIMS, Op
+from shardplan.models.weight_groups import group_of
 
 __all__ = [
     "NO_OVERLAP",
@@ -91,6 +92,7 @@ def _matmul(graph: ShardedGraph, node: ShardedOp, op: Op) -> Row:
         n=n,
         k=k,
         weight_class=op.weight_class,
+        weight_group=group_of(op),
         context="S" in op.dims,
         fuse=op.fuse,
     )

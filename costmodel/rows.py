@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from shardplan.costmodel.placement import TierSpan
 from shardplan.models.graph import WeightClass
+from shardplan.models.weight_groups import WeightGroup
 
 __all__ = [
     "NO_OVERLAP",
@@ -80,6 +81,8 @@ class Row:
     context: bool = False
     """The rows are the context's tokens, not the new ones."""
     weight_class: WeightClass = "none"
+    weight_group: WeightGroup = "attention"
+    """Of its weights, which may have a type of their own; of a norm, those of its readers."""
     experts: float = 0.0
     """Local experts of a grouped matmul."""
     spread: float = 1.0

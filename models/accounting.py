@@ -15,6 +15,7 @@ from shardplan.models.apply import Layout, ShardedBlock, ShardedGraph, ShardedOp
 from shardplan.models.graph import FREE_DIMS, WeightClass
 from shardplan.models.lockstep import Communication
 from shardplan.models.ranks import Extents, extents
+from shardplan.models.weight_groups import WeightGroup, group_of
 
 __all__ = [
     "HeldWeight",
@@ -64,6 +65,7 @@ class HeldWeight:
 
     name: str
     weight_class: WeightClass
+    weight_group: WeightGroup
     count: int
     elements: int
     channels: int
@@ -148,6 +150,7 @@ def stage_weights(graph: ShardedGraph, stage: Stage) -> Iterator[HeldWeight]:
             yield HeldWeight(
                 name=op.param,
                 weight_class=op.weight_class,
+                weight_group=group_of(op),
                 count=count,
                 elements=round(local_product(graph, op.weight, node.weight_layout).factor),
                 channels=round(local_product(graph, kept, node.weight_layout).factor),

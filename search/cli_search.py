@@ -52,7 +52,12 @@ def search(
         str, typer.Option("--objective", help="throughput, latency or cards.")
     ] = "throughput",
     weight_dtype: Annotated[
-        str, typer.Option("--weight-dtype", help="auto (the checkpoint's), bf16, w8a16, w8a8, ...")
+        str,
+        typer.Option(
+            "--weight-dtype",
+            help="auto (the checkpoint's), bf16, w8a8, ...; by layers: w8a8,experts=w4a8; "
+            "several to search: 'w8a16|w8a8'.",
+        ),
     ] = "auto",
     kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="auto, bf16 or int8.")] = "auto",
     attention: Annotated[str, typer.Option("--attention", help="auto, flash or naive.")] = "auto",

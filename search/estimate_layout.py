@@ -30,6 +30,7 @@ from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows, spans_of
 from shardplan.costmodel.placement import neighbour_tiers
 from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.weight_types import canonical, is_mixed, with_types
 from shardplan.models.accounting import Transfer, transfers
 from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
@@ -39,6 +40,7 @@ from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
+from shardplan.models.weight_groups import groups_of
 from shardplan.search.legality import Subject, first_broken_switch_rule, rules
 
 __all__ = [
@@ -177,10 +179,18 @@ def _sixteen_bit(asked: str, known: tuple[str, ...]) -> str:
 
 def weight_dtype_for(asked: str, spec: ModelSpec, device: Device) -> str:
     """The weight dtype to price; `InputError` where the device has no unit for it."""
-    dtype = _sixteen_bit(asked, device.weight_dtypes) or default_weight_dtype(spec, device)
-    if dtype not in device.weight_dtypes:
-        raise UnknownNameError(f"weight_dtype on {device.name}", dtype, device.weight_dtypes)
-    return dtype
+    known = device.weight_dtypes
+
+    def one_of(word: str) -> str:
+        own = word in ("", "auto")
+        dtype = default_weight_dtype(spec, device) if own else _sixteen_bit(word, known)
+        if dtype not in known:
+            raise UnknownNameError(f"weight_dtype on {device.name}", dtype, known)
+        return dtype
+
+    if not is_mixed(asked):
+        return one_of(asked)
+    return canonical(with_types(asked, one_of), groups_of(spec))
 
 
 def kv_dtype_for(asked: str, device: Device) -> str:

@@ -19,6 +19,7 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
 from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.weight_types import parts
 from shardplan.models.parallel import Parallelism
 from shardplan.models.ranks import axis_stride
 from shardplan.models.spec import ModelSpec
@@ -151,7 +152,9 @@ _PREFETCH = functools.partial(_unless, "weight_prefetch")
 SWITCH_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
     {
         "fused-device": _FUSED(lambda s: _family(s) in _FUSED_RANKS),
-        "fused-engine": _FUSED(lambda s: s.weight_dtype in s.engine.fused_collectives),
+        "fused-engine": _FUSED(
+            lambda s: set(parts(s.weight_dtype)) <= set(s.engine.fused_collectives)
+        ),
         "fused-group": _FUSED(_fused_group),
         "fused-sp": _FUSED(lambda s: not s.parallel.sp),
         "prefetch-device": _PREFETCH(lambda s: _family(s) in _PREFETCH_FAMILIES),

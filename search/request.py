@@ -19,9 +19,11 @@ from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.optable import Overlap
+from shardplan.costmodel.weight_types import canonical, is_mixed, with_types
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
+from shardplan.models.weight_groups import groups_of
 from shardplan.search.algorithms import asked_algorithms
 from shardplan.search.legality import rules, unsupported_switch
 from shardplan.search.plan import Limits, Request, Workload
@@ -122,6 +124,23 @@ def _refused(rule: str, known: tuple[str, ...], name: str, value: object) -> Inp
     )
 
 
+def _weight_dtypes(
+    spec: ModelSpec, device: Device, asked: str, notes: list[str]
+) -> tuple[str, ...]:
+    """The weight types to search, `|` between them, each a type or one by groups of layers."""
+
+    def one_of(word: str) -> str:
+        return _weight_dtype(spec, device, word, notes)
+
+    found = []
+    for text in asked.split("|"):
+        if is_mixed(text):
+            found.append(canonical(with_types(text, one_of), groups_of(spec)))
+        else:
+            found.append(one_of(text.strip()))
+    return tuple(dict.fromkeys(found))
+
+
 def _weight_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str]) -> str:
     known = device.weight_dtypes
     if asked != "auto":
@@ -171,19 +190,20 @@ def _beside(device: Device, weight: str, kv: str, attention: tuple[str, ...]) ->
 def _switch(
     name: str,
     subject: tuple[ModelSpec, Cluster, EngineProfile],
-    weight: str,
+    weights: tuple[str, ...],
     asked: str | None,
     notes: list[str],
 ) -> tuple[str, bool]:
     """(off, on or auto; whether it can be on at all) of one switch of the engine."""
     engine = subject[2]
     on: dict[str, Any] = {name: True}
-    rule = unsupported_switch(*subject, Overlap(**on), weight)
+    broken = [unsupported_switch(*subject, Overlap(**on), weight) for weight in weights]
+    rule = None if None in broken else broken[0]
     if asked == "on" and rule is not None:
         raise InputError(
             f"`{name}` is not to be had here: {rules()[rule].sentence}",
             got=f"{name}=on, device={subject[1].device.name}, engine_profile={engine.name}, "
-            f"weight_dtype={weight}",
+            f"weight_dtype={'|'.join(weights)}",
             hint="leave it off",
         )
     if rule is not None:
@@ -204,8 +224,9 @@ def _switched(
 ) -> tuple[tuple[Choice, ...], tuple[Choice, ...], dict[str, str]]:
     """(choices to search, choices to show beside, what each switch is set to)."""
     settings, possible = {}, {}
+    weights = tuple(dict.fromkeys(choice.weight_dtype for choice in base))
     for name in SWITCHES:
-        found = _switch(name, subject, base[0].weight_dtype, getattr(asked, name), notes)
+        found = _switch(name, subject, weights, getattr(asked, name), notes)
         settings[name], possible[name] = found
     values = {"off": (False,), "on": (True,), "auto": (False, True)}
     searched = list(product(*(values[settings[name]] for name in SWITCHES)))
@@ -326,7 +347,7 @@ def resolve(asked: Asked) -> Resolved:
     work, limits = read_workload(asked, notes)
     limits, soft = _soft_limits(work, limits, asked.objective, notes)
     engine = _engine_profile(cluster, asked.engine_profile, notes)
-    weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
+    weights = _weight_dtypes(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
     attention = _attention(engine, asked.attention, notes)
     if asked.serving == "auto":
@@ -336,6 +357,7 @@ def resolve(asked: Asked) -> Resolved:
     both_auto = asked.weight_dtype == asked.kv_dtype == "auto"
     base = tuple(
         Choice(attention=a, weight_dtype=weight, kv_dtype=kv)  # type: ignore[arg-type]  # checked
+        for weight in weights
         for a in attention
     )
     choices, switches, settings = _switched((spec, cluster, engine), base, asked, notes)
@@ -351,7 +373,7 @@ def resolve(asked: Asked) -> Resolved:
         engine=engine,
         choices=choices,
         switches=switches,
-        beside=_beside(cluster.device, weight, kv, attention) if both_auto else (),
+        beside=_beside(cluster.device, weights[0], kv, attention) if both_auto else (),
         notes=(*notes, *spec.extra),
         soft_limits=soft,
     )
