@@ -21,6 +21,7 @@ import functools
 from itertools import permutations
 
 from shardplan.costmodel.hardware import Cluster
+from shardplan.costmodel.placement import meetings
 from shardplan.models.parallel import AXES, Axis, Mesh, Parallelism, make_mesh
 from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
@@ -48,8 +49,7 @@ def _signature(
 ) -> Signature:
     pairs = tuple(extents(mesh, par, (axis,))[0] for axis in joined)
     stages = extents(mesh, par, ("pp",))
-    reach = tuple(sum((size - 1) * step for size, step in stages) // ranks for ranks in tiers)
-    meet = tuple(int(one > 0) for one in reach)
+    meet = tuple(one for size, step in stages for one in meetings(tiers, size, step))
     if all(_nests(size, step, ranks) for size, step in pairs for ranks in tiers):
         inside = (tuple(min(max(r // s, 1), n) for r in tiers) for n, s in pairs)
         return (meet, *inside)

@@ -7,8 +7,11 @@ joins `R` ranks. With `c(R)` members in each instance that holds any,
 
     span(tier) = c(R_tier) / c(R_inner)        product over the tiers = g
 
-where `R_inner` is the tier before it. A tier that adds no member is left out. Neighbouring stages
-of a pipeline meet in the innermost tier that holds all stages: the farthest of them set the pace.
+where `R_inner` is the tier before it. A tier that adds no member is left out.
+
+Neighbouring stages of a pipeline meet in the innermost tier that holds both. Stages of 4 ranks on
+nodes of 8 hand over inside a node and between nodes in turn: a send is priced as the mean over all
+neighbours, which is exact for the way of a token through the pipeline.
 
 Left out: a group that fills a tier unevenly (12 ranks on nodes of 8: 8 and 4) has no such product.
 That tier is passed over and its members are counted in the next tier out, which is slower: the
@@ -19,9 +22,9 @@ holds when the sizes nest (every legal mesh of axes).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import product
 
 from shardplan.costmodel.hardware import Cluster, Tier
 from shardplan.models.errors import InputError
@@ -31,6 +34,7 @@ __all__ = [
     "TierSpan",
     "between_nodes",
     "group_tiers",
+    "meetings",
     "neighbour_tiers",
     "tiers_crossed",
     "with_algorithm",
@@ -46,6 +50,8 @@ class TierSpan:
     """Parties that meet in one instance of the tier: ranks in the innermost, else sub-groups."""
     algorithm: str = "auto"
     """How they exchange, where the user picked it (`kernels.algorithms`)."""
+    share: float = 1.0
+    """Of the neighbouring stages of a pipeline, how many meet here."""
 
 
 def group_tiers(cluster: Cluster, *, group: int, stride: int) -> tuple[TierSpan, ...]:
@@ -95,12 +101,26 @@ def with_algorithm(
 
 
 def neighbour_tiers(cluster: Cluster, lies: Extents) -> tuple[TierSpan, ...]:
-    """The tier in which the farthest neighbours of a pipeline's stages meet."""
-    last = sum((size - 1) * stride for size, stride in lies)
-    found = next((tier for tier in cluster.tiers if tier.ranks > last), None)
-    if found is None:  # more ranks than the cluster has: say so as for any group
-        return tiers_crossed(cluster, lies)
-    return (TierSpan(tier=found, members=2),) if last else ()
+    """The tiers in which neighbouring stages of a pipeline meet, and which share of them does."""
+    for size, stride in lies:
+        tiers_crossed(cluster, ((size, stride),))  # a pipeline must fit as any group must
+        met = meetings(tuple(tier.ranks for tier in cluster.tiers), size, stride)
+        return tuple(
+            TierSpan(tier=tier, members=2, share=pairs / (size - 1))
+            for tier, pairs in zip(cluster.tiers, met, strict=True)
+            if pairs
+        )
+    return ()
+
+
+def meetings(tier_ranks: tuple[int, ...], stages: int, stride: int) -> tuple[int, ...]:
+    """Pairs of neighbouring stages that meet in each tier: those that cross no border of it.
+
+    Of s - 1 pairs, d ranks apart, min(s - 1, (s - 1) d // R) cross a border of R ranks.
+    """
+    pairs = stages - 1
+    crossing = (pairs, *(min(pairs, pairs * stride // ranks) for ranks in tier_ranks))
+    return tuple(before - after for before, after in itertools.pairwise(crossing))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,4 +142,4 @@ def _members(tier_ranks: tuple[int, ...], lies: Extents) -> tuple[int, ...]:
 def _ids(lies: Extents) -> list[int]:
     """Rank ids of the members."""
     steps = [range(0, size * stride, stride) for size, stride in lies]
-    return [sum(one) for one in product(*steps)]
+    return [sum(one) for one in itertools.product(*steps)]

@@ -4,7 +4,9 @@ Every default is written down as a note, so that an answer never hides what it a
 and cache keep the checkpoint's own types; where the device has no such type, the nearest of the
 same width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16). Switches of the engine
 (`shardplan.costmodel.overlap`) stay as the engine has them: off, or searched both ways where it has
-one on by itself.
+one on by itself. Weight types may be several (`|` between them), each by groups of layers
+(`shardplan.costmodel.weight_types`); the algorithm between servers is the library's own unless
+asked (`shardplan.search.algorithms`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The strategy space: every combination of the searched dimensions, and which of them are legal.
 
     layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts
-    choices   attention kernel, weight dtype, KV dtype, switches of the engine
+    choices   attention kernel, weight dtype, KV dtype, switches of the engine, algorithm of the
+              collectives between nodes
     grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
 
 The size of the space is the full product, legal or not: |layouts| * |choices| * |grid|. A layout

@@ -15,6 +15,9 @@ Volume / rate and steps of one tier (HCCL user guide, "collective communication 
 
     all_reduce = reduce_scatter + all_gather; send = n over b (mesh) or B, one step
 
+Neighbouring stages of a pipeline that meet in several tiers: send is the mean, by the shares of the
+spans.
+
 A tier whose span names an algorithm takes that one's steps and volume (`algorithms`). Where it
 names none (`auto`) the table stands for the library's own pick: on roce NHR, which is H-D_R on 2^k
 servers and, of the same steps and volume, NB; between the servers of a supernode (switch) all links
@@ -108,7 +111,9 @@ class _Stage(NamedTuple):
 
 
 def group_size(spans: Sequence[TierSpan]) -> int:
-    """Ranks of the group that crosses these tiers."""
+    """Ranks of the group that crosses these tiers; two where they are neighbouring stages."""
+    if any(span.share < 1.0 for span in spans):
+        return 2
     return math.prod(span.members for span in spans)
 
 
@@ -272,6 +277,10 @@ def collective(
     if not crossed:
         none = np.zeros_like(message)
         return KernelTime(none, none, none, none)
+    if kind == "send" and len(crossed) > 1:
+        each = functools.partial(collective, launch=launch, custom=custom, in_service=in_service)
+        hops = [(one.share, each(kind, (one,), message, calibration)) for one in crossed]
+        return KernelTime(*(sum((w * t[i] for w, t in hops), np.zeros(())) for i in range(4)))
     pick = functools.partial(_pick, calibration, "graph" if in_service else launch, custom)
     stages = _stages(pick, crossed, kind, message)
     last = pick(crossed[-1].tier, kind)

@@ -27,11 +27,10 @@ from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
     Slot,
-    algorithm_rule,
+    check_algorithm,
     command_line,
     family_of,
     model_name,
-    place,
     predicted,
     printable,
     refuse,
@@ -76,11 +75,7 @@ def files(
     soc = _soc(plan, soc_version)
     _check_strategy(plan, family)
     way = plan.strategy
-    groups = in_order(
-        _TARGET,
-        plan,
-        place(_TARGET, groups=way.dp, ranks=way.tp, per_node=plan.cluster.ranks_per_node),
-    )
+    groups = in_order(_TARGET, plan, groups=way.dp, ranks=way.tp)
     last = max(slot.node for slots in groups for slot in slots)
     hosts = _addresses(addresses, "addresses", last + 1)
     ports = _addresses(device_addresses, "device_addresses", way.ranks)
@@ -144,9 +139,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
         if size > 1:
             hint = f"search with {axis}=1{more}{_or_elsewhere(family)}"
             raise refuse(_TARGET, rule, got=f"{axis}={size}", hint=hint)
-    broken, rule, got, hint = algorithm_rule(plan)
-    if broken:
-        raise refuse(_TARGET, rule, got=got, hint=hint)
+    check_algorithm(_TARGET, plan)
 
 
 def _or_elsewhere(family: str) -> str:

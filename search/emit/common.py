@@ -29,7 +29,7 @@ from shardplan.search.plan import Plan
 __all__ = [
     "Raw",
     "Slot",
-    "algorithm_rule",
+    "check_algorithm",
     "check_plan",
     "command_line",
     "family_of",
@@ -104,15 +104,16 @@ def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
     return InputError(f"{target} cannot express this plan: {rule}", got=got, hint=hint)
 
 
-def algorithm_rule(plan: Plan) -> tuple[bool, str, str, str]:
-    """(broken, rule, got, hint) of the algorithm between servers that a plan picks."""
+def check_algorithm(target: str, plan: Plan) -> None:
+    """`InputError` for an algorithm between servers that HCCL has not on the plan's device."""
     known = (AUTO, *supported(plan.cluster.soc_versions))
-    return (
-        plan.strategy.collectives not in known,
-        "HCCL has no such algorithm between servers of this device",
-        f"collectives={printable(plan.strategy.collectives)}",
-        "try " + ", ".join(known),
-    )
+    if plan.strategy.collectives not in known:
+        raise refuse(
+            target,
+            "HCCL has no such algorithm between servers of this device",
+            got=f"collectives={printable(plan.strategy.collectives)}",
+            hint="try " + ", ".join(known),
+        )
 
 
 def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:

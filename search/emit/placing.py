@@ -21,7 +21,7 @@ from dataclasses import replace
 from itertools import product
 
 from shardplan.models.parallel import AXES, Axis
-from shardplan.search.emit.common import Slot, refuse
+from shardplan.search.emit.common import Slot, place, refuse
 from shardplan.search.plan import Plan, StrategyInfo
 
 __all__ = ["TARGET_ORDER", "in_order", "plan_ranks"]
@@ -40,18 +40,17 @@ def plan_ranks(way: StrategyInfo) -> tuple[int, ...]:
     return tuple(sum(one) for one in product(*steps))
 
 
-def in_order(
-    target: str, plan: Plan, groups: Sequence[Sequence[Slot]]
-) -> tuple[tuple[Slot, ...], ...]:
-    """The slots of consecutive ranks, moved to where the plan's order puts those ranks.
+def in_order(target: str, plan: Plan, *, groups: int, ranks: int) -> tuple[tuple[Slot, ...], ...]:
+    """Slots of `groups` groups of `ranks` of the target's ranks, where the plan's order puts them.
 
     `InputError` where the target cannot start its processes there.
     """
     way, per_node = plan.strategy, plan.cluster.ranks_per_node
-    ranks = plan_ranks(way)
-    if way.order == AXES or ranks == tuple(range(len(ranks))):
-        return tuple(tuple(slots) for slots in groups)
-    return tuple(tuple(_moved(target, way, one, ranks, per_node) for one in g) for g in groups)
+    slots = place(target, groups=groups, ranks=ranks, per_node=per_node)
+    lies = plan_ranks(way)
+    if way.order == AXES or lies == tuple(range(len(lies))):
+        return slots
+    return tuple(tuple(_moved(target, way, one, lies, per_node) for one in g) for g in slots)
 
 
 def _moved(target: str, way: StrategyInfo, slot: Slot, ranks: Sequence[int], per_node: int) -> Slot:

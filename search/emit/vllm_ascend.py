@@ -21,7 +21,7 @@ from shardplan.models.errors import InputError
 from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
-    algorithm_rule,
+    check_algorithm,
     command_line,
     family_of,
     model_name,
@@ -90,7 +90,6 @@ def _check_strategy(plan: Plan, family: str) -> None:
             f"try sp off, or ep={way.tp}",
         ),
         *_switch_rules(plan, family),
-        algorithm_rule(plan),
         (
             0 < plan.model.max_context < longest,
             "requests must fit the model's context",
@@ -101,6 +100,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
     for broken, rule, got, hint in rules:
         if broken:
             raise refuse(_TARGET, rule, got=got, hint=hint)
+    check_algorithm(_TARGET, plan)
 
 
 def _switch_rules(plan: Plan, family: str) -> list[tuple[bool, str, str, str]]:

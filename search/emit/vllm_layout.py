@@ -99,11 +99,7 @@ def launches(plan: Plan, split: Split) -> tuple[Launch, ...]:
     spans = copy > per_node
     if not spans:  # a copy must not cross a border between nodes either
         place(_TARGET, groups=way.dp, ranks=copy, per_node=per_node)
-    placed = in_order(
-        _TARGET,
-        plan,
-        place(_TARGET, groups=split.servers, ranks=copy * split.groups, per_node=per_node),
-    )
+    placed = in_order(_TARGET, plan, groups=split.servers, ranks=copy * split.groups)
     made = [
         Launch(
             server=server,

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.models.strategies import tiny, tiny_moe
 
+from shardplan.costmodel.calibration import load_calibration
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.hardware import Cluster
+from shardplan.costmodel.kernels.collectives import collective
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.optable import spans_of
 from shardplan.costmodel.orders import distinct_orders, placement_signature
@@ -77,9 +79,9 @@ def test_every_group_of_an_applied_graph_crosses_the_tiers_that_its_ranks_lie_in
             found = named(spans_of(cluster, one))
             if one.kind == "send":
                 pairs = [[s * strides["pp"], (s + 1) * strides["pp"]] for s in range(par.pp - 1)]
-                outer = [counted(cluster, pair)[0][0] for pair in pairs]
-                tiers = [tier.name for tier in cluster.tiers]
-                assert not found or tiers.index(found[0][0]) == max(map(tiers.index, outer))
+                meet = Counter(counted(cluster, pair)[0][0] for pair in pairs)
+                shares = {one.tier.name: one.share for one in spans_of(cluster, one)}
+                assert shares == {tier: count / len(pairs) for tier, count in meet.items()}
             else:
                 assert found == counted(cluster, ids_of(one.lies))
 
@@ -164,14 +166,21 @@ def test_a_pipeline_inside_the_node_sends_over_its_mesh_and_memory_stays() -> No
     assert weights(apart) == weights(near)
 
 
-def test_the_farthest_neighbours_of_a_pipeline_set_its_tier() -> None:
-    """Stages of 4 ranks on nodes of 8: the second hands over across the border of nodes."""
+def test_a_pipeline_hands_over_inside_nodes_and_between_them_in_turn() -> None:
+    """Four stages of 4 ranks on two nodes of 8: one of three hand-overs leaves the node."""
     cluster = load_cluster("atlas-800t-a2", nodes=2)
-    assert named(neighbour_tiers(cluster, ((2, 4),))) == [("mesh", 2)]
-    assert named(neighbour_tiers(cluster, ((4, 4),))) == [("roce", 2)]
     assert neighbour_tiers(cluster, ()) == ()
     with pytest.raises(InputError, match="fit in the cluster"):
         neighbour_tiers(cluster, ((8, 4),))
+    near, far = neighbour_tiers(cluster, ((2, 4),)), neighbour_tiers(cluster, ((2, 8),))
+    mixed = neighbour_tiers(cluster, ((4, 4),))
+    assert (named(near), named(far)) == ([("mesh", 2)], [("roce", 2)])
+    assert [(one.tier.name, one.share) for one in mixed] == [("mesh", 2 / 3), ("roce", 1 / 3)]
+    times = [
+        float(collective("send", spans, 1e7, load_calibration("910b2"), launch="graph").total_s)
+        for spans in (near, far, mixed)
+    ]
+    assert times[2] == pytest.approx(2 / 3 * times[0] + 1 / 3 * times[1])
 
 
 def test_a_group_of_two_pairs_is_counted_whole() -> None:
