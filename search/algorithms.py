@@ -65,19 +65,20 @@ def _differs(cluster: Cluster, name: str) -> bool:
 
 def asked_algorithms(cluster: Cluster, asked: str) -> tuple[str, ...]:
     """What `auto`, `all` or a name stands for. `InputError` for one that is not to be had."""
-    if asked.lower() in (AUTO, ALL):
-        return (AUTO,) if asked.lower() == AUTO else algorithms_for(cluster)
+    word = str(asked).lower()  # a Python caller may pass anything
+    if word in (AUTO, ALL):
+        return (AUTO,) if word == AUTO else algorithms_for(cluster)
     able = supported(cluster.device.soc_versions)
-    found = next((one for one in able if one.lower() == asked.lower()), None)
+    found = next((one for one in able if one.lower() == word), None)
     known = ", ".join((AUTO, ALL, *able))
     if found is None:
         bare = [one["name"] for one in _table() if not one.get("form", True)]
-        unpriced = asked.lower() in [one.lower() for one in bare]
+        unpriced = word in [one.lower() for one in bare]
         raise InputError(
             "HCCL documents no cost of this algorithm"
             if unpriced
             else f"collectives between servers of {cluster.device.name} run as {known}",
-            got=f"collectives={asked[:40]!r}",
+            got=f"collectives={word[:40]!r}",
             hint=f"try {known}",
         )
     if cluster.nodes == 1:

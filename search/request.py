@@ -135,8 +135,10 @@ def _weight_dtypes(
         return _weight_dtype(spec, device, word, notes)
 
     found = []
-    for text in asked.split("|"):
-        if is_mixed(text):
+    for text in asked.split("|") if isinstance(asked, str) else (asked,):
+        if not isinstance(text, str):
+            found.append(one_of(text))
+        elif is_mixed(text):
             found.append(canonical(with_types(text, one_of), groups_of(spec)))
         else:
             found.append(one_of(text.strip()))
