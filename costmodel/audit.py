@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from shardplan.costmodel.kernels.collectives import group_size
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.step import StepModel
 from shardplan.models.accounting import predict_communication
@@ -31,9 +32,7 @@ def _charged(model: StepModel, graph: ShardedGraph, batch: int, tokens: int) -> 
                 row = one.fused or one
                 if not row.is_collective:
                     continue
-                ranks = 1
-                for span in row.spans:
-                    ranks *= span.members
+                ranks = group_size(row.spans)
                 whole_step = row.group == "token" or (
                     row.group == "logits" and graph.model.phase == "decode"
                 )

@@ -9,8 +9,10 @@ prefetch), the weakest counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from shardplan.costmodel.calibration import Calibration, Section
+from shardplan.costmodel.kernels.algorithms import runs
 from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.load import kernel_dtype
 from shardplan.costmodel.optable import Row, pointwise_kernel
@@ -48,7 +50,10 @@ def collective_sections(
     for span in spans:
         lead = f"collectives.{span.tier.topology}.{launch}"
         own = calibration.sections.get(f"{lead}.{kind}")
-        yield own or calibration.sections.get(f"{lead}.any", _UNKNOWN)
+        found = own or calibration.sections.get(f"{lead}.any", _UNKNOWN)
+        if runs(span.algorithm, kind):  # fitted to another form of the same links
+            found = replace(found, kind=max(found.kind, "derived", key=KINDS.index))
+        yield found
 
 
 def _names(row: Row, weight_dtype: str, phase: str, attention: str) -> Iterator[tuple[str, ...]]:

@@ -31,6 +31,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Load, Parts, kernel_dtype
 from shardplan.costmodel.optable import Group, Row
 from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.weight_types import is_mixed
 from shardplan.models.graph import Phase
 
 __all__ = ["Call", "Dtypes", "Fleet", "Indices", "Watch"]
@@ -56,7 +57,9 @@ _SIZES = (
 _PLAIN = ("kind", "group", "context", "weight_class", "window", "spans", "quantized")
 """What else a formula reads."""
 _UNREAD = ("fuse",)
-_NAMES = tuple(one.name for one in fields(Row) if one.name not in (*_SIZES, *_UNREAD))
+_BY_GROUP = "weight_group"
+"""Read where weight types differ between groups; else it would only cut the stacks."""
+_NAMES = tuple(one.name for one in fields(Row) if one.name not in (*_SIZES, *_UNREAD, _BY_GROUP))
 """The same for all that are stacked."""
 _SPECIAL = tuple(name for name in _NAMES if name not in _PLAIN)
 """Fields that this module does not know: a row that has one may depend on every dtype."""
@@ -155,8 +158,8 @@ def _kernels(found: Sequence[tuple[int, int, Row]], tables: int) -> _Kernels:
     )
 
 
-def _tables(models: Sequence[StepModel], phase: Phase) -> _Tables:
-    """Stack the op tables of one phase."""
+def _tables(models: Sequence[StepModel], phase: Phase, by_group: bool) -> _Tables:
+    """Stack the op tables of one phase; weights of different groups apart where that matters."""
     numbers: dict[int, int] = {}
     kept: list[Rows] = []
     of_model = np.empty(len(models), dtype=np.int64)
@@ -171,7 +174,8 @@ def _tables(models: Sequence[StepModel], phase: Phase) -> _Tables:
     for table, rows in enumerate(kept):
         for name, ones in rows.items():
             for row in ones:
-                found.setdefault(_names_of(row), []).append((table, templates[name], row))
+                names = (*_names_of(row), row.weight_group if by_group else "")
+                found.setdefault(names, []).append((table, templates[name], row))
                 launches[row.group][table, templates[name]] += 1.0
     stacked = [_kernels(ones, len(kept)) for ones in found.values()]
     runs = _runs(models, phase, templates)
@@ -237,12 +241,13 @@ class Fleet:
     ) -> Fleet:
         """Points `which` (into `models`, all of one machine and engine) under `choice`."""
         phases: tuple[Phase, ...] = ("prefill", "decode")
+        by_group = any(is_mixed(one.weight_dtype) for one in choices)
         return cls(
             models=tuple(models),
             which=which,
             choices=tuple(choices),
             choice=choice,
-            tables={phase: _tables(models, phase) for phase in phases},
+            tables={phase: _tables(models, phase, by_group) for phase in phases},
             model_groups=np.asarray([model.groups for model in models], dtype=np.float64),
             model_locked=np.asarray([model.locked for model in models], dtype=np.float64),
             model_stages=np.asarray([model.stages for model in models], dtype=np.float64),

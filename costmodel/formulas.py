@@ -102,12 +102,13 @@ def _elements(model: StepModel, row: Row, load: Load) -> Array:
 
 def _norm(model: StepModel, row: Row, load: Load) -> KernelTime:
     """A norm; one that feeds linear layers alone (`weight_class`) quantizes where they do."""
-    if row.weight_class == "none" or not precision_of(load.weight_dtype).quantizes:
+    dtype = kernel_dtype(row, load.weight_dtype)
+    if row.weight_class == "none" or not precision_of(dtype).quantizes:
         return pointwise_time(model, row, load)
     elements, kind = _elements(model, row, load), pointwise_kernel(row)
     moved = elements * (pointwise_bytes(row) - _WRITTEN_BYTES)
     norm = pointwise(model.machine, kind, elements, moved, SIXTEEN_BIT)
-    static = load.weight_dtype.endswith("_static")
+    static = dtype.endswith("_static")
     own = "quantize_static" if static else "quantize"
     write = pointwise(model.machine, own, elements, elements, SIXTEEN_BIT)
     body = write.compute_s + write.memory_s

@@ -1,7 +1,8 @@
 """The memory ledger: what one rank of each pipeline stage holds, in bytes.
 
-    weights        elements at the strategy's dtype, with one fp32 scale per output channel where
-                   quantized per channel (4-bit: one 16-bit scale per group of 128 inputs)
+    weights        elements at the strategy's dtype of their group, with one fp32 scale per output
+                   channel where quantized per channel (4-bit: one 16-bit scale per group of 128
+                   inputs)
     kv cache       elements a token * bytes * tokens in whole blocks * sequences
     activations    the largest sum of tensors alive at once over the graph (liveness), at the
                    tokens of one step, 16-bit (logits fp32), plus the attention kernel's workspace
@@ -32,6 +33,7 @@ from shardplan.costmodel.kernels.attention import (
 )
 from shardplan.costmodel.kernels.base import Array, ArrayLike, Machine, as_array
 from shardplan.costmodel.kernels.precision import precision_of
+from shardplan.costmodel.weight_types import parts, type_of
 from shardplan.models.accounting import local_product, stage_weights, state_elements_per_token
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
 
@@ -45,8 +47,11 @@ _LOGIT_BYTES = 4.0
 
 
 def weight_element_bytes(dtype: str) -> float:
-    """Bytes of one linear or expert weight, scales left out (microscaling ones are within)."""
-    return precision_of(dtype).weight_bytes
+    """Bytes of one linear or expert weight, scales left out (microscaling ones are within).
+
+    Of a type by groups, the narrowest.
+    """
+    return min(precision_of(one).weight_bytes for one in parts(dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +73,10 @@ class StageMemory:
         return self.kv_cache_bytes + self.activations_bytes + fixed
 
 
-def _weights(graph: ShardedGraph, stage: Stage, dtype: str) -> float:
+def _weights(graph: ShardedGraph, stage: Stage, weight_dtype: str) -> float:
     total = 0.0
     for held in stage_weights(graph, stage):
+        dtype = type_of(weight_dtype, held.weight_group)
         if held.weight_class not in ("linear", "expert") or dtype in ("bf16", "fp16"):
             total += held.count * held.elements * 2.0
             continue

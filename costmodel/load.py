@@ -13,6 +13,7 @@ from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.memo import Memo, Points
 from shardplan.costmodel.optable import Row
+from shardplan.costmodel.weight_types import type_of
 from shardplan.models.graph import Phase
 
 __all__ = ["SIXTEEN_BIT", "ZERO", "Load", "Parts", "kernel_dtype"]
@@ -133,5 +134,7 @@ class Load:
 
 
 def kernel_dtype(row: Row, weight_dtype: str) -> str:
-    """Linear and expert weights take the strategy's dtype, everything else stays 16-bit."""
-    return weight_dtype if row.weight_class in ("linear", "expert") else SIXTEEN_BIT
+    """Linear and expert weights take the strategy's dtype of their group, all else is 16-bit."""
+    if row.weight_class not in ("linear", "expert"):
+        return SIXTEEN_BIT
+    return type_of(weight_dtype, row.weight_group)

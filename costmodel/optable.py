@@ -29,7 +29,13 @@ from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
-from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.kernels.algorithms import AUTO, runs
+from shardplan.costmodel.placement import (
+    TierSpan,
+    neighbour_tiers,
+    tiers_crossed,
+    with_algorithm,
+)
 from shardplan.costmodel.rowfusion import join_rotary, mark, merged, runs_inside_rotary
 from shardplan.costmodel.rows import (
     NO_OVERLAP,
@@ -43,6 +49,7 @@ from shardplan.costmodel.rows import (
 from shardplan.models.accounting import Transfer, local_product, transfers
 from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp
 from shardplan.models.graph import FREE_DIMS, Op
+from shardplan.models.weight_groups import group_of
 
 __all__ = [
     "NO_OVERLAP",
@@ -54,6 +61,7 @@ __all__ = [
     "phase_rows",
     "pointwise_bytes",
     "pointwise_kernel",
+    "spans_of",
 ]
 
 _PLAIN_NORMS = ("hnorm", "enorm")
@@ -97,6 +105,7 @@ def _matmul(graph: ShardedGraph, node: ShardedOp, op: Op) -> Row:
         n=n,
         k=k,
         weight_class=op.weight_class,
+        weight_group=group_of(op),
         context="S" in op.dims,
         fuse=op.fuse,
     )
@@ -162,8 +171,9 @@ def _pointwise(graph: ShardedGraph, node: ShardedOp, kind: str) -> Row:
     )
 
 
-def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer) -> Row:
-    spans = group_tiers(cluster, group=one.ranks, stride=one.stride)
+def _collective(
+    cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer, algorithm: str
+) -> Row:
     free = dict(one.elements.free)
     last = block == "head" and (graph.model.phase == "decode" or "T" not in free)
     ahead = block == "mtp_head" and "T" not in free
@@ -172,8 +182,16 @@ def _collective(cluster: Cluster, graph: ShardedGraph, block: str, one: Transfer
         group="logits" if last else "draft_logits" if ahead else "token",
         ways=math.prod(free.values()),
         n=one.elements.factor,
-        spans=spans,
+        spans=spans_of(cluster, one, algorithm),
     )
+
+
+def spans_of(cluster: Cluster, one: Transfer, algorithm: str = AUTO) -> tuple[TierSpan, ...]:
+    """Tiers that a collective crosses, or in which neighbouring stages meet."""
+    if one.kind == "send":
+        return neighbour_tiers(cluster, one.lies)
+    spans = tiers_crossed(cluster, one.lies)
+    return with_algorithm(cluster, spans, algorithm) if runs(algorithm, one.kind) else spans
 
 
 def _node_rows(graph: ShardedGraph, node: ShardedOp, engine: EngineProfile) -> Iterator[Row]:
@@ -218,7 +236,13 @@ def block_rows(
     """Rows of one template under one layout, fusions applied, switches of `overlap` set."""
     rows = tuple(
         one.row
-        for one in mark(_placed(graph, block, cluster, engine), graph, block, engine, overlap)
+        for one in mark(
+            _placed(graph, block, cluster, engine, overlap.collectives),
+            graph,
+            block,
+            engine,
+            overlap,
+        )
     )
     if block.name != "mtp_head":
         return rows
@@ -248,7 +272,11 @@ def phase_rows(
 
 
 def _placed(
-    graph: ShardedGraph, block: ShardedBlock, cluster: Cluster, engine: EngineProfile
+    graph: ShardedGraph,
+    block: ShardedBlock,
+    cluster: Cluster,
+    engine: EngineProfile,
+    algorithm: str,
 ) -> list[Placed]:
     placed: list[Placed] = []
     moving: list[str] = []
@@ -265,7 +293,8 @@ def _placed(
     placed = list(merged(join_rotary(placed, graph, engine), engine))
     for name, one in zip(moving, transfers(graph, block), strict=True):
         if engine.sampling or not one.logits:
-            placed.append(Placed(_collective(cluster, graph, block.name, one), (name,)))
+            row = _collective(cluster, graph, block.name, one, algorithm)
+            placed.append(Placed(row, (name,)))
     if block.name in ("head", "mtp_head") and engine.sampling:
         row = Row(
             kind="softmax_sample",

@@ -3,7 +3,8 @@
     merged      projections of one fuse label are one product
     joined      rotary embeddings are one kernel, with per-head norms (`qk_norm_rope`); MLA's latent
                 norm, rotary key and cache writes are another (`mla_kv_norm_rope`)
-    norm_quant  a norm whose readers are linear products alone writes their input's type
+    norm_quant  a norm whose readers are linear products of one group alone writes their input's
+                type
     fused       a row-parallel product and the all_reduce of its result, in prefill (`overlap`)
     behind      the kernels between a product and the one before it, if its weights are prefetched;
                 before the first product of a layer come the last kernels of the layer before it
@@ -19,6 +20,7 @@ from dataclasses import replace
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.rows import Overlap, Placed, Row
 from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp
+from shardplan.models.weight_groups import WeightGroup, group_of
 
 __all__ = ["join_rotary", "mark", "merged", "runs_inside_rotary"]
 
@@ -120,18 +122,19 @@ def _linear(node: ShardedOp) -> bool:
 def _quantized(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
     """Norms that only linear products read are marked as theirs, and the products as fed so."""
     fed: set[str] = set()
-    norms: set[str] = set()
+    norms: dict[str, WeightGroup] = {}
     for row, nodes in placed:
         if row.kind in _NORMS and len(nodes) == 1:
             readers = list(_readers(block, nodes[0]))
-            if readers and all(map(_linear, readers)):
-                norms.add(nodes[0])
+            groups = {group_of(one.op) for one in readers if one.op is not None}
+            if readers and all(map(_linear, readers)) and len(groups) == 1:
+                norms[nodes[0]] = groups.pop()
                 fed |= {reader.name for reader in readers}
     return [
         Placed(replace(row, quantized=True), nodes)
         if fed.issuperset(nodes) and row.kind == "matmul"
-        else Placed(replace(row, weight_class="linear"), nodes)
-        if norms.issuperset(nodes) and row.kind in _NORMS
+        else Placed(replace(row, weight_class="linear", weight_group=norms[nodes[0]]), nodes)
+        if row.kind in _NORMS and norms.keys() >= set(nodes)
         else Placed(row, nodes)
         for row, nodes in placed
     ]

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from shardplan.costmodel.placement import TierSpan
 from shardplan.models.graph import WeightClass
+from shardplan.models.weight_groups import WeightGroup
 
 __all__ = [
     "NO_OVERLAP",
@@ -82,6 +83,8 @@ class Row:
     context: bool = False
     """The rows are the context's tokens, not the new ones."""
     weight_class: WeightClass = "none"
+    weight_group: WeightGroup = "attention"
+    """Of its weights, which may have a type of their own; of a norm, those of its readers."""
     experts: float = 0.0
     """Local experts of a grouped matmul."""
     spread: float = 1.0
@@ -118,10 +121,12 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
-    """Switches of an engine that let kernels run beside one another."""
+    """Switches of an engine: kernels that run beside one another, and how servers exchange."""
 
     weight_prefetch: bool = False
     fused_collectives: bool = False
+    collectives: str = "auto"
+    """Algorithm between servers (`kernels.algorithms`); auto: the library's own pick."""
 
 
 NO_OVERLAP = Overlap()

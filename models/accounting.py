@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from shardplan.models.apply import Layout, ShardedBlock, ShardedGraph, ShardedOp, Stage
 from shardplan.models.graph import FREE_DIMS, WeightClass
 from shardplan.models.lockstep import Communication
+from shardplan.models.ranks import Extents, extents
+from shardplan.models.weight_groups import WeightGroup, group_of
 
 __all__ = [
     "HeldWeight",
@@ -50,7 +52,8 @@ class Transfer:
     kind: str
     axes: tuple[str, ...]
     ranks: int
-    stride: int
+    lies: Extents
+    """Where the ranks of its group lie; of a send, all stages of a pipeline."""
     elements: Product
     logits: bool = False
     """It gathers the logits of a vocabulary that is split, for sampling."""
@@ -62,6 +65,7 @@ class HeldWeight:
 
     name: str
     weight_class: WeightClass
+    weight_group: WeightGroup
     count: int
     elements: int
     channels: int
@@ -83,12 +87,11 @@ def local_product(graph: ShardedGraph, dims: tuple[str, ...], layout: Layout) ->
 def _transfer(graph: ShardedGraph, node: ShardedOp) -> Transfer:
     if node.kind == "send":
         axes: tuple[str, ...] = ("pp",)
-        ranks, stride = 2, graph.mesh.ranks
+        ranks = 2
         held = local_product(graph, node.dims, node.layout)
         factor = held.factor
     else:
         axes, ranks = node.axes, graph.mesh.size(node.axes)
-        stride = graph.mesh.stride(node.axes)
         lies = node.layout if node.kind == "all_gather" else node.before
         held = local_product(graph, node.dims, lies)
         factor = held.factor * node.density * (ranks if node.kind == "all_to_all" else 1)
@@ -96,7 +99,7 @@ def _transfer(graph: ShardedGraph, node: ShardedOp) -> Transfer:
         kind=node.kind,
         axes=axes,
         ranks=ranks,
-        stride=stride,
+        lies=extents(graph.mesh, graph.parallel, axes),
         elements=Product(factor, held.free),
         logits=node.kind == "all_gather" and "V" in node.dims,
     )
@@ -154,6 +157,7 @@ def stage_weights(graph: ShardedGraph, stage: Stage) -> Iterator[HeldWeight]:
             yield HeldWeight(
                 name=op.param,
                 weight_class=op.weight_class,
+                weight_group=group_of(op),
                 count=count,
                 elements=round(local_product(graph, op.weight, node.weight_layout).factor),
                 channels=round(local_product(graph, kept, node.weight_layout).factor),

@@ -28,6 +28,7 @@ import networkx as nx
 from shardplan.models.errors import LayoutError
 from shardplan.models.graph import Block, ModelGraph, Op
 from shardplan.models.parallel import (
+    AXES,
     Mesh,
     Parallelism,
     assignment,
@@ -385,7 +386,7 @@ def apply(graph: ModelGraph, par: Parallelism) -> ShardedGraph:
 
     Raises `LayoutError` where a size does not divide or an axis has no home.
     """
-    key = replace(par, pp=1, stage_layers=(), mtp=min(par.mtp, 1))
+    key = replace(par, pp=1, stage_layers=(), order=AXES, mtp=min(par.mtp, 1))
     check_pipeline(graph.spec, par)
     mesh, blocks = _blocks(graph, key)
     if par.mtp and not graph.predicts:

@@ -118,11 +118,6 @@ class Mesh:
         """Ranks that one group over these sub-axes joins."""
         return math.prod(self.shape[self.axes.index(a)] for a in axes)
 
-    def stride(self, axes: tuple[str, ...]) -> int:
-        """Distance in ranks between neighbours of a group over these sub-axes."""
-        last = max(self.axes.index(a) for a in axes)
-        return math.prod(self.shape[last + 1 :])
-
 
 def _divides(rule: str, small: int, large: int, small_name: str, large_name: str) -> None:
     if small < 1 or large % small:
@@ -149,8 +144,10 @@ def _check_sizes(spec: ModelSpec, par: Parallelism) -> None:
                 got=f"{name}={getattr(par, name)}",
                 hint="use 0",
             )
-    if par.order != AXES:
-        raise LayoutError("ranks are numbered by pp, dp, cp, tp", got=f"order={par.order}")
+    if par.order != AXES and sorted(par.order) != sorted(AXES):
+        raise LayoutError(
+            "order names every axis once", got=f"order={par.order}", hint="try " + ",".join(AXES)
+        )
     if par.cp > 1:
         raise LayoutError(
             "context parallelism cannot be applied to this graph", got=f"cp={par.cp}", hint="use 1"

@@ -42,7 +42,9 @@ def estimate(
     nodes: Nodes = None,
     device: Device = None,
     engine_profile: EngineProfile = None,
-    weight_dtype: Annotated[Text, _cell("weight_dtype", "bf16, w8a16, w8a8, ... or auto.")] = None,
+    weight_dtype: Annotated[
+        Text, _cell("weight_dtype", "bf16, w8a8, ..., by layers w8a8,experts=w4a8, or auto.")
+    ] = None,
     kv_dtype: Annotated[Text, _cell("kv_dtype", "bf16 or int8.")] = None,
     attention: Annotated[Text, _cell("attention", "flash or naive.")] = None,
     tp: Annotated[Text, _cell("tp", "Tensor-parallel ranks.")] = None,

@@ -52,7 +52,12 @@ def search(
         str, typer.Option("--objective", help="throughput, latency or cards.")
     ] = "throughput",
     weight_dtype: Annotated[
-        str, typer.Option("--weight-dtype", help="auto (the checkpoint's), bf16, w8a16, w8a8, ...")
+        str,
+        typer.Option(
+            "--weight-dtype",
+            help="auto (the checkpoint's), bf16, w8a8, ...; by layers: w8a8,experts=w4a8; "
+            "several to search: 'w8a16|w8a8'.",
+        ),
     ] = "auto",
     kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="auto, bf16 or int8.")] = "auto",
     attention: Annotated[str, typer.Option("--attention", help="auto, flash or naive.")] = "auto",
@@ -87,6 +92,13 @@ def search(
     mtp_acceptance: Annotated[
         float | None, number("--mtp-acceptance", "Share of them that is kept; the model's.")
     ] = None,
+    collectives: Annotated[
+        str,
+        typer.Option(
+            "--collectives",
+            help="Algorithm between nodes: auto (the library's), all (searched), ring, NHR, ...",
+        ),
+    ] = "auto",
     serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[

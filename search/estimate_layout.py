@@ -28,9 +28,17 @@ from shardplan.costmodel.engines import EngineProfile, engine_names, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.kernels.base import Machine
 from shardplan.costmodel.ledger import Ledger
-from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row, block_rows, phase_rows
-from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.optable import (
+    NO_OVERLAP,
+    Overlap,
+    Row,
+    block_rows,
+    phase_rows,
+    spans_of,
+)
+from shardplan.costmodel.placement import neighbour_tiers
 from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.weight_types import canonical, is_mixed, with_types
 from shardplan.models.accounting import Transfer, transfers
 from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
@@ -38,7 +46,9 @@ from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, LayoutError, UnknownNameError
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
+from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
+from shardplan.models.weight_groups import groups_of
 from shardplan.search.legality import Subject, first_broken_switch_rule, rules
 from shardplan.search.mtp import check_depth
 
@@ -179,10 +189,18 @@ def _sixteen_bit(asked: str, known: tuple[str, ...]) -> str:
 
 def weight_dtype_for(asked: str, spec: ModelSpec, device: Device) -> str:
     """The weight dtype to price; `InputError` where the device has no unit for it."""
-    dtype = _sixteen_bit(asked, device.weight_dtypes) or default_weight_dtype(spec, device)
-    if dtype not in device.weight_dtypes:
-        raise UnknownNameError(f"weight_dtype on {device.name}", dtype, device.weight_dtypes)
-    return dtype
+    known = device.weight_dtypes
+
+    def one_of(word: str) -> str:
+        own = word in ("", "auto")
+        dtype = default_weight_dtype(spec, device) if own else _sixteen_bit(word, known)
+        if dtype not in known:
+            raise UnknownNameError(f"weight_dtype on {device.name}", dtype, known)
+        return dtype
+
+    if not is_mixed(asked):
+        return one_of(asked)
+    return canonical(with_types(asked, one_of), groups_of(spec))
 
 
 def kv_dtype_for(asked: str, device: Device) -> str:
@@ -289,7 +307,8 @@ class LayoutMaker:
             for phase in _PHASES
         }
         self.kept |= {id(graph.blocks): graph.blocks for graph in graphs.values()}
-        overlap = Overlap(**{name: columns.get(name) == "on" for name in _SWITCHES})
+        on: dict[str, Any] = {name: columns.get(name) == "on" for name in _SWITCHES}
+        overlap = Overlap(**on)
         return Layout(
             spec=spec,
             cluster=cluster,
@@ -345,7 +364,8 @@ class LayoutMaker:
         They differ between clusters in the tiers that their collectives cross.
         """
         blocks = graph.blocks
-        key = (id(blocks), graph.parallel.pp > 1, cluster.tiers, id(engine))
+        stages = neighbour_tiers(cluster, extents(graph.mesh, graph.parallel, ("pp",)))
+        key = (id(blocks), stages, cluster.tiers, id(engine))
         if key not in self.rows:
             rows_of = functools.partial(self._template, graph, cluster, engine)
             self.rows[key] = phase_rows(graph, rows_of)
@@ -373,7 +393,7 @@ class LayoutMaker:
 def _moved(rows: tuple[Row, ...], moves: Iterator[Transfer], cluster: Cluster) -> tuple[Row, ...]:
     """The same rows on another cluster: collectives stand in the order of the transfers."""
     return tuple(
-        replace(row, spans=group_tiers(cluster, group=one.ranks, stride=one.stride))
+        replace(row, spans=spans_of(cluster, one))
         if row.is_collective and (one := next(moves))
         else row
         for row in rows

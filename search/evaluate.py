@@ -25,7 +25,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
-from shardplan.costmodel.optable import Overlap
+from shardplan.costmodel.optable import NO_OVERLAP, Overlap
 from shardplan.costmodel.serving import ServingInput, Steps, serve
 from shardplan.costmodel.step import Parts, StepModel
 from shardplan.models.apply import ShardedGraph, apply
@@ -138,18 +138,20 @@ class LayoutScorer:
         )
 
     def model_for(self, choice: Choice) -> StepModel:
-        """The step model with the choice's switches set."""
-        if not choice.switched:
-            return self.model
+        """The step model with the choice's switches and algorithm set."""
         overlap = choice.overlap
+        if overlap == NO_OVERLAP:
+            return self.model
         if overlap not in self._switched:
-            self._switched[overlap] = StepModel.of(
+            made = StepModel.of(
                 self.model.graphs,
                 self.question.cluster,
                 self.question.engine,
                 self.model.memo,
                 overlap,
             )
+            alike = made.rows == self.model.rows  # no group of the layout meets what was set
+            self._switched[overlap] = self.model if alike else made
         return self._switched[overlap]
 
     def least_bytes(self, choice: Choice) -> float:

@@ -11,17 +11,19 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardplan.costmodel.placement import group_tiers
+from shardplan.costmodel.weight_types import parts, type_of
+from shardplan.models.ranks import axis_stride
 from shardplan.search.rulebook import Subject, family_name, value
 
 __all__ = ["ANY_LAYOUT", "FORMAT_RULES", "SWITCH_RULES"]
 
 
 def _not_weights(*dtypes: str) -> Callable[[Subject], bool]:
-    return lambda s: s.weight_dtype not in dtypes
+    return lambda s: not set(parts(s.weight_dtype)) & set(dtypes)
 
 
 def _dense_weights(*dtypes: str) -> Callable[[Subject], bool]:
-    return lambda s: s.spec.moe is None or s.weight_dtype not in dtypes
+    return lambda s: s.spec.moe is None or type_of(s.weight_dtype, "experts") not in dtypes
 
 
 def _int8_cache(holds: Callable[[Subject], bool]) -> Callable[[Subject], bool]:
@@ -33,13 +35,13 @@ FORMAT_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
         "w8a16-experts": _dense_weights("w8a16"),
         "w8a8-static-experts": _dense_weights("w8a8_static"),
         "w8a8sc-experts": _dense_weights("w8a8sc"),
-        "w4a16-dense": lambda s: s.weight_dtype != "w4a16" or s.spec.moe is not None,
+        "w4a16-dense": lambda s: s.spec.moe is not None or "w4a16" not in parts(s.weight_dtype),
         "w8a16-310p": _not_weights("w8a16"),
         "w8a16-mindie": _not_weights("w8a16"),
         "int8-cache-device": _int8_cache(lambda _: False),
         "int8-cache-latent": _int8_cache(lambda s: s.spec.mla is None or s.role == "decode"),
         "int8-cache-mindie": _int8_cache(lambda _: False),
-        "int8-cache-mindie-weights": _int8_cache(lambda s: s.weight_dtype == "w8a8"),
+        "int8-cache-mindie-weights": _int8_cache(lambda s: parts(s.weight_dtype) == ("w8a8",)),
     }
 )
 
@@ -48,7 +50,7 @@ def _fused_group(s: Subject) -> bool:
     sizes = value("fused-group", "ranks").get(family_name(s.cluster.device), ())
     if s.parallel.tp not in sizes:
         return False
-    spans = group_tiers(s.cluster, group=s.parallel.tp, stride=1)
+    spans = group_tiers(s.cluster, group=s.parallel.tp, stride=axis_stride(s.parallel, "tp"))
     return len(spans) == 1 and spans[0].tier.topology != "roce"
 
 
@@ -73,7 +75,9 @@ _PREFETCH = functools.partial(_unless, "weight_prefetch")
 SWITCH_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
     {
         "fused-device": _FUSED(lambda _: False),
-        "fused-engine": _FUSED(lambda s: s.weight_dtype in s.engine.fused_collectives),
+        "fused-engine": _FUSED(
+            lambda s: set(parts(s.weight_dtype)) <= set(s.engine.fused_collectives)
+        ),
         "fused-group": _FUSED(_fused_group),
         "fused-sp": _FUSED(lambda s: not s.parallel.sp),
         "prefetch-device": _PREFETCH(lambda _: False),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardplan.costmodel.hardware import Cluster
+from shardplan.models.ranks import axis_stride
 from shardplan.search.mtp import most_depth
 from shardplan.search.rulebook import Subject, value
 
@@ -58,6 +59,11 @@ def fast_ranks(cluster: Cluster) -> float:
     return max(fast, default=1) if len(fast) < len(cluster.tiers) else math.inf
 
 
+def _tp_tier(s: Subject) -> bool:
+    reach = s.parallel.tp * axis_stride(s.parallel, "tp")
+    return s.parallel.tp == 1 or reach <= fast_ranks(s.cluster)
+
+
 def _rings(s: Subject) -> bool:
     ranks = replica_ranks(s)
     return ranks in value("910a-rings", "ranks") or ranks % s.cluster.ranks_per_node == 0
@@ -76,7 +82,7 @@ LAYOUT_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
         "mtp-engine": lambda s: (
             not s.spec.mtp_layers or s.parallel.mtp <= most_depth(s.spec, s.engine)
         ),
-        "tp-tier": lambda s: s.parallel.tp <= fast_ranks(s.cluster),
+        "tp-tier": _tp_tier,
         "a3-modules": lambda s: (ranks := replica_ranks(s)) == 1 or ranks % 2 == 0,
         "910a-rings": _rings,
     }

@@ -88,6 +88,8 @@ class Request(Part):
     fused_collectives: str = "off"
     mtp: str = "off"
     """Tokens predicted ahead: off, auto (every depth of the engine is searched) or a depth."""
+    collectives: str = "auto"
+    """Algorithm between nodes: auto, all (searched) or a name."""
     engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
     """Search engine."""
     engine_profile: str

@@ -4,7 +4,9 @@ Every default is written down as a note, so that an answer never hides what it a
 and cache keep the checkpoint's own types; where the device has no such type, the nearest of the
 same width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16). Switches of the engine
 (`shardplan.costmodel.overlap`) stay as the engine has them: off, or searched both ways where it has
-one on by itself.
+one on by itself. Weight types may be several (`|` between them), each by groups of layers
+(`shardplan.costmodel.weight_types`); the algorithm between servers is the library's own unless
+asked (`shardplan.search.algorithms`).
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.optable import Overlap
+from shardplan.costmodel.weight_types import canonical, is_mixed, with_types
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
+from shardplan.models.weight_groups import groups_of
+from shardplan.search.algorithms import asked_algorithms
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
 from shardplan.search.mtp import acceptance_note, mtp_depths
 from shardplan.search.plan import Limits, Request, Workload
@@ -83,6 +88,8 @@ class Asked:
     mtp: str | int = "off"
     """Tokens to predict ahead: off, auto (every depth of the engine is searched) or a depth."""
     mtp_acceptance: float | None = None
+    collectives: str = "auto"
+    """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +136,25 @@ def _refused(rule: str, known: tuple[str, ...], name: str, value: object) -> Inp
         got=f"{name}={shown(value)}",
         hint=f"try {(close or known)[0]}",
     )
+
+
+def _weight_dtypes(
+    spec: ModelSpec, device: Device, asked: str, notes: list[str]
+) -> tuple[str, ...]:
+    """The weight types to search, `|` between them, each a type or one by groups of layers."""
+
+    def one_of(word: str) -> str:
+        return _weight_dtype(spec, device, word, notes)
+
+    found = []
+    for text in asked.split("|") if isinstance(asked, str) else (asked,):
+        if not isinstance(text, str):
+            found.append(one_of(text))
+        elif is_mixed(text):
+            found.append(canonical(with_types(text, one_of), groups_of(spec)))
+        else:
+            found.append(one_of(text.strip()))
+    return tuple(dict.fromkeys(found))
 
 
 def _weight_dtype(spec: ModelSpec, device: Device, asked: str, notes: list[str]) -> str:
@@ -212,18 +238,20 @@ def _beside(
 def _switch(
     name: str,
     subject: tuple[ModelSpec, Cluster, EngineProfile],
-    weight: str,
+    weights: tuple[str, ...],
     asked: str | None,
     notes: list[str],
 ) -> tuple[str, bool]:
     """(off, on or auto; whether it can be on at all) of one switch of the engine."""
     engine = subject[2]
-    rule = unsupported_switch(*subject, Overlap(**{name: True}), weight)
+    on: dict[str, Any] = {name: True}
+    broken = [unsupported_switch(*subject, Overlap(**on), weight) for weight in weights]
+    rule = None if None in broken else broken[0]
     if asked == "on" and rule is not None:
         raise InputError(
             f"`{name}` is not to be had here: {rules()[rule].sentence}",
             got=f"{name}=on, device={subject[1].device.name}, engine_profile={engine.name}, "
-            f"weight_dtype={weight}",
+            f"weight_dtype={'|'.join(weights)}",
             hint="leave it off",
         )
     if rule is not None:
@@ -244,8 +272,9 @@ def _switched(
 ) -> tuple[tuple[Choice, ...], tuple[Choice, ...], dict[str, str]]:
     """(choices to search, choices to show beside, what each switch is set to)."""
     settings, possible = {}, {}
+    weights = tuple(dict.fromkeys(choice.weight_dtype for choice in base))
     for name in SWITCHES:
-        found = _switch(name, subject, base[0].weight_dtype, getattr(asked, name), notes)
+        found = _switch(name, subject, weights, getattr(asked, name), notes)
         settings[name], possible[name] = found
     values = {"off": (False,), "on": (True,), "auto": (False, True)}
     searched = list(product(*(values[settings[name]] for name in SWITCHES)))
@@ -380,6 +409,7 @@ def _request(
         attention=asked.attention,
         **settings,
         mtp=str(asked.mtp).strip().lower(),
+        collectives=asked.collectives,
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
         serving="agg",
@@ -398,10 +428,11 @@ def resolve(asked: Asked) -> Resolved:
     limits, soft = _soft_limits(work, limits, asked.objective, notes)
     engine = _engine_profile(cluster, asked.engine_profile, notes)
     depths, work = _ahead((spec, engine), asked, work, notes)
-    weight = _weight_dtype(spec, cluster.device, asked.weight_dtype, notes)
+    weights = _weight_dtypes(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
     subject = (spec, cluster, engine)
-    _check_formats(subject, weight, kv)
+    for weight in weights:
+        _check_formats(subject, weight, kv)
     attention = _attention(engine, asked.attention, notes)
     if asked.serving == "auto":
         notes.append("prefill and decode share the cards (aggregated serving)")
@@ -410,10 +441,16 @@ def resolve(asked: Asked) -> Resolved:
     both_auto = asked.weight_dtype == asked.kv_dtype == "auto"
     base = tuple(
         Choice(attention=a, weight_dtype=weight, kv_dtype=kv)  # type: ignore[arg-type]  # checked
+        for weight in weights
         for a in attention
     )
     choices, switches, settings = _switched(subject, base, asked, notes)
-    beside = _beside(subject, weight, kv, attention, notes) if both_auto else ()
+    choices = tuple(
+        replace(one, collectives=name)
+        for name in asked_algorithms(cluster, asked.collectives)
+        for one in choices
+    )
+    beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings),
         spec=spec,

@@ -81,6 +81,7 @@ class _Point:
             f"kv {choice.kv_dtype} batch {self.batch} chunk {self.chunk}"
             + " weight_prefetch" * choice.weight_prefetch
             + " fused_collectives" * choice.fused_collectives
+            + f" {choice.collectives}" * (choice.collectives != "auto")
         )
 
 

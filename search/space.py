@@ -3,7 +3,8 @@
     layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts; tokens
               predicted ahead
     cut       layers of each of pp stages, any positive numbers that sum to the layers
-    choices   attention kernel, weight dtype, KV dtype, switches of the engine
+    choices   attention kernel, weight dtype, KV dtype, switches of the engine, algorithm of the
+              collectives between nodes
     grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
 
 The size of the space is the full product, legal or not: |choices| * |grid| * the sum over layouts
@@ -68,9 +69,11 @@ class Choice:
 
     @property
     def overlap(self) -> Overlap:
-        """The switches of the engine."""
+        """The switches of the engine, and the algorithm between nodes."""
         return Overlap(
-            weight_prefetch=self.weight_prefetch, fused_collectives=self.fused_collectives
+            weight_prefetch=self.weight_prefetch,
+            fused_collectives=self.fused_collectives,
+            collectives=self.collectives,
         )
 
     @property
@@ -148,6 +151,7 @@ class Space:
             "kv_dtype": [*sorted({c.kv_dtype for c in self.choices})],
             "weight_prefetch": [*sorted({c.weight_prefetch for c in self.choices})],
             "fused_collectives": [*sorted({c.fused_collectives for c in self.choices})],
+            "collectives": [*sorted({c.collectives for c in self.choices})],
             "batch": list(self.batches),
             "chunk": list(self.chunks),
         }

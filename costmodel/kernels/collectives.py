@@ -15,6 +15,15 @@ Volume / rate and steps of one tier (HCCL user guide, "collective communication 
 
     all_reduce = reduce_scatter + all_gather; send = n over b (mesh) or B, one step
 
+Neighbouring stages of a pipeline that meet in several tiers: send is the mean, by the shares of the
+spans.
+
+A tier whose span names an algorithm takes that one's steps and volume (`algorithms`). Where it
+names none (`auto`) the table stands for the library's own pick: on roce NHR, which is H-D_R on 2^k
+servers and, of the same steps and volume, NB; between the servers of a supernode (switch) all links
+at once. HCCL's pick on A2 and A3 goes by size and is not published; on the 910A it is a ring where
+servers are no power of two, which is slower than the table by its steps.
+
     tier  = steps (latency + step_s) + (v + sqrt(v r)) / (rate e)
     floor = floor_s + floor_rank_s log2 g + floor_link_s (g (g - 1) - 2)
     total = max(floor, base_s + sync_s log2 g + protocol + all tiers)
@@ -60,6 +69,7 @@ import numpy as np
 
 from shardplan.costmodel.calibration import Calibration, Section
 from shardplan.costmodel.hardware import Tier
+from shardplan.costmodel.kernels.algorithms import PIPELINE, form, runs
 from shardplan.costmodel.kernels.base import (
     Array,
     ArrayLike,
@@ -71,11 +81,25 @@ from shardplan.costmodel.nearby import grid_factor
 from shardplan.costmodel.placement import TierSpan
 from shardplan.models.errors import InputError
 
-__all__ = ["CollectiveKind", "Launch", "collective", "collective_section", "group_size"]
+__all__ = [
+    "KINDS",
+    "CollectiveKind",
+    "Launch",
+    "collective",
+    "collective_section",
+    "group_size",
+    "library_form",
+]
 
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 Launch = Literal["graph", "host"]
-_KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+KINDS: tuple[CollectiveKind, ...] = (
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "send",
+)
 
 
 class _Stage(NamedTuple):
@@ -87,7 +111,9 @@ class _Stage(NamedTuple):
 
 
 def group_size(spans: Sequence[TierSpan]) -> int:
-    """Ranks of the group that crosses these tiers."""
+    """Ranks of the group that crosses these tiers; two where they are neighbouring stages."""
+    if any(span.share < 1.0 for span in spans):
+        return 2
     return math.prod(span.members for span in spans)
 
 
@@ -126,6 +152,11 @@ def _volume_share(tier: Tier, kind: CollectiveKind, members: int) -> float:
     return 2.0 * share if kind == "all_reduce" else share
 
 
+def library_form(tier: Tier, kind: CollectiveKind, members: int) -> tuple[int, float]:
+    """(steps, bytes over the rate as a share of the message) where no algorithm was picked."""
+    return _steps(tier, kind, members), _volume_share(tier, kind, members)
+
+
 def _wire_s(section: Section, tier: Tier, members: int, volume_bytes: Array) -> Array:
     level = math.log2(min(float(members), section["ranks_max"]) / 2.0)
     e = section["efficiency"] * math.exp(level * (section["e_r"] + section["e_rr"] * level))
@@ -136,9 +167,33 @@ def _wire_s(section: Section, tier: Tier, members: int, volume_bytes: Array) -> 
 
 def _stage(section: Section, span: TierSpan, kind: CollectiveKind, message: Array) -> _Stage:
     tier, members = span.tier, span.members
-    wire = _wire_s(section, tier, members, message * _volume_share(tier, kind, members))
-    overhead = _steps(tier, kind, members) * (tier.latency_s + section["step_s"])
+    if runs(span.algorithm, kind):
+        steps, share = form(span.algorithm, kind, members)
+    else:
+        steps, share = library_form(tier, kind, members)
+    wire = _wire_s(section, tier, members, message * share)
+    overhead = steps * (tier.latency_s + section["step_s"])
     return _Stage(tier.topology, wire, overhead)
+
+
+def _pipelined(
+    pick: functools.partial[Section], spans: Sequence[TierSpan], kind: CollectiveKind, n: Array
+) -> list[_Stage]:
+    """A ring between servers beside the exchange inside them, a rank's own bytes a step."""
+    half: CollectiveKind = "all_gather" if kind == "all_reduce" else kind
+    inner, outer = spans
+    message = n / outer.members
+    within = _stage(pick(inner.tier, half), inner, half, message)
+    section = pick(outer.tier, half)
+    between = _wire_s(section, outer.tier, outer.members, message / inner.members)
+    step_s = outer.tier.latency_s + section["step_s"]
+    times = outer.members - 1
+    whole = within.wire_s + within.overhead_s
+    total = np.maximum(between + step_s, whole) * times + whole
+    overhead = max(step_s, within.overhead_s) * times + within.overhead_s
+    passes = 2.0 if kind == "all_reduce" else 1.0
+    wire = np.asarray((total - overhead) * passes, dtype=np.float64)
+    return [_Stage(outer.tier.topology, wire, overhead * passes)]
 
 
 def _stages(
@@ -149,6 +204,8 @@ def _stages(
     if not outer or kind == "send":
         last = spans[-1]
         return [_stage(pick(last.tier, kind), last, kind, n)]
+    if len(outer) == 1 and outer[0].algorithm == PIPELINE and runs(PIPELINE, kind):
+        return _pipelined(pick, spans, kind, n)
     if kind == "all_reduce":
         scatter = _stage(pick(inner.tier, "reduce_scatter"), inner, "reduce_scatter", n)
         gather = _stage(pick(inner.tier, "all_gather"), inner, "all_gather", n)
@@ -211,8 +268,8 @@ def collective(
     launch hidden, rather than alone in a benchmark. No spans, or one member in all: no time.
     `InputError` for an unknown kind or launch; `CalibrationError` without coefficients.
     """
-    if kind not in _KINDS:
-        raise InputError("`kind` must be one of " + ", ".join(_KINDS), got=f"kind={kind!r}")
+    if kind not in KINDS:
+        raise InputError("`kind` must be one of " + ", ".join(KINDS), got=f"kind={kind!r}")
     if launch not in ("graph", "host"):
         raise InputError("`launch` must be graph or host", got=f"launch={launch!r}")
     message = as_array(message_bytes)
@@ -220,6 +277,10 @@ def collective(
     if not crossed:
         none = np.zeros_like(message)
         return KernelTime(none, none, none, none)
+    if kind == "send" and len(crossed) > 1:
+        each = functools.partial(collective, launch=launch, custom=custom, in_service=in_service)
+        hops = [(one.share, each(kind, (one,), message, calibration)) for one in crossed]
+        return KernelTime(*(sum((w * t[i] for w, t in hops), np.zeros(())) for i in range(4)))
     pick = functools.partial(_pick, calibration, "graph" if in_service else launch, custom)
     stages = _stages(pick, crossed, kind, message)
     last = pick(crossed[-1].tier, kind)
@@ -232,7 +293,8 @@ def collective(
     fixed = last["base_s"] + last["sync_s"] * level + late + steps
     floor = _floor_s(last, ranks)
     total = np.maximum(fixed + wire, floor)
-    if kind == "all_reduce" and len(crossed) == 1 and last["oneshot_bytes"] > 0.0:
+    once = kind == "all_reduce" and len(crossed) == 1 and crossed[0].algorithm == "auto"
+    if once and last["oneshot_bytes"] > 0.0:
         limit = last["oneshot_bytes"]
         small = _oneshot_s(last, crossed[0], np.minimum(message, limit), floor)
         total = np.where(message <= limit, small, np.maximum(total, small))

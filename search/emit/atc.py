@@ -21,20 +21,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
+from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
     Slot,
+    check_algorithm,
     command_line,
     family_of,
     model_name,
-    place,
     predicted,
     printable,
     refuse,
     round_up,
     table,
 )
+from shardplan.search.emit.placing import in_order
 from shardplan.search.emit.rank_table import (
     RankDevice,
     Server,
@@ -62,7 +65,8 @@ def files(
 
     `cann`: major release, 7 or 8. `soc_version`: one of the device's names, default the first.
     `addresses`: IP address of each node that the plan uses. `device_addresses`: IP address of
-    each device's network port, rank by rank. Both lists may be given as one string with commas.
+    each device's network port, replica by replica and rank by rank. Both lists may be given as one
+    string with commas.
     Raises InputError for a plan or option that cannot be expressed, with the nearest that can.
     """
     facts = table("atc")
@@ -71,8 +75,9 @@ def files(
     soc = _soc(plan, soc_version)
     _check_strategy(plan, family)
     way = plan.strategy
-    groups = place(_TARGET, groups=way.dp, ranks=way.tp, per_node=plan.cluster.ranks_per_node)
-    hosts = _addresses(addresses, "addresses", groups[-1][-1].node + 1)
+    groups = in_order(_TARGET, plan, groups=way.dp, ranks=way.tp)
+    last = max(slot.node for slots in groups for slot in slots)
+    hosts = _addresses(addresses, "addresses", last + 1)
     ports = _addresses(device_addresses, "device_addresses", way.ranks)
     _check_groups(groups, family, hosts)
     made = {"atc.sh": _script(plan, soc)}
@@ -84,6 +89,9 @@ def files(
         made |= tables
         if not tables:
             left.append(_no_table())
+        if way.collectives != AUTO:
+            setting = hccl_algo(way.collectives)
+            left.append(f"- Run with `export HCCL_ALGO='{setting}'`: the plan is priced so.")
     made["README.md"] = _readme(plan, release, soc, sorted({*made, "README.md"}), left)
     return made
 
@@ -134,6 +142,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
     if way.mtp:
         rule = "a compiled graph has no loop that drafts tokens"
         raise refuse(_TARGET, rule, got=f"mtp={way.mtp}", hint="search with mtp off")
+    check_algorithm(_TARGET, plan)
 
 
 def _or_elsewhere(family: str) -> str:

@@ -1,7 +1,8 @@
 """What every target needs: data tables, device families, placement on nodes, safe text.
 
 Ranks are consecutive: group `g` of `n` ranks holds ranks `g*n` to `g*n + n - 1`, and rank `r`
-is device `r mod p` of node `r div p` on nodes of `p` ranks. Left out: any other placement.
+is device `r mod p` of node `r div p` on nodes of `p` ranks. `placing` moves slots where a plan
+numbers its ranks in another order.
 
 Text from a plan reaches a shell only through `shlex.quote` and prose only through `printable`.
 """
@@ -18,14 +19,17 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.config_fields import plain
 from shardplan.models.errors import InputError
+from shardplan.search.algorithms import supported
 from shardplan.search.families import device_family
 from shardplan.search.plan import Plan
 
 __all__ = [
     "Raw",
     "Slot",
+    "check_algorithm",
     "check_plan",
     "command_line",
     "family_of",
@@ -50,16 +54,17 @@ class Raw(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Consecutive devices of one node."""
+    """Devices of one node: consecutive ones, unless `listed` names them."""
 
     node: int
     first: int
     ranks: int
+    listed: tuple[int, ...] = ()
 
     @property
-    def devices(self) -> range:
+    def devices(self) -> Sequence[int]:
         """Device ids within the node."""
-        return range(self.first, self.first + self.ranks)
+        return self.listed or range(self.first, self.first + self.ranks)
 
 
 @functools.cache
@@ -97,6 +102,18 @@ def check_plan(plan: Plan) -> None:
 def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
     """The error of a plan that a target cannot express."""
     return InputError(f"{target} cannot express this plan: {rule}", got=got, hint=hint)
+
+
+def check_algorithm(target: str, plan: Plan) -> None:
+    """`InputError` for an algorithm between servers that HCCL has not on the plan's device."""
+    known = (AUTO, *supported(plan.cluster.soc_versions))
+    if plan.strategy.collectives not in known:
+        raise refuse(
+            target,
+            "HCCL has no such algorithm between servers of this device",
+            got=f"collectives={printable(plan.strategy.collectives)}",
+            hint="try " + ", ".join(known),
+        )
 
 
 def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:

@@ -17,9 +17,12 @@ import json
 import math
 from collections.abc import Sequence
 
+from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
+from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
+    check_algorithm,
     command_line,
     family_of,
     model_name,
@@ -101,6 +104,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
     for broken, rule, got, hint in rules:
         if broken:
             raise refuse(_TARGET, rule, got=got, hint=hint)
+    check_algorithm(_TARGET, plan)
 
 
 def _ahead_rules(plan: Plan) -> list[tuple[bool, str, str, str]]:
@@ -216,6 +220,8 @@ def _environment(plan: Plan, family: str, split: Split) -> list[str]:
     buffers = facts["hccl_buffsize_mib"]
     wanted.append(("HCCL_BUFFSIZE", str(buffers["experts" if split.experts else "plain"])))
     way = plan.strategy
+    if way.collectives != AUTO:
+        wanted.append(("HCCL_ALGO", hccl_algo(way.collectives)))
     if way.pp > 1 and way.stage_layers:
         layers = ",".join(str(count) for count in way.stage_layers)
         wanted.append(("VLLM_PP_LAYER_PARTITION", layers))

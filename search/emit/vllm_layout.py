@@ -8,6 +8,7 @@ experts over ep >= tp            d = ep / tp: vLLM's expert group is the tp * d 
 
 Servers are independent: each its own ranks and port, one balancer before them all. A copy that
 fills several nodes uses `--nnodes`; a server of several nodes otherwise uses `--data-parallel-*`.
+How a plan's order of ranks becomes the engine's is in `placing`.
 Source: vllm-project/vllm@01e4fce docs/serving/data_parallel_deployment.md; vllm 0.23.0
 vllm/config/parallel.py and vllm/engine/arg_utils.py.
 Left out: experts split both ways (1 < ep < tp), and expert groups of copies that each fill
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardplan.search.emit.common import Slot, place, refuse
+from shardplan.search.emit.placing import in_order
 from shardplan.search.plan import Plan
 
 __all__ = ["Launch", "Split", "has_experts", "launches", "split_servers"]
@@ -96,7 +98,7 @@ def launches(plan: Plan, split: Split) -> tuple[Launch, ...]:
     spans = copy > per_node
     if not spans:  # a copy must not cross a border between nodes either
         place(_TARGET, groups=way.dp, ranks=copy, per_node=per_node)
-    placed = place(_TARGET, groups=split.servers, ranks=copy * split.groups, per_node=per_node)
+    placed = in_order(_TARGET, plan, groups=split.servers, ranks=copy * split.groups)
     made = [
         Launch(
             server=server,

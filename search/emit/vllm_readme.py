@@ -216,6 +216,11 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
             f"- The checkpoint holds the model's prediction layer, which drafts {way.mtp} token(s) "
             f"a step{kept}. Random prompts may be predicted less well: measure with real ones."
         )
+    if way.collectives != "auto":
+        lines.append(
+            f"- HCCL_ALGO picks {printable(way.collectives)} between servers. HCCL still chooses "
+            "by itself for messages so small that its vector-core kernels carry them."
+        )
     if way.weight_dtype == "w4a16":
         lines.append("- The engine's W4A16 covers experts; attention stays in 16 bit.")
     return lines

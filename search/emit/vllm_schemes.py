@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shardplan.costmodel.weight_types import is_mixed, type_of
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError
+from shardplan.models.weight_groups import WeightGroup
 from shardplan.search.emit.common import printable, refuse, table
 from shardplan.search.emit.vllm_layout import has_experts
 from shardplan.search.plan import Plan
@@ -25,6 +27,14 @@ __all__ = ["Checkpoint", "checkpoint_of"]
 
 _TARGET = "vllm-ascend"
 _WIDE = ("bf16", "fp16")
+_LAYERS: Mapping[WeightGroup, str] = {
+    "attention": "attention layers",
+    "ffn": "dense feed-forward layers",
+    "shared": "shared experts",
+    "experts": "routed experts",
+}
+"""Groups of layers as the checkpoint's README names them; the first three are linear layers to
+the engine."""
 _REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/(?:blob|resolve)/\S*")
 
 
@@ -55,8 +65,10 @@ def checkpoint_of(plan: Plan, family: str) -> Checkpoint:
     needs: list[str] = []
     if way.weight_dtype in _WIDE:
         needs.append(f"weights stored as {way.weight_dtype} (or another 16-bit type)")
+    elif is_mixed(way.weight_dtype):
+        needs.append(_by_groups(plan, family))
     else:
-        names = _schemes(plan, family)
+        names = _schemes(plan, family, way.weight_dtype, has_experts(plan))
         needs.append(
             f"{way.weight_dtype} weights quantized by ModelSlim, scheme {' or '.join(names)} in "
             "quant_model_description.json"
@@ -68,15 +80,15 @@ def checkpoint_of(plan: Plan, family: str) -> Checkpoint:
     return Checkpoint(quantized=quantized, shell=_shell(default), needs=tuple(needs))
 
 
-def _schemes(plan: Plan, family: str) -> list[str]:
-    """Names of the schemes that serve the plan's weights on this device."""
-    kind = "experts" if has_experts(plan) else "dense"
+def _schemes(plan: Plan, family: str, dtype: str, experts: bool, what: str = "") -> list[str]:
+    """Names of the schemes that serve weights of a type on this device."""
+    kind = "experts" if experts else "dense"
     rows = table("vllm_ascend")["schemes"]
     here = {row["weight_dtype"]: row[kind] for row in rows if family in row["families"]}
-    names: list[str] = here.get(plan.strategy.weight_dtype, [])
+    names: list[str] = here.get(dtype, [])
     if not names:
-        able = [*_WIDE, *sorted(dtype for dtype, found in here.items() if found)]
-        what = "models with experts" if kind == "experts" else "dense models"
+        able = [*_WIDE, *sorted(one for one, found in here.items() if found)]
+        what = what or ("models with experts" if experts else "dense models")
         raise refuse(
             _TARGET,
             f"no weight scheme of this dtype for {what} on {printable(plan.cluster.device)}",
@@ -84,6 +96,24 @@ def _schemes(plan: Plan, family: str) -> list[str]:
             hint="try " + ", ".join(able),
         )
     return names
+
+
+def _by_groups(plan: Plan, family: str) -> str:
+    """The schemes of each group of layers; ModelSlim's description names one for every tensor."""
+    words = []
+    for group, layers in _LAYERS.items():
+        dtype = type_of(plan.strategy.weight_dtype, group)
+        if group in ("shared", "experts") and not has_experts(plan):
+            continue
+        if dtype in _WIDE:
+            names = ["FLOAT"]
+        else:
+            names = _schemes(plan, family, dtype, group == "experts", layers)
+        words.append(f"{layers} {' or '.join(names)} ({dtype})")
+    return (
+        "weights quantized by ModelSlim with a scheme by layers in quant_model_description.json: "
+        + ", ".join(words)
+    )
 
 
 def _int8_cache(plan: Plan, family: str, facts: Mapping[str, Any], *, latent: bool) -> str:

@@ -208,6 +208,7 @@ def _options(plan: Plan) -> Iterator[tuple[str, str]]:
         "--weight-dtype": asked.weight_dtype,
         "--kv-dtype": asked.kv_dtype,
         "--attention": asked.attention,
+        "--collectives": None if asked.collectives == "auto" else asked.collectives,
         "--engine": asked.engine,
         "--engine-profile": asked.engine_profile,
         "--trials": asked.trials,

@@ -30,7 +30,6 @@ def test_tensor_parallelism_within_the_kv_heads_is_one_axis() -> None:
     assert mesh.groups["kv"] == mesh.groups["tp"] == ("tp0",)
     assert mesh.groups["q"] == ()
     assert (mesh.ranks, mesh.size(("tp0",)), mesh.size(("dp0", "tp0"))) == (12, 4, 12)
-    assert (mesh.stride(("tp0",)), mesh.stride(("dp0",))) == (1, 4)
 
 
 def test_beyond_the_kv_heads_the_rest_splits_queries() -> None:

@@ -360,7 +360,7 @@ def cases(draw: st.DrawFn) -> Case:
     every = [
         Choice(attention=attention, weight_dtype=weight, kv_dtype=kv)
         for attention in ("flash", "naive")
-        for weight in ("bf16", "w8a8")
+        for weight in ("bf16", "w8a8", "w8a8,attention=bf16")
         for kv in ("bf16", "int8")
     ]
     picked = draw(st.lists(st.sampled_from(every), min_size=1, max_size=2, unique=True))
