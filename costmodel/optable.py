@@ -24,7 +24,7 @@ Left out: kernels under a microsecond that real engines hide (reshapes, casts).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
@@ -258,14 +258,10 @@ def draft_rows(first: tuple[Row, ...], head: tuple[Row, ...]) -> tuple[Row, ...]
 
 
 def phase_rows(
-    graph: ShardedGraph, rows_of: Callable[[str], tuple[Row, ...]]
+    graph: ShardedGraph, names: Iterable[str], rows_of: Callable[[str], tuple[Row, ...]]
 ) -> dict[str, tuple[Row, ...]]:
-    """Rows of every template that a phase runs, `draft` with them where a step drafts again."""
-    found = {
-        name: rows_of(name)
-        for name in graph.blocks
-        if any(name in stage.counts for stage in graph.stages)
-    }
+    """Rows of the templates that a phase runs, `draft` with them where a step drafts again."""
+    found = {name: rows_of(name) for name in names}
     if "mtp" in found and graph.model.phase == "decode":
         found["draft"] = draft_rows(found["mtp"], found["mtp_head"])
     return found

@@ -73,7 +73,8 @@ class StepModel:
         rows = {}
         for phase, graph in graphs.items():
             of = functools.partial(_block_rows, graph, cluster, engine, overlap)
-            rows[phase] = phase_rows(graph, of)
+            used = {name for stage in graph.stages for name in stage.counts}
+            rows[phase] = phase_rows(graph, [name for name in graph.blocks if name in used], of)
         return cls(
             graphs=graphs,
             machine=Machine.of(cluster.device, engine.name),

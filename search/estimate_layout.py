@@ -368,7 +368,8 @@ class LayoutMaker:
         key = (id(blocks), stages, cluster.tiers, id(engine))
         if key not in self.rows:
             rows_of = functools.partial(self._template, graph, cluster, engine)
-            self.rows[key] = phase_rows(graph, rows_of)
+            used = dict.fromkeys(name for stage in graph.stages for name in stage.counts)
+            self.rows[key] = phase_rows(graph, used, rows_of)
         return self.rows[key]
 
     def _template(
