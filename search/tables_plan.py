@@ -32,6 +32,8 @@ def strategy_words(one: StrategyInfo) -> str:
     """A strategy in one line."""
     words = [one.parallelism().describe(), f"batch {one.batch}", f"chunk {one.chunk}"]
     words += [f"{one.weight_dtype} weights", f"{one.kv_dtype} KV", f"{one.attention} attention"]
+    if one.collectives != "auto":
+        words.append(f"{one.collectives} between nodes")
     if len(set(one.stage_layers)) > 1:
         words.insert(1, "layers " + "+".join(str(count) for count in one.stage_layers))
     return ", ".join(words)

@@ -104,6 +104,8 @@ def strategy_sentences(plan: Plan) -> list[str]:
         f" takes at most {strategy.chunk:,} tokens. Weights are {strategy.weight_dtype}, the KV"
         f" cache is {strategy.kv_dtype}, attention is {_attention(strategy.attention)}."
     )
+    if strategy.collectives != "auto":
+        sentences.append(f"Nodes exchange by HCCL's {strategy.collectives} algorithm.")
     return sentences
 
 

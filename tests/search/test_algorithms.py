@@ -16,7 +16,9 @@ from shardplan.search.algorithms import algorithms_for, hccl_algo, supported
 from shardplan.search.api import search
 from shardplan.search.emit import emit
 from shardplan.search.evaluate import LayoutScorer, Question
+from shardplan.search.report.words import strategy_sentences
 from shardplan.search.request import Asked, resolve
+from shardplan.search.tables_plan import strategy_words
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,13 @@ def test_the_engine_is_told_which_algorithm(tmp_path: Path) -> None:
     assert hccl_algo("pairwise") == "alltoall=level0:NA;level1:pairwise"
     emit(emit_plan(tp=8, pp=2), "vllm-ascend", tmp_path / "auto")
     assert "HCCL_ALGO" not in (tmp_path / "auto" / "serve_node0.sh").read_text("utf-8")
+
+
+def test_a_plan_says_its_algorithm_where_one_was_picked() -> None:
+    plain, picked = emit_plan().strategy, emit_plan(pp=2, collectives="ring")
+    assert "ring between nodes" in strategy_words(picked.strategy)
+    assert "between nodes" not in strategy_words(plain)
+    assert "Nodes exchange by HCCL's ring algorithm." in strategy_sentences(picked)
 
 
 def test_an_algorithm_of_another_device_is_not_emitted(tmp_path: Path) -> None:
