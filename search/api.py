@@ -236,7 +236,7 @@ def _search_beside(
         ranked = dict.fromkeys(layout_of(one.parallel) for one in outcome.kept if one.feasible)
         layouts = tuple(ranked)[:_BESIDE_LAYOUTS]
     space = replace(
-        outcome.space, choices=choices, layouts=layouts, broken={}, broken_cuts={}, all_cuts=False
+        outcome.space, choices=choices, layouts=layouts, broken={}, broken_ways={}, wide=False
     )
     left_s = _time_left(resolved, [outcome])
     return search_exact(question, space, time_limit_s=left_s, memo=memo)

@@ -8,7 +8,9 @@ order of the space. For each, and every choice that its switches allow:
                 grid point of it does (memory grows with batch and chunk);
   3. otherwise the whole grid is priced at once (`LayoutScorer.score`), layers cut evenly;
   4. `cut`      other cuts of the layers (`refine`), best first, until none can be better;
-  5. `order`    other numberings of the ranks, where free collectives would beat what is found.
+  5. `order`    other numberings of the ranks change the price of collectives alone: they are priced
+                where free collectives would beat what is found, one of each that cross the same
+                tiers.
 
 Each left-out strategy is counted under the bound that left it out, so that
     size of the space = evaluated + sum of pruned                  (of a complete search)
@@ -23,12 +25,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.orders import distinct_orders
 from shardplan.costmodel.step import Parts
 from shardplan.models.parallel import Parallelism
 from shardplan.search.bounds import most_objective
@@ -42,7 +45,7 @@ from shardplan.search.kept import (
     note_nearest,
     rank_key,
 )
-from shardplan.search.refine import Open, Slack, fits_some_cut, open_points, refine_cuts
+from shardplan.search.refine import Open, Slack, fits_some_cut, most_where, open_points, refine_cuts
 from shardplan.search.space import Choice, Space
 
 __all__ = ["search_exact"]
@@ -62,6 +65,8 @@ class Hunt:
     """Largest objective of a feasible strategy so far."""
     open: list[Open] = field(default_factory=list)
     """Grids of which other cuts may still be better."""
+    again: list[tuple[float, Parallelism, Choice]] = field(default_factory=list)
+    """(bound, layout, choice) of which other orders of the ranks may still be better."""
     unreached: float = -math.inf
     """Largest bound of what the time limit left out."""
 
@@ -133,6 +138,7 @@ def search_exact(
             _layout(hunt, par)
         if progress is not None:
             progress(index + 1, len(layouts))
+    _orders(hunt)
     refine_cuts(hunt)
     for rule, count in space.broken_strategies.items():
         hunt.tally.pruned_by[f"rule {rule}"] += count
@@ -145,24 +151,51 @@ def _layout(hunt: Hunt, par: Parallelism) -> None:
     hunt.memo.make_room()
     scorer = LayoutScorer(hunt.question, par, hunt.memo)
     cuts, points = space.cuts_of(par), len(space.batches) * len(space.chunks)
+    orders = len(space.orders_of(par))
     for choice in space.choices:
         rule = space.broken_switch(par, choice)
         if rule is not None:
-            tally.pruned_by[f"rule {rule}"] += cuts * points
+            tally.pruned_by[f"rule {rule}"] += cuts * orders * points
             continue
         if scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
             _note_too_big(tally, scorer, choice, space)
             if cuts == 1 or not fits_some_cut(scorer, choice, *np.ones((2, 1))):
-                tally.pruned_by["memory"] += cuts * points
+                tally.pruned_by["memory"] += cuts * orders * points
                 continue
-        if cuts == 1:
-            hunt.price(scorer, choice, *hunt.grid, None)
-            continue
-        slack = Slack(scorer.model_for(choice))
-        scores = hunt.price(scorer, choice, *hunt.grid, slack)
+        slack, scores = _grid(hunt, scorer, choice)
+        tally.pruned_by["order"] += (orders - 1) * cuts * points
+        if orders > 1:
+            bound = most_where(scorer, choice, scores, hunt.grid, slack.free)
+            hunt.again.append((bound, par, choice))
+
+
+def _grid(hunt: Hunt, scorer: LayoutScorer, choice: Choice) -> tuple[Slack, Scores]:
+    """Price a whole grid; remember where other cuts of the layers may be better."""
+    slack = Slack(scorer.model_for(choice))
+    scores = hunt.price(scorer, choice, *hunt.grid, slack)
+    cuts = hunt.space.cuts_of(scorer.parallel)
+    if cuts > 1:
         still = open_points(scorer, choice, scores, hunt.grid, slack.even, hunt.best)
         hunt.open += [] if still is None else [still]
-        tally.pruned_by["cut"] += (cuts - 1) * points
+    hunt.tally.pruned_by["cut"] += (cuts - 1) * scores.limit.size
+    return slack, scores
+
+
+def _orders(hunt: Hunt) -> None:
+    """Price other orders of the ranks where free collectives would beat what is found."""
+    question, space = hunt.question, hunt.space
+    for bound, par, choice in sorted(hunt.again, key=lambda one: -one[0]):
+        if bound <= hunt.best:
+            return
+        if hunt.late:
+            hunt.unreached = max(hunt.unreached, bound)
+            return
+        legal = set(space.orders_of(par))
+        for order in distinct_orders(question.spec, question.cluster, par)[1:]:
+            if order in legal:
+                scorer = LayoutScorer(question, replace(par, order=order), hunt.memo)
+                _, scores = _grid(hunt, scorer, choice)
+                hunt.tally.pruned_by["order"] -= space.cuts_of(par) * scores.limit.size
 
 
 def _outcome(hunt: Hunt, start: float) -> Outcome:

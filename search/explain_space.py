@@ -1,6 +1,6 @@
 """What the rules leave of a strategy space, rule by rule, without pricing anything.
 
-    size   = sum over layouts of their cuts * choices * grid   strategies, legal or not
+    size   = sum over layouts of cuts * orders, * choices * grid    strategies, legal or not
     first  strategies that a rule removes: no rule before it is broken by the same strategy
     alone  strategies that break it, whatever else they break
     left   = size - sum of first                               left to price
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shardplan.models.parallel import Parallelism
@@ -91,9 +91,9 @@ def _tally(space: Space) -> tuple[Counter[str], Counter[str], int]:
     alone: Counter[str] = Counter()
     legal = 0
     switched = [choice for choice in space.choices if choice.switched]
-    for par in space.raw():
+    for par in (replace(one, order=o) for one in space.raw() for o in space.raw_orders_of(one)):
         broken = broken_rules(_subject(space, par))
-        legal += not broken
+        legal += not broken and par.order == space.layout_of(par).order
         cuts = space.cuts_of(par)
         alone.update(dict.fromkeys(broken, len(space.choices) * cuts))
         first.update(dict.fromkeys(broken[:1], len(space.choices) * cuts))
@@ -183,8 +183,8 @@ def print_space(found: SpaceRules, console: Console) -> None:
     console.print(
         f"{kept} more rules bind here and remove nothing; {len(found.not_binding)} bind other "
         "devices, engines and switches only.\n"
-        f"{count_text(found.size)} strategies: {found.layouts:,} layouts with every cut of their "
-        f"layers, x {found.choices} choices x {found.grid:,} pairs of slots and step size.\n"
+        f"{count_text(found.size)} strategies: {found.layouts:,} layouts with every cut and order, "
+        f"x {found.choices} choices x {found.grid:,} pairs of slots and step size.\n"
         f"{count_text(found.size - found.left)} break a rule; {count_text(found.left)} "
         f"({found.left / found.size:.1%}), of {found.legal_layouts:,} layouts, are left to price. "
         "Memory, context and time limits are bounds that the search finds by pricing, not rules.",

@@ -13,9 +13,9 @@ from types import MappingProxyType
 
 from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.legal_layout import fast_ranks, is_sent, replica_ranks
-from shardplan.search.rulebook import Subject, family_name, value
+from shardplan.search.rulebook import Subject, family_name, rules, value
 
-__all__ = ["ENGINE_RULES"]
+__all__ = ["ENGINE_RULES", "engine_order", "live_axes"]
 
 _VLLM_ORDER: tuple[Axis, ...] = ("dp", "pp", "cp", "tp")
 
@@ -60,11 +60,18 @@ def _whole_nodes(s: Subject) -> bool:
 
 def _order(s: Subject) -> bool:
     par = s.parallel
-    if par.order == AXES:
-        return True
-    sizes = {"pp": par.pp, "dp": par.dp, "cp": par.cp, "tp": par.tp}
-    long = [axis for axis in par.order if sizes[axis] > 1]
-    return long == [axis for axis in _VLLM_ORDER if sizes[axis] > 1]
+    return live_axes(par, par.order) == live_axes(par, _VLLM_ORDER)
+
+
+def live_axes(par: Parallelism, order: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Axes of more than one rank, in an order: two orders with the same ones are alike."""
+    return tuple(axis for axis in order if getattr(par, axis) > 1)
+
+
+def engine_order(engine: str) -> tuple[Axis, ...]:
+    """The order in which an engine numbers ranks unless told otherwise."""
+    bound = rules()["order-engine"].engines
+    return _VLLM_ORDER if engine in bound else AXES
 
 
 def _own(size: int, tp: int) -> bool:

@@ -39,7 +39,7 @@ from shardplan.search.stage_costs import BYTES, DECODE, MIXED, PointRows, Templa
 if TYPE_CHECKING:
     from shardplan.search.exact import Hunt
 
-__all__ = ["Open", "Slack", "fits_some_cut", "open_points", "refine_cuts"]
+__all__ = ["Open", "Slack", "fits_some_cut", "most_where", "open_points", "refine_cuts"]
 
 _ROUNDING = 1.0 - 1e-9
 """Sums are made in another order than prices: a bound gives that much way."""
@@ -52,17 +52,24 @@ class Slack:
 
     model: StepModel
     even: Array = field(default_factory=lambda: np.ones(()))
+    """Share of a step's time that equal stages would take."""
+    free: Array = field(default_factory=lambda: np.ones(()))
+    """The same with collectives that take no time, too."""
 
     def watch(self, steps: Steps) -> None:
-        """Note the share that equal stages would take of each step."""
+        """Note the shares of each step, the smaller of both kinds."""
         gap = self.model.engine.launch_gap_s
         for stages, phase in zip(steps, _PHASES, strict=True):
             launch = self.model.launch_floor_s(phase)
             slowest = functools.reduce(np.maximum, self.model.step_s(stages, phase))
+            longest = slowest * len(stages)
             busy = sum((one.total_s + gap * one.kernels for one in stages), np.zeros(()))
+            wire = sum((one.collective_s for one in stages), np.zeros(()))
             floor = launch * sum(one.kernels for one in stages)
-            share = np.maximum(busy, floor) / (slowest * len(stages))
-            self.even = np.minimum(self.even, share * _ROUNDING)
+            even = np.maximum(busy, floor) / longest
+            free = np.maximum(busy - wire, floor) / longest
+            self.even = np.minimum(self.even, even * _ROUNDING)
+            self.free = np.minimum(self.free, free * _ROUNDING)
 
 
 @dataclass(kw_only=True)
@@ -125,15 +132,10 @@ def open_points(
     best: float,
 ) -> Open | None:
     """The points of a priced grid of which another cut may beat `best`; None without any."""
-    question = scorer.question
     shape = scores.limit.shape
-    longest = question.spec.max_context or math.inf
-    if context_tokens(question.workload) > longest:
-        return None
-    bound = scores.columns["objective"] / even
+    bound = _bound(scorer, choice, scores, grid, even)
     batch, chunk = (np.broadcast_to(one, shape) for one in grid)
-    fits = scorer.even_bytes(choice, *grid) <= scorer.ledger.capacity_bytes
-    at = np.flatnonzero((bound > best) & np.broadcast_to(fits, shape) & (chunk >= batch))
+    at = np.flatnonzero(bound > best)
     if not at.size:
         return None
     names = ("objective", "ttft_s", "tpot_s", "requests_per_s")
@@ -144,10 +146,40 @@ def open_points(
         chunk=chunk.ravel()[at],
         columns={name: scores.columns[name].ravel()[at] for name in names},
         bound=bound.ravel()[at],
-        even=balanced_stages(question.spec, scorer.parallel),
+        even=balanced_stages(scorer.question.spec, scorer.parallel),
     )
-    able = found.within(question, np.broadcast_to(even, shape).ravel()[at], slice(None))
+    able = found.within(scorer.question, np.broadcast_to(even, shape).ravel()[at], slice(None))
     return _only(found, np.flatnonzero(able))
+
+
+def _bound(
+    scorer: LayoutScorer,
+    choice: Choice,
+    scores: Scores,
+    grid: tuple[Array, Array],
+    share: Array,
+) -> Array:
+    """Objective of each point, were its steps `share` of what they are; -inf where none may be.
+
+    A step must hold its slots' tokens, a request the model's context, the cards the mean stage.
+    """
+    question, (batch, chunk) = scorer.question, grid
+    longest = question.spec.max_context or math.inf
+    fits = scorer.even_bytes(choice, batch, chunk) <= scorer.ledger.capacity_bytes
+    holds = chunk >= batch * (1 + scorer.parallel.mtp)
+    able = fits & holds & (context_tokens(question.workload) <= longest)
+    return np.where(able, scores.columns["objective"] / share, -math.inf)
+
+
+def most_where(
+    scorer: LayoutScorer,
+    choice: Choice,
+    scores: Scores,
+    grid: tuple[Array, Array],
+    share: Array,
+) -> float:
+    """The largest objective of a grid whose steps take `share` of what they do."""
+    return float(_bound(scorer, choice, scores, grid, share).max())
 
 
 def _only(one: Open, at: NDArray[np.intp]) -> Open | None:

@@ -3,22 +3,25 @@
     layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts; tokens
               predicted ahead
     cut       layers of each of pp stages, any positive numbers that sum to the layers
+    order     which axis neighbouring ranks lie on, of the axes that have ranks
     choices   attention kernel, weight dtype, KV dtype, switches of the engine, algorithm of the
               collectives between nodes
     grid      batch (slots of a dp group), chunk (tokens of a step of a dp group)
 
 The size of the space is the full product, legal or not: |choices| * |grid| * the sum over layouts
-of the ways to cut the layers into their stages. A layout
+of the ways to cut the layers into their stages, times those to order their axes. A layout
 that breaks a rule is left out with all its choices, under the first rule that it breaks; a choice
 whose switches a layout does not allow is left out of that layout (`broken_switch`).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import permutations
 
 import numpy as np
 
@@ -26,9 +29,10 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.optable import Overlap
-from shardplan.models.parallel import Parallelism, balanced_stages
+from shardplan.models.parallel import AXES, Axis, Parallelism, balanced_stages
 from shardplan.models.spec import ModelSpec
 from shardplan.search.cuts import cut_count
+from shardplan.search.legal_engine import engine_order, live_axes
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import StrategyInfo
 
@@ -95,12 +99,12 @@ class Space:
     raw_layouts: int
     broken: Mapping[str, int]
     """Layouts that each rule left out."""
-    broken_cuts: Mapping[str, int]
-    """The same, each counted once for every way to cut its layers into stages."""
-    raw_cuts: int
+    broken_ways: Mapping[str, int]
+    """The same, each counted once for every way to cut its layers and to order its ranks."""
+    raw_ways: int
     """All layouts, legal or not, counted likewise."""
-    all_cuts: bool
-    """Layers may be cut in any way; otherwise evenly."""
+    wide: bool
+    """Layers may be cut and ranks be ordered in any way; otherwise evenly, as the engine does."""
     depths: tuple[int, ...]
     """Tokens predicted ahead."""
     choices: tuple[Choice, ...]
@@ -115,28 +119,58 @@ class Space:
     @property
     def size(self) -> int:
         """Strategies of the whole space, legal or not."""
-        return self.raw_cuts * self.per_layout
+        return self.raw_ways * self.per_layout
 
     @property
     def broken_strategies(self) -> dict[str, int]:
         """Strategies that each rule left out."""
-        return {rule: count * self.per_layout for rule, count in self.broken_cuts.items()}
+        return {rule: count * self.per_layout for rule, count in self.broken_ways.items()}
 
     def raw(self) -> Iterator[Parallelism]:
         """Every layout, legal or not, in a fixed order."""
-        return raw_layouts(self.spec, self.cards, self.depths)
+        return raw_layouts(self.spec, self.engine, self.cards, self.depths)
+
+    def judged(self) -> Iterator[tuple[Parallelism, str | None, dict[str, int]]]:
+        """(layout, first rule that it breaks, its cuts and orders by their rule, "" for none)."""
+        for par in self.raw():
+            first, *others = self.raw_orders_of(par)
+            rule, cuts = self.broken_rule(replace(par, order=first)), self.cuts_of(par)
+            each: dict[str, int] = {rule or "": cuts}
+            for order in others:
+                name = self.broken_rule(replace(par, order=order)) or ""
+                each[name] = each.get(name, 0) + cuts
+            yield par, rule, each
 
     def cuts_of(self, par: Parallelism) -> int:
         """Ways to cut the layers into the stages of a layout."""
-        return cuts_of(self.spec, par, all_cuts=self.all_cuts)
+        return _cuts(self.spec, par) if self.wide else 1
+
+    def orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
+        """Legal orders of a layout's axes, its own first."""
+        if not self.wide:
+            return (par.order,)
+        every = self.raw_orders_of(par)
+        return tuple(one for one in every if self.broken_rule(replace(par, order=one)) is None)
+
+    def raw_orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
+        """Orders of a layout's axes, legal or not, its own first."""
+        if not self.wide:
+            return (par.order,)
+        return (par.order, *(one for one in _orders(par) if one != par.order))
+
+    def broken_rule(self, par: Parallelism) -> str | None:
+        """Id of the first rule that a layout breaks; None when it is legal."""
+        return first_broken_rule(
+            Subject(spec=self.spec, cluster=self.cluster, engine=self.engine, parallel=par)
+        )
 
     def strategies(self, par: Parallelism) -> int:
-        """Strategies of a layout, all its cuts together."""
-        return self.cuts_of(par) * self.per_layout
+        """Strategies of a layout, all its cuts and legal orders together."""
+        return self.cuts_of(par) * len(self.orders_of(par)) * self.per_layout
 
     def layout_of(self, par: Parallelism) -> Parallelism:
         """The layout of the space that a strategy's splits belong to."""
-        return replace(par, stage_layers=())
+        return replace(par, stage_layers=(), order=_base_order(self.engine, par))
 
     def dimensions(self) -> dict[str, list[object]]:
         """Values of each dimension, for the certificate."""
@@ -211,14 +245,35 @@ def chunk_grid(engine: EngineProfile, input_len: int, output_len: int) -> tuple[
 
 
 def raw_layouts(
-    spec: ModelSpec, cards: int, depths: tuple[int, ...] = (0,)
+    spec: ModelSpec, engine: EngineProfile, cards: int, depths: tuple[int, ...] = (0,)
 ) -> Iterator[Parallelism]:
     """Every combination of axis sizes over `cards` ranks, legal or not, in a fixed order.
 
-    `depths`: tokens predicted ahead, of each.
+    Layers are cut evenly and ranks numbered as the engine does. `depths`: tokens predicted ahead.
     """
     for one in _splits(spec, cards):
-        yield from (replace(one, mtp=depth) for depth in depths)
+        order = _base_order(engine, one)
+        yield from (replace(one, order=order, mtp=depth) for depth in depths)
+
+
+@functools.cache
+def _alike(live: frozenset[Axis]) -> Mapping[tuple[Axis, ...], tuple[Axis, ...]]:
+    """Order of the axes that have ranks -> the first order of all axes that has them so."""
+    found: dict[tuple[Axis, ...], tuple[Axis, ...]] = {}
+    for order in permutations(AXES):
+        found.setdefault(tuple(axis for axis in order if axis in live), order)
+    return found
+
+
+def _orders(par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
+    """Orders that differ in the axes that have ranks."""
+    return tuple(_alike(frozenset(live_axes(par, AXES))).values())
+
+
+def _base_order(engine: EngineProfile, par: Parallelism) -> tuple[Axis, ...]:
+    """The engine's own order, spelled as the first that is alike."""
+    own = live_axes(par, engine_order(engine.name))
+    return _alike(frozenset(own))[own]
 
 
 def _splits(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
@@ -233,9 +288,9 @@ def _splits(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
                         yield replace(one, sp=sp, exchange="alltoall")
 
 
-def cuts_of(spec: ModelSpec, par: Parallelism, *, all_cuts: bool) -> int:
+def _cuts(spec: ModelSpec, par: Parallelism) -> int:
     """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
-    return max(cut_count(spec.layers, par.pp), 1) if all_cuts else 1
+    return max(cut_count(spec.layers, par.pp), 1)
 
 
 def build_space(
@@ -247,40 +302,45 @@ def build_space(
     choices: tuple[Choice, ...],
     batches: tuple[int, ...],
     chunks: tuple[int, ...],
-    all_cuts: bool = True,
+    wide: bool = True,
     depths: tuple[int, ...] = (0,),
 ) -> Space:
     """The space over `cards` ranks, with the rules applied to every layout.
 
-    `depths`: tokens predicted ahead, of each layout.
+    `wide`: every cut of the layers and every order of the ranks, else one of each. `depths`:
+    tokens predicted ahead, of each layout.
     """
-    broken: Counter[str] = Counter()
-    broken_cuts: Counter[str] = Counter()
-    legal = []
-    count = cuts = 0
-    for par in raw_layouts(spec, cards, depths):
-        count += 1
-        ways = cuts_of(spec, par, all_cuts=all_cuts)
-        cuts += ways
-        rule = first_broken_rule(Subject(spec=spec, cluster=cluster, engine=engine, parallel=par))
-        if rule is None:
-            legal.append(par)
-        else:
-            broken[rule] += 1
-            broken_cuts[rule] += ways
-    return Space(
+    space = Space(
         spec=spec,
         cluster=cluster,
         engine=engine,
         cards=cards,
-        layouts=tuple(legal),
-        raw_layouts=count,
-        broken=dict(sorted(broken.items())),
-        broken_cuts=dict(sorted(broken_cuts.items())),
-        raw_cuts=cuts,
-        all_cuts=all_cuts,
+        layouts=(),
+        raw_layouts=0,
+        broken={},
+        broken_ways={},
+        raw_ways=0,
+        wide=wide,
         depths=depths,
         choices=choices,
         batches=batches,
         chunks=chunks,
+    )
+    broken, broken_ways, count, ways = Counter[str](), Counter[str](), 0, 0
+    legal = []
+    for par, rule, each in space.judged():
+        count += 1
+        ways += sum(each.values())
+        broken_ways.update({name: many for name, many in each.items() if name})
+        if rule is None:
+            legal.append(par)
+        else:
+            broken[rule] += 1
+    return replace(
+        space,
+        layouts=tuple(legal),
+        raw_layouts=count,
+        broken=dict(sorted(broken.items())),
+        broken_ways=dict(sorted(broken_ways.items())),
+        raw_ways=ways,
     )

@@ -7,9 +7,10 @@ own limits), its own limits and its own idea of what is better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,14 @@ from shardplan.costmodel.engines import load_engine
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
-from shardplan.models.parallel import Exchange, Parallelism, balanced_stages, make_mesh
+from shardplan.models.parallel import (
+    AXES,
+    Axis,
+    Exchange,
+    Parallelism,
+    balanced_stages,
+    make_mesh,
+)
 from shardplan.models.spec import MlaSpec, ModelSpec, MoeSpec
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Limits, Workload
@@ -109,7 +117,9 @@ def _legal(question: Question, par: Parallelism) -> bool:
     if par.mtp and "vllm-ascend" in question.engine.name and par.pp > 1:
         return False
     node = question.cluster.ranks_per_node
-    if any(t.topology == "roce" for t in question.cluster.tiers) and par.tp > node:
+    reach = math.prod(getattr(par, one) for one in par.order[par.order.index("tp") :])
+    far = reach > node and par.tp > 1
+    if any(t.topology == "roce" for t in question.cluster.tiers) and far:
         return False
     try:
         make_mesh(question.spec, par)
@@ -193,6 +203,23 @@ def _holds(question: Question, columns: dict[str, float], tokens: int, chunk: in
     )
 
 
+def _numbered(question: Question, par: Parallelism) -> Iterator[Parallelism]:
+    """A layout with its ranks in every order that differs and that the engine can start."""
+    live = [axis for axis in AXES if getattr(par, axis) > 1]
+    seen = set()
+    orders = [AXES, *permutations(AXES)]
+    for order in orders:
+        own = tuple(axis for axis in order if axis in live)
+        wanted = tuple(axis for axis in ("dp", "pp", "cp", "tp") if axis in live)
+        if own not in seen and ("vllm" not in question.engine.name or own == wanted):
+            yield replace(par, order=next(o for o in permutations(AXES) if _shown(o, live) == own))
+        seen.add(own)
+
+
+def _shown(order: tuple[str, ...], live: list[Axis]) -> tuple[str, ...]:
+    return tuple(axis for axis in order if axis in live)
+
+
 def _cuts(question: Question, par: Parallelism) -> Iterator[Parallelism]:
     """A layout with its layers cut evenly, which needs no telling, then in every other way."""
     yield par
@@ -206,7 +233,9 @@ def _cuts(question: Question, par: Parallelism) -> Iterator[Parallelism]:
 def brute_force(case: Case) -> list[Found]:
     """Every legal strategy, one at a time, in the order of the space."""
     question, found = case.question, []
-    legal = (par for par in _ahead(case) if _legal(question, par))
+    legal = (
+        par for one in _ahead(case) for par in _numbered(question, one) if _legal(question, par)
+    )
     for par in (cut for one in legal for cut in _cuts(question, one)):
         scorer = LayoutScorer(question, par)
         for choice in (one for one in case.choices if _allowed(question, par, one)):

@@ -16,7 +16,6 @@ from shardplan.search.explain_space import count_rules, explain_space
 from shardplan.search.legality import Subject, broken_rules, first_broken_rule, rules
 from shardplan.search.main import run
 from shardplan.search.request import Asked
-from shardplan.search.space import raw_layouts
 
 
 def asked(**given: Any) -> Asked:
@@ -32,15 +31,15 @@ def test_counts_are_those_of_a_loop_over_every_layout(spec: Any) -> None:
     first = dict.fromkeys(rules(), 0)
     alone = dict(first)
     legal = 0
-    for par in raw_layouts(spec, 8):
+    for par in (replace(one, order=o) for one in space.raw() for o in space.raw_orders_of(one)):
         one = Subject(spec=spec, cluster=space.cluster, engine=space.engine, parallel=par)
         name = first_broken_rule(one)
         if name is None:
-            legal += space.strategies(par)
+            legal += space.cuts_of(par) * space.per_layout
         else:
-            first[name] += space.strategies(par)
+            first[name] += space.cuts_of(par) * space.per_layout
         for broken in broken_rules(one):
-            alone[broken] += space.strategies(par)
+            alone[broken] += space.cuts_of(par) * space.per_layout
     assert found.left == legal
     assert found.legal_layouts == len(space.layouts)
     assert sum(one.first for one in found.rules) + found.left == found.size == space.size
@@ -59,7 +58,10 @@ def test_switches_are_counted_where_the_layout_is_legal() -> None:
     per = {one.id: one.first for one in found.rules}
     free = [par for par in space.layouts if space.broken_switch(par, fused) is None]
     grid = len(space.batches) * len(space.chunks)
-    every, kept = (sum(map(space.cuts_of, pars)) for pars in (space.layouts, free))
+    every, kept = (
+        sum(space.cuts_of(par) * len(space.orders_of(par)) for par in pars)
+        for pars in (space.layouts, free)
+    )
     assert 0 < len(free) < len(space.layouts)
     assert per["fused-group"] + per["fused-sp"] == (every - kept) * grid
     assert found.left == (every + kept) * grid

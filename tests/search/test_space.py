@@ -33,7 +33,7 @@ def test_divisors_are_all_that_divide(n: int) -> None:
 
 def test_layouts_of_a_dense_model_are_the_ways_to_split_the_cards() -> None:
     """Four cards are tp * pp * dp in 6 ways (4 = 1*1*4, 1*2*2, ...), each with and without sp."""
-    found = list(raw_layouts(dense(), 4))
+    found = list(raw_layouts(dense(), load_engine("vllm-ascend"), 4))
     assert len(found) == len(set(found)) == 12
     assert {par.ranks for par in found} == {4}
     assert {par.ep for par in found} == {1}
@@ -44,15 +44,16 @@ def test_layouts_of_an_expert_model_add_ep_and_the_exchange() -> None:
 
     tp 1 pp 1 dp 2 and tp 2 pp 1 dp 1: (1 + 2) * 2 each; tp 1 pp 2 dp 1: ep 1 alone, * 2 for sp.
     """
-    assert len(list(raw_layouts(sparse(), 2))) == 6 + 6 + 2
+    assert len(list(raw_layouts(sparse(), load_engine("vllm-ascend"), 2))) == 6 + 6 + 2
 
 
 def test_the_size_counts_what_rules_leave_out_too() -> None:
     """12 layouts of a dense model on 4 cards, 2 choices, 3 batches, 2 chunks.
 
-    Four layers are cut into two stages in 3 ways, so that tp 1, 2 and 4 have 5, 4 and 1 cuts, with
-    sp and without: 240 strategies. Sequence parallelism needs tp above 1, so of 12 layouts the 3
-    with tp 1 and sp are illegal.
+    Four layers are cut into two stages in 3 ways, and two axes with ranks have 2 orders: tp 1 has
+    1 + 3 * 2 + 1 ways with pp 1, 2 and 4, tp 2 has 2 + 3 * 2, tp 4 has 1, with sp and without.
+    Sequence parallelism needs tp above 1, so of 12 layouts the 3 with tp 1 and sp are illegal;
+    of the others vLLM has one order each.
     """
     space = build_space(
         dense(),
@@ -63,8 +64,8 @@ def test_the_size_counts_what_rules_leave_out_too() -> None:
         batches=(1, 2, 3),
         chunks=(256, 512),
     )
-    assert space.size == 240
-    assert space.broken_strategies == {"sp-tp": 5 * 12}
+    assert space.size == 2 * (8 + 8 + 1) * 12
+    assert space.broken_strategies == {"sp-tp": 8 * 12, "order-engine": (3 + 2 * (1 + 3)) * 12}
     assert space.per_layout == 12
     assert space.broken == {"sp-tp": 3}
     assert len(space.layouts) == 9
