@@ -38,9 +38,10 @@ prompt once, while it waits or while it decodes:
 A step that predicts ahead also runs the prediction layer k times: once over all its tokens, prompt
 tokens with them, and k - 1 times over one token of each sequence that decodes.
 
-A pipeline of p stages runs p microbatches of slots at once: a step takes
-max(sum of stages, p * slowest stage at b / p); a prompt of several chunks flows through it with
-(chunks - 1) bubbles of the slowest stage.
+A pipeline of p stages runs p microbatches at once, each scheduled by itself with b / p slots and c
+tokens a step (at most as many microbatches as slots): the formulas hold with b / p for b, their
+rate p times over, and a step takes max(sum of stages, p * slowest stage). Where prompts come first,
+a prompt of several chunks flows through all stages with (chunks - 1) bubbles of the slowest.
 With `offered` requests a second, slots fill by Little's law: b = rate * latency.
 
 Left out: length distributions, bursts, preemption, the start and end of a run (`run_out` adds
@@ -244,10 +245,9 @@ def _steps(
     model: Pricer, given: ServingInput, shares: Shares, weigh: Weigh
 ) -> tuple[list[Parts], list[Parts]]:
     """(decode step, mixed step) of a steady state; `weigh` is told what is priced next."""
-    stages = as_array(model.stages)
     weigh("decode")
-    decode = _decode_stages(model, given, np.maximum(np.ceil(shares.decoding / stages), 1.0))
-    sequences = np.ceil(shares.beside / stages)
+    decode = _decode_stages(model, given, np.maximum(np.ceil(shares.decoding), 1.0))
+    sequences = np.ceil(shares.beside)
     weigh("mixed")
     prompt = _prompt_stages(model, given, shares, sequences)
     if model.engine.prefill_first:
@@ -261,8 +261,8 @@ def replay(model: Pricer, given: ServingInput, served: Serving, weigh: Weighed) 
 
     `weigh` is told, before each part of them, how often an average step runs it.
     """
-    shares = step_shares(given, model.engine.prefill_first)
-    beside = served.mixed_share * (np.ceil(shares.beside / as_array(model.stages)) > 0.0)
+    shares = step_shares(given, model.engine.prefill_first, model.stages)
+    beside = served.mixed_share * (np.ceil(shares.beside) > 0.0)
     often = {"decode": served.pure_share, "mixed": served.mixed_share, "beside": beside}
     _steps(model, given, shares, lambda part: weigh(often[part]))
 
@@ -317,7 +317,8 @@ def _prompts_first(shares: Shares, later: Array, decode_s: Array, prefill_s: Arr
 
 def steady_steps(model: Pricer, given: ServingInput) -> Steps:
     """(decode step, mixed step) of the steady state, per stage of the model."""
-    return _steps(model, given, step_shares(given, model.engine.prefill_first), lambda _: None)
+    shares = step_shares(given, model.engine.prefill_first, model.stages)
+    return _steps(model, given, shares, lambda _: None)
 
 
 def serve(
@@ -328,7 +329,7 @@ def serve(
     `watch` is shown the steps that it is made of.
     """
     engine = model.engine
-    shares = step_shares(given, engine.prefill_first)
+    shares = step_shares(given, engine.prefill_first, model.stages)
     decode, mixed = _steps(model, given, shares, lambda _: None)
     if watch is not None:
         watch((decode, mixed))
@@ -343,7 +344,7 @@ def serve(
         pace = _chunked(shares, later, decode_s, mixed_s, as_array(model.locked))
     prefill_s, wait_s, step_s = pace.prefill_s, pace.wait_s, pace.step_s
     latency = wait_s + prefill_s + later * step_s
-    each = shares.slots / latency
+    each = shares.slots * shares.apart / latency
     outside = _outside_s(given, each)
     ttft_s, latency = wait_s + prefill_s + outside, latency + outside
     rate = model.groups * each

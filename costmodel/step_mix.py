@@ -74,8 +74,13 @@ class Shares:
     """How an average step is made up, in sequences and prompt tokens; arrays of the grid."""
 
     slots: Array
+    """Slots that are scheduled together."""
+    apart: Array
+    """Schedules of a dp group: the microbatches of a pipeline that mixes prompts with decoding."""
     decoding: Array
+    """Sequences of one microbatch that decode in an average step."""
     beside: Array
+    """Those that decode beside a prompt."""
     room: Array
     pieces: Array
     piece: Array
@@ -83,8 +88,12 @@ class Shares:
     prompt: Array
 
 
-def step_shares(given: ServingInput, prefill_first: bool) -> Shares:
-    """The average step of an engine's steady state (the formulas of `serving`)."""
+def step_shares(given: ServingInput, prefill_first: bool, stages: ArrayLike = 1) -> Shares:
+    """The average step of an engine's steady state (the formulas of `serving`).
+
+    `stages` of a pipeline run as many microbatches at once.
+    """
+    turns = as_array(stages)
     prompt = np.maximum(
         np.ceil(as_array(given.input_len) * (1.0 - as_array(given.prefix_hit))), 1.0
     )
@@ -99,7 +108,8 @@ def step_shares(given: ServingInput, prefill_first: bool) -> Shares:
         pieces = np.ceil(prompt / piece)
         return Shares(
             slots=slots,
-            decoding=slots + zero,
+            apart=np.ones(()),
+            decoding=slots / turns + zero,
             beside=zero,
             room=piece,
             pieces=pieces,
@@ -107,6 +117,8 @@ def step_shares(given: ServingInput, prefill_first: bool) -> Shares:
             mixed=zero,
             prompt=prompt,
         )
+    apart = np.clip(turns, 1.0, np.maximum(slots, 1.0))
+    slots = slots / apart
     wanted, most = slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later * width)
     per_step = np.minimum(wanted, most)
     others = np.minimum(wanted * (1.0 - 1.0 / np.maximum(slots, 1.0)), most)
@@ -116,6 +128,7 @@ def step_shares(given: ServingInput, prefill_first: bool) -> Shares:
     piece = np.minimum(room, np.maximum(prompt / pieces, prompt * others))
     return Shares(
         slots=slots,
+        apart=apart,
         decoding=per_step * later,
         beside=beside,
         room=room,

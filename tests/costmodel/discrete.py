@@ -50,23 +50,24 @@ class Measured(NamedTuple):
 
 
 class LinearModel:
-    """Stands for a StepModel of one stage whose step takes BASE_S + TOKEN_S * tokens."""
+    """Stands for a StepModel of equal stages whose step takes BASE_S + TOKEN_S * tokens."""
 
     groups = 1
     locked = 1
-    stages = 1
 
-    def __init__(self, engine: str) -> None:
+    def __init__(self, engine: str, stages: int = 1) -> None:
         self.engine = load_engine(engine)
+        self.stages = stages
 
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """All of the time is the token rows'."""
         if group != "token":
-            return [Parts(_ZERO, _ZERO, _ZERO, _ZERO, 0.0)]
-        return [Parts(TOKEN_S * load.tokens, _ZERO, _ZERO, np.asarray(BASE_S), 1.0)]
+            return [Parts(_ZERO, _ZERO, _ZERO, _ZERO, 0.0)] * self.stages
+        whole = Parts(TOKEN_S * load.tokens, _ZERO, _ZERO, np.asarray(BASE_S), 1.0)
+        return [whole.times(1.0 / self.stages)] * self.stages
 
     def step_s(self, stages: list[Parts], _: str) -> list[Array]:
-        """Seconds of the one stage."""
+        """Seconds of each stage."""
         return [parts.total_s for parts in stages]
 
     def host_s(self, _: str) -> float:

@@ -114,12 +114,27 @@ def test_one_prompt_in_four_steps_by_hand() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_pure_prefill_runs_at_the_rate_of_full_steps(name: str) -> None:
-    """One output token and many prompts waiting: every step is full of prompt tokens."""
+    """One output token and many prompts waiting: every step is full of prompt tokens.
+
+    A pipeline has as many such steps under way as stages, or most of them would idle.
+    """
     model = load(name).model
-    ours = served(model, 64.0, output_len=1, input_len=3000)
+    ours = served(model, 64.0 * model.stages, output_len=1, input_len=3000)
     tokens_per_s = ours.requests_per_s * 3000 / model.groups
-    assert tokens_per_s == pytest.approx(2048 / ours.mixed_step_s, rel=0.01)
+    assert tokens_per_s == pytest.approx(model.stages * 2048 / ours.mixed_step_s, rel=0.01)
     assert ours.tpot_s == 0.0
+
+
+@pytest.mark.parametrize("slots", [4, 32, 256])
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_pipeline_of_equal_stages_is_as_many_engines_in_turn(stages: int, slots: int) -> None:
+    """Each microbatch has its share of the slots and a whole step of the model to itself."""
+    asked: dict[str, Any] = {"chunk": np.asarray(2048.0), "input_len": 1024, "output_len": 128}
+    alone = served(cast("StepModel", LinearModel("vllm-ascend")), slots / stages, **asked)
+    cut = served(cast("StepModel", LinearModel("vllm-ascend", stages)), float(slots), **asked)
+    assert cut.requests_per_s == pytest.approx(stages * alone.requests_per_s, rel=1e-9)
+    assert cut.tpot_s == pytest.approx(alone.tpot_s, rel=1e-9)
+    assert cut.ttft_s == pytest.approx(alone.ttft_s, rel=1e-9)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
