@@ -78,6 +78,10 @@ def search(
         ),
     ] = None,
     serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
+    robust: Annotated[
+        bool,
+        typer.Option("--robust", help="Least worst-case regret under the calibration's bands."),
+    ] = False,
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")

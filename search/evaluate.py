@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
@@ -122,8 +123,13 @@ class LayoutScorer:
             total = np.maximum(total, stage.total_bytes)
         return total
 
-    def score(self, choice: Choice, batch: Array, chunk: Array) -> Scores:
-        """Price arrays of batch and chunk (broadcast) of one choice."""
+    def score(
+        self, choice: Choice, batch: Array, chunk: Array, pricer: Pricer | None = None
+    ) -> Scores:
+        """Price arrays of batch and chunk (broadcast) of one choice.
+
+        `pricer`: in place of the choice's own model; its prices may add dims from the left.
+        """
         question, work = self.question, self.question.workload
         given = ServingInput(
             batch=batch,
@@ -136,8 +142,8 @@ class LayoutScorer:
             attention=choice.attention,
             in_flight=work.concurrency / self.parallel.dp if work.concurrency else None,
         )
-        served = serve(self.model_for(choice), given)
-        shape = np.broadcast_shapes(batch.shape, chunk.shape)
+        served = serve(self.model_for(choice) if pricer is None else pricer, given)
+        shape = np.broadcast_shapes(batch.shape, chunk.shape, served.end_to_end_s.shape)
         memory = np.broadcast_to(self.memory(choice, batch, chunk), shape)
         columns = {
             "ttft_s": served.ttft_s,

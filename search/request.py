@@ -75,6 +75,7 @@ class Asked:
     weight_prefetch: str | None = None
     """off, on or auto (searched both ways); None: as the engine has it."""
     fused_collectives: str | None = None
+    robust: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,6 +310,7 @@ def _request(
         serving="agg",
         seed=asked.seed,
         trials=asked.trials,
+        robust=asked.robust,
     )
 
 
