@@ -86,6 +86,15 @@ def search(
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")
     ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="NAME=1,2,4 or a:b:step of an option; may be repeated."),
+    ] = None,
+    jobs: Annotated[int | None, whole("--jobs", "Processes of a sweep; all cores.")] = None,
+    plans: Annotated[
+        bool | None,
+        typer.Option("--plans/--no-plans", help="Keep each plan.json of a sweep; up to 64."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for plan.json, trials.csv, report.html.")
     ] = None,
@@ -96,8 +105,11 @@ def search(
     asked = dict(locals())
     if not 0 <= top <= _MOST_ALTERNATIVES:
         raise InputError(f"`--top` is from 0 to {_MOST_ALTERNATIVES}", got=f"top={top}")
-    for name in ("out", "force", "json", "ablation"):
+    for name in ("out", "force", "json", "ablation", "sweep", "jobs", "plans"):
         del asked[name]
+    if sweep:
+        _sweep(asked, sweep, out, jobs=jobs, plans=plans, force=force, as_json=json)
+        return
     if ablation:
         _ablation(asked, out, json)
         return
@@ -143,6 +155,15 @@ def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
         if named:
             raise
         note(f"note: results were not written: {error}")
+
+
+def _sweep(
+    asked: dict[str, Any], sweep: list[str], out: Path | None, *, force: bool, **how: Any
+) -> None:
+    from shardplan.search.cli_sweep import sweep_command
+
+    named = "-".join([_slug(asked["model"]), _slug(asked["cluster"]), "sweep"])
+    sweep_command(asked, sweep, out or _RUNS / named, force=force or out is None, **how)
 
 
 def _ablation(asked: dict[str, Any], out: Path | None, as_json: bool) -> None:
