@@ -26,15 +26,9 @@ def print_robustness(plan: Plan, console: Console) -> None:
     told = plan.robustness
     if told is None:
         return
-    numbers = ("share", "90% band", "limit at", "flips at")
-    band = f"{told.level:.0%} band"
-    table = new_table(
-        "how wrong may a price be before another plan wins",
-        "time of",
-        *(band if name == "90% band" else name for name in numbers),
-        "then better",
-        right=(*numbers, band),
-    )
+    numbers = ("share", f"{told.level:.0%} band", "limit at", "flips at")
+    title = "how wrong may a price be before another plan wins"
+    table = new_table(title, "time of", *numbers, "then better", right=numbers)
     for row in told.groups:
         ends = f"{factor_words(row.band_low)} to {factor_words(row.band_high)}"
         limit = "-" if row.limit_factor is None else f"{row.limit} {factor_words(row.limit_factor)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import html
+import io
 import math
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tests.search.oracle import brute_force, dense, small_case
 
 import shardplan
@@ -21,10 +24,13 @@ from shardplan.search.contenders import Contender, Tuned, contenders_of
 from shardplan.search.evaluate import LayoutScorer, Question, Scores
 from shardplan.search.exact import Outcome, search_exact
 from shardplan.search.plan import Limits
+from shardplan.search.report.page import page
 from shardplan.search.request import Asked, resolve
 from shardplan.search.robust import FULL, QUICK, Depth, bands_of, flips, robustness
 from shardplan.search.robust_choice import choose, scenarios
 from shardplan.search.robust_plan import study
+from shardplan.search.robust_words import factor_words, flips_of, verdict
+from shardplan.search.tables_robust import print_robustness
 
 
 @functools.cache
@@ -249,6 +255,21 @@ def test_a_search_tells_its_flips_and_a_robust_one_what_it_gives_up() -> None:
     assert told.choice.given_up == pytest.approx(given_up)
     assert first.certificate.gap == pytest.approx(given_up)
     assert any(text.startswith("robust: ") for text in first.notes)
+
+
+def test_people_read_the_same_in_the_terminal_and_in_the_report() -> None:
+    """A row a group with its share, the flips with their runner-ups, the verdict."""
+    result = shardplan.search("llama-3.1-8b", "atlas-800t-a2", cards=2)
+    told = result.plan.robustness
+    assert told is not None
+    console = Console(width=120, file=io.StringIO(), record=True)
+    print_robustness(result.plan, console)
+    report = html.unescape(page(result.plan, result.trials))
+    for shown in (console.export_text(), report):
+        assert verdict(result.plan) in " ".join(shown.split())
+        for row in told.groups:
+            assert row.group in shown
+            assert all(factor_words(flip.factor) in shown for _, flip in flips_of(row))
 
 
 def test_a_study_leaves_the_winner_alone() -> None:
