@@ -47,11 +47,15 @@ __all__ = [
     "Cause",
     "Confidence",
     "Scale",
+    "Sums",
     "Tally",
+    "banded",
     "confidence",
+    "fact_cause",
     "fact_kind",
     "level",
     "operator_confidence",
+    "section_cause",
     "section_scale",
     "serving_confidence",
 ]
@@ -110,7 +114,9 @@ def section_scale(section: Section) -> Scale:
     return given if own is None else given.beside(own)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
+    """Time in one section."""
+
     section: Section
     seconds: Array
     """`[points]`, over all kernels of a step."""
@@ -126,7 +132,7 @@ class Tally:
     points: int
     weight: Array | float = 1.0
     """How often each point runs what is priced next."""
-    sums: dict[str, _Sums] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
     known: dict[tuple[Any, ...], Section] = field(default_factory=dict)
 
     @classmethod
@@ -151,10 +157,10 @@ class Tally:
             self.known[key] = row_section(self.calibration, row, weights, phase, attention)
         return self.known[key]
 
-    def _sums(self, section: Section) -> _Sums:
+    def _sums(self, section: Section) -> Sums:
         if section.name not in self.sums:
             none = np.zeros((2, self.points))
-            self.sums[section.name] = _Sums(section, none[0], none[1])
+            self.sums[section.name] = Sums(section, none[0], none[1])
         return self.sums[section.name]
 
 
@@ -201,7 +207,8 @@ def fact_kind(fact: Fact) -> str:
     return _KIND_OF_FACT.get(fact.kind, fact.kind)
 
 
-def _fact_cause(name: str, owner: EngineProfile | Device, key: str, seconds: Array) -> Cause:
+def fact_cause(name: str, owner: EngineProfile | Device, key: str, seconds: Array) -> Cause:
+    """The error of a time that a fact of an engine or device tells."""
     fact = owner.facts.get(key)
     if fact is None:
         fact = Fact(kind="assumed", source="")
@@ -229,12 +236,12 @@ def confidence(
     piped, device_s = fleet.stages > 1.0, np.maximum(total_s - host_s, 0.0)
     grow = np.where(piped, device_s / np.maximum(counted, np.finfo(np.float64).tiny), 1.0)
     left = np.where(piped, 0.0, np.maximum(device_s - counted, 0.0))
-    causes = [_section_cause(one, grow) for one in tally.sums.values()]
+    causes = [section_cause(one, grow) for one in tally.sums.values()]
     graph = engine.decode_graph if phase == "decode" else engine.prefill_graph
     key = "step_host_s" if phase == "decode" else "prefill_step_host_s"
-    causes.append(_fact_cause(_HOST, engine, key, host_s))
+    causes.append(fact_cause(_HOST, engine, key, host_s))
     owner, key = (engine, "launch_gap_s") if graph else (device, "host_launch_s")
-    causes.append(_fact_cause(_LAUNCH, owner, key, left))
+    causes.append(fact_cause(_LAUNCH, owner, key, left))
     everything = sum((cause.seconds for cause in causes), np.zeros(tally.points))
     basis = {
         kind: sum((c.seconds for c in causes if c.kind == kind), np.zeros(tally.points))
@@ -253,7 +260,8 @@ def confidence(
     return banded(tuple(causes), basis, variance / (total_s * total_s))
 
 
-def _section_cause(sums: _Sums, grow: Array) -> Cause:
+def section_cause(sums: Sums, grow: Array | float) -> Cause:
+    """The error of a section's kernels, their time stretched by `grow`."""
     section = sums.section
     common, scatter = section_scale(section)
     seconds, squares = sums.seconds * grow, sums.squares * (grow * grow)

@@ -53,7 +53,7 @@ class Pricer(Protocol):
     def step_s(self, stages: list[Parts], phase: Phase) -> list[Array]:
         """Seconds of each stage, launches included; the engine's host time is not."""
 
-    def host_s(self, phase: Phase) -> float:
+    def host_s(self, phase: Phase) -> float | Array:
         """Host time of a step that the device waits for."""
 
 

@@ -34,6 +34,7 @@ from shardplan.search.request import (
     resolve,
     without_limits,
 )
+from shardplan.search.robust_plan import study, with_study
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
 from shardplan.search.trial_table import TrialTable
 from shardplan.search.workload import whole
@@ -96,6 +97,8 @@ def search(
     best = outcomes[-1].best
     if best is None:
         raise nothing_feasible(resolved, question, outcomes[-1])
+    best, robustness = study(question, outcomes[-1], robust=resolved.request.robust)
+    studied = time.perf_counter()
     beside = _search_beside(resolved, question, outcomes[-1], memo)
     quantized = time.perf_counter()
     scorer = LayoutScorer(question, best.parallel)
@@ -117,6 +120,7 @@ def search(
         version=__version__,
         notes=_notes(resolved, outcomes[-1], beside),
     )
+    plan = with_study(plan, robustness)
     engine = resolved.request.engine
     outcome = outcomes[-1]
     return SearchResult(
@@ -125,7 +129,8 @@ def search(
         pareto_table=trial_table(outcome, pareto_front(outcome), engine),
         timing={
             "search_s": searched - start,
-            "quantization_s": quantized - searched,
+            "robustness_s": studied - searched,
+            "quantization_s": quantized - studied,
             "proof_s": proven - quantized,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": plan.certificate.evaluated / max(searched - start, 1e-9),

@@ -100,6 +100,10 @@ def search(
         ),
     ] = "auto",
     serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
+    robust: Annotated[
+        bool,
+        typer.Option("--robust", help="Least worst-case regret under the calibration's bands."),
+    ] = False,
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")
@@ -108,6 +112,15 @@ def search(
         bool,
         typer.Option("--explain-space", help="What each legality rule removes, without a search."),
     ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="NAME=1,2,4 or a:b:step of an option; may be repeated."),
+    ] = None,
+    jobs: Annotated[int | None, whole("--jobs", "Processes of a sweep; all cores.")] = None,
+    plans: Annotated[
+        bool | None,
+        typer.Option("--plans/--no-plans", help="Keep each plan.json of a sweep; up to 64."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for plan.json, trials.csv, report.html.")
     ] = None,
@@ -118,10 +131,14 @@ def search(
     asked = dict(locals())
     if not 0 <= top <= _MOST_ALTERNATIVES:
         raise InputError(f"`--top` is from 0 to {_MOST_ALTERNATIVES}", got=f"top={top}")
-    for name in ("out", "force", "json", "ablation", "explain_space"):
+    own = ("out", "force", "json", "ablation", "explain_space", "sweep", "jobs", "plans")
+    for name in own:
         del asked[name]
     if explain_space:
         _explain_space(asked, json)
+        return
+    if sweep:
+        _sweep(asked, sweep, out, jobs=jobs, plans=plans, force=force, as_json=json)
         return
     if ablation:
         _ablation(asked, out, json)
@@ -180,6 +197,15 @@ def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
         if named:
             raise
         note(f"note: results were not written: {error}")
+
+
+def _sweep(
+    asked: dict[str, Any], sweep: list[str], out: Path | None, *, force: bool, **how: Any
+) -> None:
+    from shardplan.search.cli_sweep import sweep_command
+
+    named = "-".join([_slug(asked["model"]), _slug(asked["cluster"]), "sweep"])
+    sweep_command(asked, sweep, out or _RUNS / named, force=force or out is None, **how)
 
 
 def _ablation(asked: dict[str, Any], out: Path | None, as_json: bool) -> None:

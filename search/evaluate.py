@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
@@ -192,12 +193,19 @@ class LayoutScorer:
         choice: Choice,
         batch: Array,
         chunk: Array,
+        *,
         watch: Callable[[Steps], None] | None = None,
+        pricer: Pricer | None = None,
     ) -> Scores:
-        """Price arrays of batch and chunk (broadcast) of one choice; `watch`: as of `serve`."""
+        """Price arrays of batch and chunk (broadcast) of one choice.
+
+        `watch`: as of `serve`. `pricer`: in place of the choice's own model; its prices may add
+        dims from the left.
+        """
         question = self.question
-        served = serve(self.model_for(choice), self.serving_input(choice, batch, chunk), watch)
-        shape = np.broadcast_shapes(batch.shape, chunk.shape)
+        model = self.model_for(choice) if pricer is None else pricer
+        served = serve(model, self.serving_input(choice, batch, chunk), watch)
+        shape = np.broadcast_shapes(batch.shape, chunk.shape, served.end_to_end_s.shape)
         memory = np.broadcast_to(self.memory(choice, batch, chunk), shape)
         columns = {
             "ttft_s": served.ttft_s,

@@ -86,7 +86,7 @@ class Hunt:
     ) -> Scores:
         """Price arrays of batch and chunk and remember the best of them."""
         par = scorer.parallel
-        scores = scorer.score(choice, batch, chunk, None if slack is None else slack.watch)
+        scores = scorer.score(choice, batch, chunk, watch=None if slack is None else slack.watch)
         count_refused(self.tally, scores)
         note_nearest(self.tally, scores, par, choice, (batch, chunk))
         found = keep_best(scores, par, choice, batch, chunk)

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
+from shardplan.search.plan_robustness import PARTS, Robustness
 
 __all__ = [
     "PLAN_VERSION",
@@ -96,6 +97,8 @@ class Request(Part):
     serving: Literal["agg"]
     seed: int
     trials: int | None = None
+    robust: bool = False
+    """The least worst-case regret under the calibration's bands, in place of the best."""
 
 
 class ModelInfo(Part):
@@ -171,6 +174,10 @@ class StrategyInfo(Part):
     def parallelism(self) -> Parallelism:
         """The part of the strategy that changes the graph."""
         return Parallelism(**{one.name: getattr(self, one.name) for one in fields(Parallelism)})
+
+
+for _part in PARTS:
+    _part.model_rebuild(_types_namespace={"StrategyInfo": StrategyInfo})
 
 
 class Performance(Part):
@@ -303,6 +310,8 @@ class Plan(Part):
     breakdown: tuple[BreakdownRow, ...]
     confidence: Confidence | None = None
     """None in plans of versions that did not tell."""
+    robustness: Robustness | None = None
+    """Likewise."""
     proof: ProofInfo
     certificate: Certificate
     pareto: tuple[Candidate, ...]

@@ -90,6 +90,7 @@ class Asked:
     mtp_acceptance: float | None = None
     collectives: str = "auto"
     """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
+    robust: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -415,6 +416,7 @@ def _request(
         serving="agg",
         seed=asked.seed,
         trials=asked.trials,
+        robust=asked.robust,
     )
 
 

@@ -18,6 +18,7 @@ from shardplan.search.tables import (
     show,
     time_table,
 )
+from shardplan.search.tables_robust import print_robustness
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -164,6 +165,7 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
         if rows:
             show(console, time_table(f"one {phase} step: {seconds_text(total)}", rows, total))
     _print_confidence(plan, console)
+    print_robustness(plan, console)
     _print_alternatives(plan, console)
     _print_quantization(plan, console)
     _print_switches(plan, console)

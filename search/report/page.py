@@ -10,6 +10,7 @@ from shardplan.search.report.breakdown import breakdown_section
 from shardplan.search.report.how_sure import confidence_section
 from shardplan.search.report.markup import Html, raw, table, tag
 from shardplan.search.report.memory import memory_section
+from shardplan.search.report.robust import robustness_section
 from shardplan.search.report.tradeoffs import (
     alternatives_section,
     quantization_section,
@@ -61,6 +62,7 @@ def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
         memory_section(plan),
         breakdown_section(plan),
         confidence_section(plan),
+        robustness_section(plan),
         tradeoff_section(plan, TrialTable.of(trials)),
         alternatives_section(plan),
         quantization_section(plan),

@@ -187,7 +187,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 def command(plan: Plan) -> list[str]:
     """The command line that makes this plan again: the command, then each option with its value."""
     pairs = [shlex.join(pair) for pair in _options(plan)]
-    return ["shardplan search", *pairs]
+    return ["shardplan search", *pairs, *(["--robust"] if plan.request.robust else [])]
 
 
 def _options(plan: Plan) -> Iterator[tuple[str, str]]:

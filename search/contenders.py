@@ -1,0 +1,135 @@
+"""Contenders of a search: the best layouts and choices, priced again with cost groups scaled.
+
+A contender is one layout with one choice. Its slots and step size are tuned again at every factor,
+over all points of the search's own grid that a factor can make feasible: memory, context and the
+room for a token of every slot do not depend on times, so points that break those are left out.
+At factors of one the numbers are the search's own, to the last bit (`costmodel.cost_groups`), and
+limits and objective are told by the same code (`LayoutScorer.score`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.cost_groups import HOST, ScaledModel
+from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.step import Parts
+from shardplan.search.evaluate import LayoutScorer, Question, Scores
+from shardplan.search.kept import Kept, Outcome, keep_best
+from shardplan.search.space import Space
+
+__all__ = ["Contender", "Tuned", "contenders_of"]
+
+_BLOCK = 2**16
+"""Prices made at once: arrays that stay in a core's cache."""
+
+
+class Tuned(NamedTuple):
+    """The best point of a contender at each factor."""
+
+    objective: Array
+    """`[factors]`; minus infinity where no point meets the limits."""
+    point: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contender:
+    """One layout and choice, ready to be priced at other times of its cost groups."""
+
+    kept: Kept
+    """Its best strategy as the search found it."""
+    scorer: LayoutScorer
+    pricer: ScaledModel
+    batch: Array
+    """`[points]`, of less memory first."""
+    chunk: Array
+
+    @property
+    def groups(self) -> set[str]:
+        """Cost groups that it spends time in."""
+        return {*self.pricer.within, HOST}
+
+    def blocks(self, factors: Mapping[str, Array]) -> Iterator[Scores]:
+        """Scores `[some factors, points]` at factors `[factors]`, a cache's worth at a time.
+
+        Once, and of `[points]`, where it spends no time in any of the groups.
+        """
+        own = {name: one for name, one in factors.items() if name in self.groups}
+        count = len(next(iter(own.values()))) if own else 1
+        size = max(_BLOCK // max(self.batch.size, 1), 1)
+        for start in range(0, count, size):
+            some = {name: one[start : start + size, None] for name, one in own.items()}
+            pricer = self.pricer.at(some)
+            yield self.scorer.score(self.kept.choice, self.batch, self.chunk, pricer=pricer)
+
+    def objectives(self, factors: Mapping[str, Array]) -> Array:
+        """`[factors, points]`; minus infinity where a limit is broken."""
+        found = [
+            np.atleast_2d(np.where(one.feasible, one.columns["objective"], -np.inf))
+            for one in self.blocks(factors)
+        ]
+        count = len(next(iter(factors.values())))
+        return np.broadcast_to(np.concatenate(found), (count, self.batch.size))
+
+    def tuned(self, factors: Mapping[str, Array]) -> Tuned:
+        """Its best point at each of the factors `[factors]`."""
+        count = len(next(iter(factors.values())))
+        if not self.batch.size:
+            return Tuned(np.full(count, -np.inf), np.zeros(count, dtype=np.int64))
+        found = self.objectives(factors)
+        point = np.argmax(found, axis=1)
+        return Tuned(found[np.arange(count), point], point)
+
+    def alone(self) -> Contender:
+        """The strategy that the search found, its slots and step size as they are."""
+        one = np.array([float(self.kept.batch)]), np.array([float(self.kept.chunk)])
+        return replace(self, batch=one[0], chunk=one[1])
+
+    def at(self, point: int) -> Kept:
+        """One of its points as a search remembers it, at the times as they are."""
+        batch, chunk = self.batch[point : point + 1], self.chunk[point : point + 1]
+        scores = self.scorer.score(self.kept.choice, batch, chunk)
+        return keep_best(scores, self.kept.parallel, self.kept.choice, batch, chunk)[0]
+
+
+def contenders_of(question: Question, outcome: Outcome, most: int) -> list[Contender]:
+    """The best strategy of the outcome and those of up to `most` other layouts and choices."""
+    memo: Memo[Parts] = Memo()
+    found: dict[object, Kept] = {}
+    for one in outcome.kept:
+        found.setdefault((replace(one.parallel, stage_layers=()), one.choice), one)
+        if len(found) > most:
+            break
+    return [_contender(question, one, outcome.space, memo) for one in found.values()]
+
+
+def _contender(question: Question, kept: Kept, space: Space, memo: Memo[Parts]) -> Contender:
+    scorer = LayoutScorer(question, kept.parallel, memo)
+    batch, chunk = _points(scorer, kept, space.batches, space.chunks)
+    model = scorer.model_for(kept.choice)
+    return Contender(
+        kept=kept,
+        scorer=scorer,
+        pricer=ScaledModel.of(model, question.cluster),
+        batch=batch,
+        chunk=chunk,
+    )
+
+
+def _points(
+    scorer: LayoutScorer, kept: Kept, batches: Sequence[int], chunks: Sequence[int]
+) -> tuple[Array, Array]:
+    """Grid points whose limits depend on time alone, of less memory first."""
+    batch = np.array(batches, dtype=np.float64)[:, None]
+    chunk = np.array(chunks, dtype=np.float64)[None, :]
+    memory = scorer.memory(kept.choice, batch, chunk)
+    fits = (memory <= scorer.ledger.capacity_bytes) & (chunk >= batch)
+    slots, tokens = (np.broadcast_to(one, fits.shape)[fits] for one in (batch, chunk))
+    order = np.argsort(np.broadcast_to(memory, fits.shape)[fits], kind="stable")
+    return slots[order], tokens[order]

@@ -1,0 +1,70 @@
+"""What a search does about errors of its prices: a quick study always, the robust plan when asked.
+
+search -> best -> quick flips                                  (every search)
+search -> best -> full flips, least worst-case regret -> plan  (`--robust`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from shardplan.search.contenders import contenders_of
+from shardplan.search.evaluate import Question
+from shardplan.search.kept import Kept, Outcome
+from shardplan.search.plan import Plan
+from shardplan.search.plan_robustness import RobustChoice, Robustness
+from shardplan.search.robust import FULL, QUICK, bands_of, robustness
+from shardplan.search.robust_choice import choose
+
+__all__ = ["Study", "study", "with_study"]
+
+
+class Study(NamedTuple):
+    """The strategy to deploy and how robust it is."""
+
+    best: Kept
+    robustness: Robustness
+
+
+def study(question: Question, outcome: Outcome, *, robust: bool) -> Study:
+    """The winner with its quick study, or the robust strategy with the full one.
+
+    `outcome` has a best strategy.
+    """
+    depth = FULL if robust else QUICK
+    found = contenders_of(question, outcome, depth.contenders)
+    if not robust:
+        told = robustness(found, outcome.space, depth, found[0])
+        return Study(found[0].kept, told)
+    chosen = choose(found, bands_of(found), outcome.space)
+    deployed = replace(found[chosen.contender], kept=chosen.kept)
+    told = robustness(found, outcome.space, depth, deployed)
+    return Study(chosen.kept, told.model_copy(update={"choice": chosen.summary}))
+
+
+def with_study(plan: Plan, told: Robustness) -> Plan:
+    """The plan with its robustness; the certificate of a robust one says what it gives up."""
+    choice, proof = told.choice, plan.certificate
+    if choice is None:
+        return plan.model_copy(update={"robustness": told})
+    if proof.bound is not None:
+        own = choice.robust_objective
+        proof = proof.model_copy(update={"gap": max(proof.bound / own - 1.0, 0.0)})
+    return plan.model_copy(
+        update={
+            "robustness": told,
+            "certificate": proof,
+            "notes": (*plan.notes, _note(choice, told.contenders)),
+        }
+    )
+
+
+def _note(choice: RobustChoice, others: int) -> str:
+    return (
+        f"robust: of all slots and step sizes of the best layout and the next {others}, the "
+        f"strategy of least worst-case regret in {choice.scenarios} scenarios of the "
+        f"calibration's bands ({choice.robust_regret:.1%}; the nominal best's is "
+        f"{choice.nominal_regret:.1%}); it gives up {choice.given_up:.1%} of the nominal "
+        f"objective, which the certificate's gap holds"
+    )
