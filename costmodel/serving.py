@@ -66,7 +66,19 @@ from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
-__all__ = ["Serving", "ServingInput", "Steps", "replay", "serve", "steady_steps", "step_seconds"]
+__all__ = [
+    "Serving",
+    "ServingInput",
+    "Span",
+    "Steps",
+    "Timed",
+    "replay",
+    "serve",
+    "serve_spans",
+    "span",
+    "steady_steps",
+    "step_seconds",
+]
 
 Weigh = Callable[[str], None]
 Weighed = Callable[[Array], None]
@@ -100,24 +112,28 @@ class Serving:
     """The four: of one average step."""
 
 
-def _flow(model: Pricer, stages: list[Parts], phase: Phase, chunks: ArrayLike) -> Array:
+class Span(NamedTuple):
+    """Seconds of one step over the stages of a pipeline."""
+
+    total_s: Array
+    slowest_s: Array
+
+
+def span(model: Pricer, stages: list[Parts], phase: Phase) -> Span:
+    """All stages together, and the slowest."""
+    times = model.step_s(stages, phase)
+    return Span(sum(times, np.zeros(())), functools.reduce(np.maximum, times))
+
+
+def _flow(model: Pricer, step: Span, phase: Phase, chunks: ArrayLike) -> Array:
     """Seconds for `chunks` equal pieces through the pipeline, host time included."""
-    times = model.step_s(stages, phase)
-    total = sum(times, np.zeros(()))
-    slowest = times[0]
-    for one in times[1:]:
-        slowest = np.maximum(slowest, one)
-    return total + (as_array(chunks) - 1.0) * slowest + model.host_s(phase) * as_array(chunks)
+    pieces = as_array(chunks)
+    return step.total_s + (pieces - 1.0) * step.slowest_s + model.host_s(phase) * pieces
 
 
-def _rotate(model: Pricer, stages: list[Parts], phase: Phase) -> Array:
+def _rotate(model: Pricer, step: Span, phase: Phase) -> Array:
     """Seconds of one token of every slot when p microbatches share p stages."""
-    times = model.step_s(stages, phase)
-    total = sum(times, np.zeros(()))
-    slowest = times[0]
-    for one in times[1:]:
-        slowest = np.maximum(slowest, one)
-    return np.maximum(total, slowest * model.stages) + model.host_s(phase)
+    return np.maximum(step.total_s, step.slowest_s * model.stages) + model.host_s(phase)
 
 
 def _sum(*groups: list[Parts]) -> list[Parts]:
@@ -157,7 +173,7 @@ def step_seconds(
         mtp=mtp,
     )
     stages = _sum(*(model.parts(group, load) for group, load in loads.items()))
-    return _flow(model, stages, phase, 1.0), stages
+    return _flow(model, span(model, stages, phase), phase, 1.0), stages
 
 
 def _decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
@@ -321,6 +337,50 @@ def steady_steps(model: Pricer, given: ServingInput) -> Steps:
     return _steps(model, given, shares, lambda _: None)
 
 
+class Timed(NamedTuple):
+    """What requests see of the two kinds of step."""
+
+    ttft_s: Array
+    tpot_s: Array
+    end_to_end_s: Array
+    requests_per_s: Array
+    decode_s: Array
+    mixed_s: Array
+    pace: _Pace
+
+
+def _timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixed: Span) -> Timed:
+    decode_s, mixed_s = _rotate(model, decode, "decode"), _rotate(model, mixed, "prefill")
+    later = given.decode_steps
+    if model.engine.prefill_first:
+        pace = _prompts_first(
+            shares, later, decode_s, _flow(model, mixed, "prefill", shares.pieces)
+        )
+    else:
+        pace = _chunked(shares, later, decode_s, mixed_s, as_array(model.locked))
+    latency = pace.wait_s + pace.prefill_s + later * pace.step_s
+    each = shares.slots * shares.apart / latency
+    outside = _outside_s(given, each)
+    return Timed(
+        ttft_s=pace.wait_s + pace.prefill_s + outside,
+        tpot_s=np.where(later > 0, pace.step_s * given.steps_per_token, 0.0),
+        end_to_end_s=latency + outside,
+        requests_per_s=model.groups * each,
+        decode_s=decode_s,
+        mixed_s=mixed_s,
+        pace=pace,
+    )
+
+
+def serve_spans(model: Pricer, given: ServingInput, decode: Span, mixed: Span) -> Timed:
+    """The steady state, were its steps these: all it depends on of how layers are cut.
+
+    TTFT, TPOT and latency grow with every span, and by a factor where all do.
+    """
+    shares = step_shares(given, model.engine.prefill_first, model.stages)
+    return _timed(model, given, shares, decode, mixed)
+
+
 def serve(
     model: Pricer, given: ServingInput, watch: Callable[[Steps], None] | None = None
 ) -> Serving:
@@ -328,44 +388,32 @@ def serve(
 
     `watch` is shown the steps that it is made of.
     """
-    engine = model.engine
-    shares = step_shares(given, engine.prefill_first, model.stages)
+    shares = step_shares(given, model.engine.prefill_first, model.stages)
     decode, mixed = _steps(model, given, shares, lambda _: None)
     if watch is not None:
         watch((decode, mixed))
-    decode_s = _rotate(model, decode, "decode")
-    mixed_s = _rotate(model, mixed, "prefill")
-    later = given.decode_steps
-    if engine.prefill_first:
-        pace = _prompts_first(
-            shares, later, decode_s, _flow(model, mixed, "prefill", shares.pieces)
-        )
-    else:
-        pace = _chunked(shares, later, decode_s, mixed_s, as_array(model.locked))
-    prefill_s, wait_s, step_s = pace.prefill_s, pace.wait_s, pace.step_s
-    latency = wait_s + prefill_s + later * step_s
-    each = shares.slots * shares.apart / latency
-    outside = _outside_s(given, each)
-    ttft_s, latency = wait_s + prefill_s + outside, latency + outside
-    rate = model.groups * each
+    timed = _timed(
+        model, given, shares, span(model, decode, "decode"), span(model, mixed, "prefill")
+    )
+    pace, rate = timed.pace, timed.requests_per_s
     means = _mean_parts(decode, mixed, pace)
     return Serving(
-        ttft_s=ttft_s,
-        tpot_s=np.where(later > 0, step_s * given.steps_per_token, 0.0),
-        end_to_end_s=latency,
+        ttft_s=timed.ttft_s,
+        tpot_s=timed.tpot_s,
+        end_to_end_s=timed.end_to_end_s,
         requests_per_s=rate,
         output_tokens_per_s=rate * as_array(given.output_len),
-        concurrency=rate * latency,
-        prefill_s=prefill_s,
-        decode_step_s=decode_s,
-        mixed_step_s=mixed_s,
+        concurrency=rate * timed.end_to_end_s,
+        prefill_s=pace.prefill_s,
+        decode_step_s=timed.decode_s,
+        mixed_step_s=timed.mixed_s,
         mixed_share=pace.mixed,
         pure_share=pace.pure,
-        wait_s=wait_s + outside,
+        wait_s=timed.ttft_s - pace.prefill_s,
         compute_s=means.compute_s,
         memory_s=means.memory_s,
         collective_s=means.collective_s,
-        overhead_s=step_s - means.compute_s - means.memory_s - means.collective_s,
+        overhead_s=pace.step_s - means.compute_s - means.memory_s - means.collective_s,
     )
 
 

@@ -24,6 +24,7 @@ The number of cuts of L layers into p stages is C(L - 1, p - 1).
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,19 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-__all__ = ["CostRow", "cut_count", "fill", "front", "least", "row_max"]
+import numpy as np
+from numpy.typing import NDArray
 
+__all__ = ["CostRow", "cut_count", "fill", "front", "least", "least_of_many", "row_max"]
+
+Array = NDArray[np.float64]
 Cut = tuple[int, ...]
 """Layers of each stage."""
+
+
+_HALVINGS = 12
+_LESS = 1.0 - 1e-12
+"""Asks for strictly less; beyond that costs are equal but for rounding."""
 
 
 class _Part(NamedTuple):
@@ -67,6 +77,11 @@ class CostRow:
     def stages(self) -> int:
         """Stages to cut them into."""
         return len(self.parts[0].ends)
+
+    @property
+    def mean(self) -> float:
+        """What the dearest stage costs at least: the mean over stages."""
+        return max((part.prefix[-1] + sum(part.ends)) / len(part.ends) for part in self.parts)
 
     def stage(self, first: int, last: int, index: int) -> float:
         """Cost of stage `index` with layers [first, last)."""
@@ -143,6 +158,14 @@ def least(rows: Sequence[CostRow], limits: Sequence[float], row: int) -> Cut | N
     bounds = list(limits)
     below = [False] * len(rows)
     best = fill(rows, bounds, below)
+    low = rows[row].mean
+    for _ in range(_HALVINGS if best is not None else 0):
+        high = row_max(rows[row], best or ())
+        if high <= low:
+            break
+        bounds[row] = (low + high) / 2.0
+        better = fill(rows, bounds, below)
+        best, low = (best, bounds[row]) if better is None else (better, low)
     while best is not None:
         bounds[row] = row_max(rows[row], best)
         below[row] = True
@@ -151,6 +174,44 @@ def least(rows: Sequence[CostRow], limits: Sequence[float], row: int) -> Cut | N
             return best
         best = better
     return None
+
+
+def least_of_many(parts: Sequence[tuple[Array, Array]], start: Array) -> Array:
+    """The smallest possible largest cost of a stage at each of many points `[n]`.
+
+    `parts`: costs of each layer `[n, L]` and of each stage's ends `[n, p]` of every part of a
+    row. `start`: what some cut reaches. Halving comes near, asking for less makes it exact.
+    """
+    sums = [(np.pad(np.cumsum(each, axis=1), ((0, 0), (1, 0))), ends) for each, ends in parts]
+    mean = [(total[:, -1] + ends.sum(axis=1)) / ends.shape[1] for total, ends in sums]
+    low, high = functools.reduce(np.maximum, mean), np.array(start, dtype=np.float64)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2.0
+        reached = _fill_many(sums, middle)
+        high, low = np.minimum(high, reached), np.where(reached <= middle, low, middle)
+    while True:
+        reached = _fill_many(sums, high * _LESS)
+        if not (reached < high).any():
+            return high
+        high = np.minimum(high, reached)
+
+
+def _fill_many(sums: Sequence[tuple[Array, Array]], limit: Array) -> Array:
+    """Largest cost of a stage of the cuts that fill up to a limit `[n]`; inf where none does."""
+    points = np.arange(limit.size)
+    layers, stages = sums[0][0].shape[1] - 1, sums[0][1].shape[1]
+    first, worst = np.zeros(limit.size, dtype=np.int64), np.zeros(limit.size)
+    for index in range(stages):
+        last = np.full(limit.size, layers - (stages - 1 - index))
+        for prefix, ends in sums:
+            target = limit - ends[:, index] + prefix[points, first]
+            last = np.minimum(last, (prefix <= target[:, None]).sum(axis=1) - 1)
+        for prefix, ends in sums:
+            cost = prefix[points, last] - prefix[points, first] + ends[:, index]
+            worst = np.maximum(worst, cost)
+        worst = np.where(last > first, worst, np.inf)
+        first = np.maximum(last, first)
+    return np.where(first == layers, worst, np.inf)
 
 
 def front(rows: Sequence[CostRow], limits: Sequence[float], one: int, two: int) -> Iterator[Cut]:

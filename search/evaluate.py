@@ -230,12 +230,14 @@ class LayoutScorer:
             name: value if value.shape == shape else np.broadcast_to(value, shape)
             for name, value in columns.items()
         }
-        columns["objective"] = (
-            1.0 / columns["end_to_end_s"]
-            if question.objective == "latency"
-            else columns["output_tokens_per_s"]
-        )
+        columns["objective"] = self.objective(columns["end_to_end_s"], columns["requests_per_s"])
         return Scores(columns=columns, limit=self._limit(columns, batch, chunk))
+
+    def objective(self, end_to_end_s: Array, requests_per_s: Array) -> Array:
+        """What is maximised: 1 / latency, else output tokens a second."""
+        if self.question.objective == "latency":
+            return 1.0 / end_to_end_s
+        return requests_per_s * float(self.question.workload.output_len)
 
     def _limit(self, columns: Mapping[str, Array], batch: Array, chunk: Array) -> NDArray[np.int8]:
         question, work = self.question, self.question.workload

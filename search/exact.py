@@ -205,6 +205,7 @@ def _outcome(hunt: Hunt, start: float) -> Outcome:
         hunt.kept, key=lambda one: (*rank_key(one), place[hunt.space.layout_of(one.parallel)])
     )
     best = kept[0] if kept and kept[0].feasible else None
+    hunt.tally.pruned_by = +hunt.tally.pruned_by
     return Outcome(
         space=hunt.space,
         best=best,

@@ -2,17 +2,16 @@
 
 A layout is priced with its layers cut evenly. Of another cut only three numbers matter at a grid
 point: the slowest stage of a decode step, that of a mixed step, and the fullest stage (`cuts`).
-Latency is a monotone function of step times and scales with them, so if no cut makes any step
-shorter than f times what it is,
+Latency, TTFT and TPOT grow with the first two and scale with all times, so
 
-    objective of any cut <= objective of the even cut / f,      and likewise TTFT >= f TTFT, ...
+    objective of any cut <= objective of the even cut / share      share: equal stages / slowest
+    objective of any cut <= objective at the least slowest stages of any cut, both at once
 
-    f = least over both steps of  (stages of equal length) / (slowest stage)          at first,
-        least over both steps of  (smallest slowest stage of any cut that fits) / ...  if needed
-
-Points of all layouts wait in one queue by this bound. The first is taken: its f is made exact, or
-every cut that no other beats at it is priced, at all open points of its layout at once. When the
-first bound is no larger than the best objective found, no cut of any layout is better.
+The first bound is at hand when a grid has been priced, the second takes the exact least of every
+point. Grids wait in one queue by the largest bound of their points: a grid whose bound is loose is
+given the second; else, at its best point, the cuts that no other beats there are priced, at all
+open points of the grid. When the largest bound is no larger than the best objective found, no cut of
+any layout is better.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.serving import Steps
+from shardplan.costmodel.serving import Span, Steps, serve_spans
 from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import balanced_stages
-from shardplan.search.cuts import front, least, row_max
+from shardplan.search.cuts import front, least, least_of_many
 from shardplan.search.evaluate import LayoutScorer, Question, Scores, context_tokens
 from shardplan.search.space import Choice
-from shardplan.search.stage_costs import BYTES, DECODE, MIXED, PointRows, TemplateCosts
+from shardplan.search.stage_costs import BYTES, DECODE, MIXED, TemplateCosts
 
 if TYPE_CHECKING:
     from shardplan.search.exact import Hunt
@@ -86,6 +85,8 @@ class Open:
     even: tuple[int, ...]
     done: set[tuple[int, ...]] = field(default_factory=set)
     """Cuts that were priced at all points, beside the even one."""
+    tight: bool = False
+    """The bound is that of the least slowest stages."""
 
     @functools.cached_property
     def costs(self) -> TemplateCosts:
@@ -98,29 +99,59 @@ class Open:
             scorer.common_bytes(choice, self.batch, self.chunk),
         )
 
-    def within(self, question: Question, share: Array | float, at: slice | int) -> Array:
-        """Whether the limits may hold at points, were every time `share` of what it is."""
-        limits, work = question.limits, question.workload
-        ttft, tpot = (self.columns[name][at] for name in ("ttft_s", "tpot_s"))
-        rate = self.columns["requests_per_s"][at]
-        return np.asarray(
-            (ttft * share <= (limits.ttft_s or math.inf))
-            & (tpot * share <= (limits.tpot_s or math.inf))
-            & (rate >= (work.request_rate or 0.0) * share)
+    def within(self, question: Question, share: Array) -> NDArray[np.bool_]:
+        """Whether the limits may hold, were every time `share` of what it is."""
+        columns = self.columns
+        return keeps_limits(
+            question,
+            columns["ttft_s"] * share,
+            columns["tpot_s"] * share,
+            columns["requests_per_s"] / share,
         )
 
-    def best_share(self, point: PointRows, engine_first: bool) -> float:
-        """The least share of the step times that any cut that fits takes; inf where none fits."""
-        limits = (math.inf, math.inf, point.room_bytes)
-        share = 1.0
-        for row in (DECODE, MIXED):
-            cut = least(point.rows, limits, row)
-            if cut is None:
-                return math.inf
-            share = min(share, row_max(point.rows[row], cut) / row_max(point.rows[row], self.even))
-            if engine_first:
-                share = min(share, point.rows[row].even_share(self.even))
-        return share * _ROUNDING
+    def tightened(self, best: float) -> Open | None:
+        """The points that may beat `best` with the least slowest stages of any cut."""
+        scorer, question = self.scorer, self.scorer.question
+        spans = [
+            self._least(row, phase) for row, phase in zip((DECODE, MIXED), _PHASES, strict=True)
+        ]
+        model = scorer.model_for(self.choice)
+        given = scorer.serving_input(self.choice, self.batch, self.chunk)
+        timed = serve_spans(model, given, *spans)
+        limits = keeps_limits(question, timed.ttft_s, timed.tpot_s, timed.requests_per_s)
+        bound = scorer.objective(timed.end_to_end_s, timed.requests_per_s) / _ROUNDING
+        found = _only(self, np.flatnonzero((bound > best) & limits))
+        if found is not None:
+            found.bound = bound[(bound > best) & limits]
+            found.tight = True
+        return found
+
+    def _least(self, row: int, phase: Phase) -> Span:
+        """The least that all stages and the slowest one take, of any cut, at every point."""
+        parts = self.costs.seconds(row, self.batch.size)
+        total = functools.reduce(
+            np.maximum, (each.sum(axis=1) + ends.sum(axis=1) for each, ends in parts)
+        )
+        first, now = 0, np.zeros(self.batch.size)
+        for index, count in enumerate(self.even):
+            last = first + count
+            for each, ends in parts:
+                now = np.maximum(now, each[:, first:last].sum(axis=1) + ends[:, index])
+            first = last
+        slowest = least_of_many(parts, now)
+        return Span(total * _ROUNDING, slowest * _ROUNDING)
+
+
+def keeps_limits(
+    question: Question, ttft_s: Array, tpot_s: Array, rate: Array
+) -> NDArray[np.bool_]:
+    """Whether times and rate keep the limits of a question."""
+    limits, work = question.limits, question.workload
+    return np.asarray(
+        (ttft_s * _ROUNDING <= (limits.ttft_s or math.inf))
+        & (tpot_s * _ROUNDING <= (limits.tpot_s or math.inf))
+        & (rate >= (work.request_rate or 0.0) * _ROUNDING)
+    )
 
 
 def open_points(
@@ -148,7 +179,7 @@ def open_points(
         bound=bound.ravel()[at],
         even=balanced_stages(scorer.question.spec, scorer.parallel),
     )
-    able = found.within(scorer.question, np.broadcast_to(even, shape).ravel()[at], slice(None))
+    able = found.within(scorer.question, np.broadcast_to(even, shape).ravel()[at])
     return _only(found, np.flatnonzero(able))
 
 
@@ -194,6 +225,8 @@ def _only(one: Open, at: NDArray[np.intp]) -> Open | None:
         columns={name: values[at] for name, values in one.columns.items()},
         bound=one.bound[at],
         even=one.even,
+        done=one.done,
+        tight=one.tight,
     )
 
 
@@ -211,33 +244,30 @@ def fits_some_cut(scorer: LayoutScorer, choice: Choice, batch: Array, chunk: Arr
 
 def refine_cuts(hunt: Hunt) -> None:
     """Price other cuts where they may be better, best first; see the module."""
-    grids = [_only(one, np.flatnonzero(one.bound > hunt.best)) for one in hunt.open]
-    queue = [
-        (-float(bound), place, at, False)
-        for place, one in enumerate(grids)
-        if one is not None
-        for at, bound in enumerate(one.bound)
-    ]
+    grids = dict(enumerate(hunt.open))
+    queue = [(-float(one.bound.max()), place) for place, one in grids.items()]
     heapq.heapify(queue)
     while queue and -queue[0][0] > hunt.best:
         if hunt.late:
             hunt.unreached = max(hunt.unreached, -queue[0][0])
             return
-        _, place, at, tight = heapq.heappop(queue)
-        one = grids[place]
-        if one is None:
-            continue
-        point = one.costs.rows(at)
-        if tight:
-            _price_front(hunt, one, point, at)
-            continue
-        share = one.best_share(point, hunt.question.engine.prefill_first)
-        if share < math.inf and one.within(hunt.question, share, at):
-            heapq.heappush(queue, (-float(one.columns["objective"][at]) / share, place, at, True))
+        _, place = heapq.heappop(queue)
+        one = grids.pop(place)
+        if one.tight:
+            at = int(np.argmax(one.bound))
+            _price_front(hunt, one, at)
+            one.bound[at] = -math.inf
+        left = _only(one, np.flatnonzero(one.bound > hunt.best))
+        if left is not None and not left.tight:
+            left = left.tightened(hunt.best)
+        if left is not None:
+            grids[place] = left
+            heapq.heappush(queue, (-float(left.bound.max()), place))
 
 
-def _price_front(hunt: Hunt, one: Open, point: PointRows, at: int) -> None:
+def _price_front(hunt: Hunt, one: Open, at: int) -> None:
     """Price the cuts that no other beats at one point, at all open points of its grid."""
+    point = one.costs.rows(at)
     for cut in front(point.rows, (math.inf, math.inf, point.room_bytes), DECODE, MIXED):
         if cut == one.even or cut in one.done:
             continue
@@ -246,5 +276,5 @@ def _price_front(hunt: Hunt, one: Open, point: PointRows, at: int) -> None:
         hunt.tally.pruned_by["cut"] -= one.batch.size
     floors = any(len(point.rows[row].parts) > 1 for row in (DECODE, MIXED))
     if floors and hunt.question.engine.prefill_first:
-        share = min(point.rows[row].even_share(one.even) for row in (DECODE, MIXED))
-        hunt.unreached = max(hunt.unreached, float(one.columns["objective"][at]) / share)
+        # Launch floors make the sum over stages depend on the cut, which the front leaves out.
+        hunt.unreached = max(hunt.unreached, float(one.bound[at]))

@@ -101,6 +101,20 @@ class TemplateCosts:
             logits=np.maximum(memory["logits_bytes"] - activations, 0.0),
         )
 
+    def seconds(self, row: int, points: int) -> list[tuple[Array, Array]]:
+        """Row DECODE or MIXED of all points: layers `[n, L]` and ends `[n, p]` of each part."""
+        phase: Phase = "decode" if row == DECODE else "prefill"
+        found = []
+        for costs in self.times[row]:
+            each = {name: np.broadcast_to(values, (points,)) for name, values in costs.items()}
+            ends = [
+                sum((count * each[name] for name, count in end.items()), np.zeros(points))
+                for end in self.ends[phase]
+            ]
+            layers = np.stack([each[name] for name in self.layers], axis=1)
+            found.append((layers, np.stack(ends, axis=1)))
+        return found
+
     def rows(self, point: int) -> PointRows:
         """The rows of one grid point."""
 

@@ -6,10 +6,19 @@ import math
 from collections.abc import Iterator
 from itertools import combinations, pairwise
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.search.cuts import CostRow, cut_count, fill, front, least, row_max
+from shardplan.search.cuts import (
+    CostRow,
+    cut_count,
+    fill,
+    front,
+    least,
+    least_of_many,
+    row_max,
+)
 
 COSTS = st.floats(0.0, 100.0, allow_nan=False).map(lambda x: round(x, 2))
 
@@ -112,3 +121,34 @@ def test_no_cut_costs_less_together_than_the_even_share(rows: list[CostRow]) -> 
     ]
     for cut, total in zip(every_cut(*sizes(row)), together, strict=True):
         assert row.even_share(cut) * total <= min(together) * (1 + 1e-9) + 1e-9
+
+
+@given(st.integers(2, 6), st.data())
+def test_many_points_at_once_are_each_solved(layers: int, data: st.DataObject) -> None:
+    """Every point has the least of all cuts, to rounding."""
+    stages, points = data.draw(st.integers(1, layers)), data.draw(st.integers(1, 4))
+    parts = []
+    for _part in range(data.draw(st.integers(1, 2))):
+        each, ends = (
+            np.array(
+                data.draw(
+                    st.lists(
+                        st.lists(COSTS, min_size=size, max_size=size),
+                        min_size=points,
+                        max_size=points,
+                    )
+                )
+            )
+            for size in (layers, stages)
+        )
+        parts.append((each, ends))
+    rows = [
+        CostRow.of(*((each[at].tolist(), ends[at].tolist()) for each, ends in parts))
+        for at in range(points)
+    ]
+    even = next(every_cut(layers, stages))
+    start = np.array([row_max(row, even) for row in rows])
+    found = least_of_many(parts, start)
+    for at, row in enumerate(rows):
+        best = min(row_max(row, cut) for cut in every_cut(layers, stages))
+        assert abs(found[at] - best) <= 1e-9 * max(best, 1.0)
