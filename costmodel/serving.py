@@ -40,7 +40,7 @@ them for a closed-loop benchmark of a given number of prompts).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,7 +54,16 @@ from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
-__all__ = ["Serving", "ServingInput", "replay", "serve", "step_seconds"]
+__all__ = [
+    "Serving",
+    "ServingInput",
+    "decode_stages",
+    "prompt_stages",
+    "replay",
+    "serve",
+    "stage_times",
+    "step_seconds",
+]
 
 Weigh = Callable[[str], None]
 Weighed = Callable[[Array], None]
@@ -86,23 +95,28 @@ class Serving:
     """The four: of one average step."""
 
 
-def _flow(model: Pricer, stages: list[Parts], phase: Phase, chunks: ArrayLike) -> Array:
-    """Seconds for `chunks` equal pieces through the pipeline, host time included."""
+def stage_times(
+    model: Pricer, stages: list[Parts], phase: Phase, runs: Sequence[int] | None = None
+) -> tuple[Array, Array]:
+    """(sum, slowest) of the stages' seconds, host time left out; `runs`: stages alike of each."""
     times = model.step_s(stages, phase)
-    total = sum(times, np.zeros(()))
+    counts = [1] * len(times) if runs is None else runs
+    total = sum((one * n for one, n in zip(times, counts, strict=True)), np.zeros(()))
     slowest = times[0]
     for one in times[1:]:
         slowest = np.maximum(slowest, one)
+    return total, slowest
+
+
+def _flow(model: Pricer, stages: list[Parts], phase: Phase, chunks: ArrayLike) -> Array:
+    """Seconds for `chunks` equal pieces through the pipeline, host time included."""
+    total, slowest = stage_times(model, stages, phase)
     return total + (as_array(chunks) - 1.0) * slowest + model.host_s(phase) * as_array(chunks)
 
 
 def _rotate(model: Pricer, stages: list[Parts], phase: Phase) -> Array:
     """Seconds of one token of every slot when p microbatches share p stages."""
-    times = model.step_s(stages, phase)
-    total = sum(times, np.zeros(()))
-    slowest = times[0]
-    for one in times[1:]:
-        slowest = np.maximum(slowest, one)
+    total, slowest = stage_times(model, stages, phase)
     return np.maximum(total, slowest * model.stages) + model.host_s(phase)
 
 
@@ -144,7 +158,7 @@ def step_seconds(
     return _flow(model, stages, phase, 1.0), stages
 
 
-def _decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
+def decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
     """A decode step of `sequences` of one microbatch at the mean context."""
     engine = model.engine
     token = Load.of("decode", engine, tokens=sequences, weight_dtype=given.weight_dtype)
@@ -168,12 +182,14 @@ def _cached(model: Pricer, given: ServingInput, sequences: Array) -> Load:
     )
 
 
-def _prompt_stages(
-    model: Pricer, given: ServingInput, shares: Shares, sequences: Array
+def prompt_stages(
+    model: Pricer, given: ServingInput, *, piece: Array, prompt: Array, sequences: Array
 ) -> list[Parts]:
-    """A step of `sequences` decoding beside one piece of a prompt, but for their attention."""
+    """A step of `sequences` decoding beside `piece` tokens of prompts, but for their attention.
+
+    `prompt`: tokens of one prompt that are computed; a larger piece holds several prompts.
+    """
     engine = model.engine
-    piece, prompt = shares.piece, shares.prompt
     kept = as_array(given.input_len) - prompt
     tokens = Load.of("prefill", engine, tokens=sequences + piece, weight_dtype=given.weight_dtype)
     many, new = np.maximum(piece / prompt, 1.0), np.minimum(piece, prompt)
@@ -204,10 +220,12 @@ def _steps(
     """(decode step, mixed step) of a steady state; `weigh` is told what is priced next."""
     stages = as_array(model.stages)
     weigh("decode")
-    decode = _decode_stages(model, given, np.maximum(np.ceil(shares.decoding / stages), 1.0))
+    decode = decode_stages(model, given, np.maximum(np.ceil(shares.decoding / stages), 1.0))
     sequences = np.ceil(shares.beside / stages)
     weigh("mixed")
-    prompt = _prompt_stages(model, given, shares, sequences)
+    prompt = prompt_stages(
+        model, given, piece=shares.piece, prompt=shares.prompt, sequences=sequences
+    )
     if model.engine.prefill_first:
         return decode, prompt
     weigh("beside")

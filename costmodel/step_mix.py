@@ -12,7 +12,7 @@ import numpy as np
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 
-__all__ = ["ServingInput", "Shares", "step_shares"]
+__all__ = ["ServingInput", "Shares", "computed_prompt", "step_shares"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +50,14 @@ class Shares:
     prompt: Array
 
 
+def computed_prompt(input_len: ArrayLike, prefix_hit: ArrayLike) -> Array:
+    """Tokens of a prompt that the prefix cache does not hold."""
+    return np.maximum(np.ceil(as_array(input_len) * (1.0 - as_array(prefix_hit))), 1.0)
+
+
 def step_shares(given: ServingInput, prefill_first: bool) -> Shares:
     """The average step of an engine's steady state (the formulas of `serving`)."""
-    prompt = np.maximum(
-        np.ceil(as_array(given.input_len) * (1.0 - as_array(given.prefix_hit))), 1.0
-    )
+    prompt = computed_prompt(given.input_len, given.prefix_hit)
     later = as_array(given.output_len) - 1.0
     chunk = np.maximum(given.chunk, 1.0)
     slots = given.batch
