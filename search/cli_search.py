@@ -77,7 +77,20 @@ def search(
             help="Product and all_reduce in one kernel: off, on or auto; the engine's own.",
         ),
     ] = None,
-    serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
+    serving: Annotated[
+        str,
+        typer.Option(
+            "--serving", help="agg, disagg (pools for prefill and decode) or auto: the better."
+        ),
+    ] = "agg",
+    prefill_cluster: Annotated[
+        str | None, typer.Option("--prefill-cluster", help="Prefill instances run there.")
+    ] = None,
+    prefill_nodes: Annotated[int | None, whole("--prefill-nodes", "Nodes of it.")] = None,
+    prefill_cards: Annotated[int | None, whole("--prefill-cards", "Cards of it.")] = None,
+    prefill_device: Annotated[
+        str | None, typer.Option("--prefill-device", help="Replaces its device.")
+    ] = None,
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")

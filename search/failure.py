@@ -24,10 +24,11 @@ from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.exact import Kept, Outcome
+from shardplan.search.plan import Workload
 from shardplan.search.request import Resolved
 from shardplan.search.space import Choice, build_space
 
-__all__ = ["nothing_feasible"]
+__all__ = ["context_message", "nothing_feasible"]
 
 _GIB = 2.0**30
 _MOST_TRIED = 8
@@ -183,8 +184,8 @@ def _rate_message(near: Kept, question: Question) -> InfeasibleError:
     )
 
 
-def _context_message(question: Question) -> InfeasibleError:
-    work, longest = question.workload, question.spec.max_context
+def context_message(work: Workload, longest: int) -> InfeasibleError:
+    """Prompt and output are longer than the `longest` context that the model takes."""
     rest = longest - work.output_len
     option = f"--input-len {rest}" if rest > 0 else f"--output-len {longest - work.input_len}"
     if max(rest, longest - work.input_len) <= 0:
@@ -201,7 +202,7 @@ def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -
     """The error that says why, for the (last) space that was searched."""
     longest = question.spec.max_context
     if longest and context_tokens(question.workload) > longest:
-        return _context_message(question)
+        return context_message(question.workload, longest)
     if not outcome.space.layouts:
         rules = ", ".join(f"{rule} ({count})" for rule, count in outcome.space.broken.items())
         return InfeasibleError(

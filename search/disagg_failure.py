@@ -1,0 +1,105 @@
+"""When no pair of pools serves: which pool binds, by how much, and what to try."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from shardplan.costmodel.disagg import BOUNDS
+from shardplan.models.errors import InfeasibleError
+from shardplan.search.disagg import DisaggOutcome
+from shardplan.search.disagg_combine import Combination
+from shardplan.search.disagg_pools import Priced
+from shardplan.search.disagg_space import Pool
+
+__all__ = ["nothing_disaggregated"]
+
+_GIB = 2.0**30
+
+
+def nothing_disaggregated(outcome: DisaggOutcome) -> InfeasibleError:
+    """The error that says why."""
+    question = outcome.question
+    for pool, priced in ((question.prefill, outcome.prefill), (question.decode, outcome.decode)):
+        if not priced.options.size:
+            return _one_pool(outcome, pool, priced)
+    if not outcome.kept:
+        return _too_few(outcome)
+    return _limit(outcome, outcome.kept[0])
+
+
+def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleError:
+    """No instance of one role is possible."""
+    limits = outcome.question.limits
+    name, allowed, what = (
+        ("ttft", limits.ttft_s, "one prompt")
+        if pool.role == "prefill"
+        else ("tpot", limits.tpot_s, "a decode step")
+    )
+    if math.isfinite(priced.least_s) and allowed is not None:
+        return InfeasibleError(
+            f"no {pool.role} instance meets the {name.upper()} limit",
+            got=f"{pool.role} binds: {what} takes {priced.least_s * 1e3:.1f} ms at least, "
+            f"{allowed * 1e3:.4g} ms allowed, {priced.least_s / allowed:.3g} times too slow",
+            hint=f"try --{name}-ms {math.ceil(priced.least_s * 1e3) + 1} or more, or more cards",
+        )
+    if math.isfinite(priced.least_bytes):
+        room = pool.engine.memory_fraction * pool.cluster.device.hbm_bytes
+        return InfeasibleError(
+            f"no {pool.role} instance of {pool.spec.name} fits on {pool.cluster.name}",
+            got=f"{pool.role} binds: memory, {priced.least_bytes / _GIB:.1f} GiB a card needed on "
+            f"{max(pool.sizes, default=0)}, {room / _GIB:.1f} GiB may be used",
+            hint=f"give the {pool.role} pool more cards, or use smaller types",
+        )
+    reasons: Counter[str] = Counter()
+    for (_, reason), count in priced.left_out.items():
+        reasons[reason] += count
+    return InfeasibleError(
+        f"no {pool.role} instance is legal on {pool.cards} cards of {pool.cluster.name}",
+        got="removed by " + ", ".join(f"{name} ({count})" for name, count in reasons.items()),
+        hint="try another number of cards or --serving agg",
+    )
+
+
+def _too_few(outcome: DisaggOutcome) -> InfeasibleError:
+    """Instances of both roles exist, but no pair of them fits or is legal together."""
+    question = outcome.question
+    least = [int(one.options.columns["cards"].min()) for one in (outcome.prefill, outcome.decode)]
+    if question.shared and sum(least) > question.cards:
+        over = sum(least) - question.cards
+        return InfeasibleError(
+            "both pools together need more cards",
+            got=f"prefill binds with {least[0]} cards at least, decode with {least[1]}: "
+            f"{sum(least)} of {question.cards}, {over} too many",
+            hint=f"try --cards {sum(least)} or more, or --serving agg",
+        )
+    return InfeasibleError(
+        "no prefill and decode instances are legal together within the cards",
+        got=f"{outcome.prefill.options.size} prefill and {outcome.decode.options.size} decode "
+        f"options on {question.cards} cards",
+        hint="try more cards, or --serving agg",
+    )
+
+
+def _limit(outcome: DisaggOutcome, near: Combination) -> InfeasibleError:
+    """Every deployment breaks the TTFT limit or serves too few requests."""
+    question, columns = outcome.question, near.columns
+    asked, allowed = question.decode.workload.request_rate, question.limits.ttft_s
+    if near.limit == "rate" and asked is not None:
+        most = max(one.columns["requests_per_s"] for one in outcome.kept if one.limit == "rate")
+        pool = BOUNDS[int(columns["bound"])]
+        return InfeasibleError(
+            "no deployment serves the request rate",
+            got=f"rate binds, by the {pool} pool: the most is {most:.4g} requests/s, {asked:g} "
+            f"asked, {asked / max(most, 1e-12):.3g} times more, on {question.cards} cards",
+            hint=f"try --rate {most * 0.999:.3g}, or more cards",
+        )
+    near = min(outcome.kept, key=lambda one: one.columns["ttft_s"])
+    ttft = near.columns["ttft_s"]
+    return InfeasibleError(
+        "no deployment meets the TTFT limit",
+        got=f"ttft binds: the nearest has {ttft * 1e3:.1f} ms, "
+        f"{(allowed or ttft) * 1e3:.4g} ms allowed, with "
+        f"{near.prefill_instances} prefill and {near.decode_instances} decode instances",
+        hint=f"try --ttft-ms {math.ceil(ttft * 1e3) + 1}, more cards, or fewer requests in flight",
+    )
