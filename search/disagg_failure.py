@@ -41,7 +41,7 @@ def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleE
             f"no {pool.role} instance meets the {name.upper()} limit",
             got=f"{pool.role} binds: {what} takes {priced.least_s * 1e3:.1f} ms at least, "
             f"{allowed * 1e3:.4g} ms allowed, {priced.least_s / allowed:.3g} times too slow",
-            hint=f"try --{name}-ms {math.ceil(priced.least_s * 1e3) + 1} or more, or more cards",
+            hint=f"try --{name}-ms {_enough_ms(outcome, pool)}, or more cards",
         )
     if math.isfinite(priced.least_bytes):
         room = pool.engine.memory_fraction * pool.cluster.device.hbm_bytes
@@ -49,7 +49,8 @@ def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleE
             f"no {pool.role} instance of {pool.spec.name} fits on {pool.cluster.name}",
             got=f"{pool.role} binds: memory, {priced.least_bytes / _GIB:.1f} GiB a card needed on "
             f"{max(pool.sizes, default=0)}, {room / _GIB:.1f} GiB may be used",
-            hint=f"give the {pool.role} pool more cards, or use smaller types",
+            hint=f"try about {_more_cards(outcome, pool, priced.least_bytes / room)}, or types of "
+            "fewer bits",
         )
     reasons: Counter[str] = Counter()
     for (_, reason), count in priced.left_out.items():
@@ -59,6 +60,36 @@ def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleE
         got="removed by " + ", ".join(f"{name} ({count})" for name, count in reasons.items()),
         hint="try another number of cards or --serving agg",
     )
+
+
+def _enough_ms(outcome: DisaggOutcome, pool: Pool) -> int:
+    """A limit that the fastest instances meet: of TTFT, with transfer and first step."""
+    if pool.role == "decode":
+        return math.ceil(outcome.decode.least_s * 1e3) + 1
+    seconds, other = outcome.prefill.least_s, outcome.decode
+    if other.options.size:
+        link = outcome.question.link
+        sent_s = float(other.options.columns["bytes"].max()) / link.bytes_per_s
+        seconds += other.least_s + link.latency_s + sent_s
+    return math.ceil(seconds * 1e3) + 1
+
+
+def _more_cards(outcome: DisaggOutcome, pool: Pool, over: float) -> str:
+    """The option of cards that hold the weights `over` times as many as the largest instance."""
+    cluster = pool.cluster
+    node = cluster.ranks_per_node
+    least = over * max(pool.sizes, default=1)
+    inside = [size for size in cluster.rank_counts if node % size == 0 and size >= least]
+    own = min(inside, default=math.ceil(least / node) * node)
+    cards = own * 2 if outcome.question.shared else own
+    if cards > node:
+        cards = math.ceil(cards / node) * node
+    elif cards not in cluster.rank_counts:
+        cards = min(count for count in cluster.rank_counts if count >= cards)
+    flag = "prefill-" if pool.role == "prefill" and not outcome.question.shared else ""
+    nodes = -(-cards // node)
+    more = f" --{flag}nodes {nodes}" if nodes > cluster.nodes else ""
+    return f"--{flag}cards {cards}{more}"
 
 
 def _too_few(outcome: DisaggOutcome) -> InfeasibleError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ _ASKED: dict[str, Any] = {"input_len": 1024, "output_len": 128, "ttft_ms": 800, 
 
 
 def _search(cluster: str = "atlas-800t-a2", **asked: Any) -> SearchResult:
-    return search("llama-3.1-8b", cluster, **{**_ASKED, "serving": "disagg", **asked})
+    model = asked.pop("model", "llama-3.1-8b")
+    return search(model, cluster, **{**_ASKED, "serving": "disagg", **asked})
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,36 @@ def test_what_binds_is_said(asked: dict[str, Any], words: str) -> None:
     """Which pool, by how much."""
     with pytest.raises(InfeasibleError, match=words):
         _search(**asked)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"ttft_ms": 10},
+        {"tpot_ms": 1},
+        {"rate": 1e4},
+        {"concurrency": 5000},
+        {"model": "qwen3-32b", "cards": 2},
+        {
+            "model": "llama-3.1-70b",
+            "prefill_cluster": "atlas-800i-a3",
+            "prefill_cards": 1,
+            "ttft_ms": 2000,
+            "tpot_ms": 100,
+        },
+    ],
+    ids=str,
+)
+def test_following_a_hint_gives_a_plan(asked: dict[str, Any]) -> None:
+    """Its options are typed as they stand."""
+    with pytest.raises(InfeasibleError) as caught:
+        _search(**asked)
+    found = re.findall(r"--([a-z-]+) ([0-9.e+]+)", caught.value.hint)
+    assert found
+    better = {name.replace("-", "_"): float(value) for name, value in found}
+    for name, value in better.items():
+        better[name] = value if name in ("rate", "ttft_ms", "tpot_ms") else int(value)
+    assert _search(**{**asked, **better}).plan.pools
 
 
 @pytest.mark.parametrize(
