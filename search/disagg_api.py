@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shardplan import __version__
 from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.search.disagg import search_disagg
+from shardplan.search.disagg_beside import quantized_outcomes
 from shardplan.search.disagg_failure import nothing_disaggregated
 from shardplan.search.disagg_plan import build_disagg_plan, disagg_frame, disagg_front
 from shardplan.search.disagg_request import disagg_question, resolve_sides
@@ -43,7 +44,11 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
     searched = time.perf_counter()
     if outcome.best is None:
         raise nothing_disaggregated(outcome)
-    plan = build_disagg_plan(sides, outcome, outcome.best, top=top, version=__version__)
+    quantized = quantized_outcomes(sides, outcome)
+    beside = time.perf_counter()
+    plan = build_disagg_plan(
+        sides, outcome, outcome.best, quantized=quantized, top=top, version=__version__
+    )
     proven = time.perf_counter()
     return SearchResult(
         plan=plan,
@@ -51,7 +56,8 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
         pareto=disagg_frame(outcome, disagg_front(outcome)),
         timing={
             "search_s": searched - start,
-            "proof_s": proven - searched,
+            "quantization_s": beside - searched,
+            "proof_s": proven - beside,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": outcome.tally.evaluated / max(searched - start, 1e-9),
         },

@@ -13,6 +13,7 @@ from shardplan.models.errors import ProofError
 from shardplan.models.parallel import Parallelism, balanced_stages
 from shardplan.search.build_plan import breakdown, lever, memory_rows, performance, plan_info
 from shardplan.search.disagg import DisaggOutcome
+from shardplan.search.disagg_beside import BESIDE_LAYOUTS
 from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_pools import Options
 from shardplan.search.disagg_request import Sides, assumptions, role_question
@@ -26,6 +27,7 @@ from shardplan.search.plan import (
     Pool,
     PoolTimes,
     ProofInfo,
+    QuantizationRow,
     StrategyInfo,
     Transfer,
 )
@@ -192,10 +194,43 @@ def _certificate(outcome: DisaggOutcome) -> Certificate:
     )
 
 
+def _quantization(
+    quantized: list[tuple[str, str, DisaggOutcome]], best: Combination, objective: str
+) -> tuple[QuantizationRow, ...]:
+    """The best deployment at other types; `strategy`: of its decode instances."""
+    rows = []
+    for weight, cache, outcome in quantized:
+        found = outcome.best
+        gain = None
+        if found is not None and objective == "cards":
+            gain = best.columns["cards"] / found.columns["cards"]
+        elif found is not None:
+            gain = found.columns["objective"] / best.columns["objective"]
+        rows.append(
+            QuantizationRow(
+                weight_dtype=weight,
+                kv_dtype=cache,
+                objective=None if found is None else found.columns["objective"],
+                gain=gain,
+                strategy=None if found is None else _candidate(outcome, found).strategy,
+            )
+        )
+    return tuple(rows)
+
+
 def build_disagg_plan(
-    sides: Sides, outcome: DisaggOutcome, best: Combination, *, top: int, version: str
+    sides: Sides,
+    outcome: DisaggOutcome,
+    best: Combination,
+    *,
+    quantized: list[tuple[str, str, DisaggOutcome]],
+    top: int,
+    version: str,
 ) -> Plan:
-    """The plan of the winner `best`; `ProofError` where either pool's strategy is not proven."""
+    """The plan of the winner `best`; `ProofError` where either pool's strategy is not proven.
+
+    `quantized`: (weights, cache, deployments) of other types, shown beside the answer.
+    """
     question = outcome.question
     pools = [
         _pool(outcome, sides.prefill, question.prefill, outcome.prefill.options, best),
@@ -221,7 +256,7 @@ def build_disagg_plan(
         certificate=_certificate(outcome),
         pareto=tuple(_candidate(outcome, one) for one in front),
         alternatives=tuple(_others(outcome, best, top)),
-        quantization=(),
+        quantization=_quantization(quantized, best, question.objective),
         notes=(*sides.decode.notes, *assumptions(question), *_kept_notes(outcome)),
     )
 
@@ -250,6 +285,7 @@ def _kept_notes(outcome: DisaggOutcome) -> list[str]:
     return [
         f"trials.csv holds the best {len(outcome.kept)} deployments: of every pair of instances "
         "kept the best counts, and the Pareto points",
-        "what quantizing and the engine's switches would buy, and how sure the figures are, is "
-        "told for aggregated serving only",
+        f"other dtypes were priced on the best {BESIDE_LAYOUTS} layouts of each pool only; what "
+        "the engine's switches would buy, and how sure the figures are, is told of aggregated "
+        "serving alone",
     ]

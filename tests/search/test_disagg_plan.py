@@ -93,6 +93,15 @@ def test_the_same_question_gives_the_same_bytes(found: SearchResult) -> None:
     assert again.trials.equals(found.trials)
 
 
+def test_quantizing_is_shown_and_never_applied(found: SearchResult) -> None:
+    """int8 weights serve more; the plan keeps the checkpoint's."""
+    gains = {(row.weight_dtype, row.kv_dtype): row.gain for row in found.plan.quantization}
+    assert all(pool.strategy.weight_dtype == "bf16" for pool in found.plan.pools)
+    smaller = gains["w8a8", "bf16"]
+    assert smaller is not None
+    assert smaller > 1.0
+
+
 def test_the_proof_is_of_both_pools(found: SearchResult) -> None:
     """`verify` proves either strategy, and refuses a plan whose prefill cannot be laid out."""
     proof = verify_plan(found.plan)
