@@ -1,14 +1,26 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, with floats that are the same on every machine."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from shardplan.models.errors import InputError
 
-__all__ = ["write_atomically"]
+__all__ = ["rounded", "write_atomically"]
+
+
+def rounded(value: Any) -> Any:
+    """The same data with every float rounded to ten significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return value
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
-from shardplan.search.atomic import write_atomically
+from shardplan.search.atomic import rounded, write_atomically
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 
@@ -366,7 +366,7 @@ class Plan(Part):
 
     def dumps(self) -> str:
         """The bytes of plan.json; floats have ten digits, beyond which machines differ."""
-        return json.dumps(_rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
+        return json.dumps(rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write plan.json, whole or not at all."""
@@ -383,17 +383,6 @@ class Plan(Part):
         from shardplan.search.proof import verify_plan
 
         return verify_plan(self, level=level)
-
-
-def _rounded(value: Any) -> Any:
-    """The same data with every float rounded to ten significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.10g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return value
 
 
 def plan_schema() -> dict[str, Any]:
