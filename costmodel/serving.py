@@ -52,7 +52,7 @@ acceptance differs with their position and the request, and those of a last step
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -72,10 +72,12 @@ __all__ = [
     "Span",
     "Steps",
     "Timed",
+    "decode_stages",
+    "prompt_stages",
     "replay",
     "serve",
     "serve_spans",
-    "span",
+    "stage_times",
     "steady_steps",
     "step_seconds",
 ]
@@ -119,10 +121,14 @@ class Span(NamedTuple):
     slowest_s: Array
 
 
-def span(model: Pricer, stages: list[Parts], phase: Phase) -> Span:
-    """All stages together, and the slowest."""
+def stage_times(
+    model: Pricer, stages: list[Parts], phase: Phase, runs: Sequence[int] | None = None
+) -> Span:
+    """All stages together and the slowest, host time left out; `runs`: stages alike of each."""
     times = model.step_s(stages, phase)
-    return Span(sum(times, np.zeros(())), functools.reduce(np.maximum, times))
+    counts = [1] * len(times) if runs is None else runs
+    total = sum((one * n for one, n in zip(times, counts, strict=True)), np.zeros(()))
+    return Span(total, functools.reduce(np.maximum, times))
 
 
 def _flow(model: Pricer, step: Span, phase: Phase, chunks: ArrayLike) -> Array:
@@ -173,10 +179,10 @@ def step_seconds(
         mtp=mtp,
     )
     stages = _sum(*(model.parts(group, load) for group, load in loads.items()))
-    return _flow(model, span(model, stages, phase), phase, 1.0), stages
+    return _flow(model, stage_times(model, stages, phase), phase, 1.0), stages
 
 
-def _decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
+def decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
     """A decode step of `sequences` of one microbatch at the mean context."""
     dtype = given.weight_dtype
     token = Load.of("decode", model.engine, tokens=sequences * given.width, weight_dtype=dtype)
@@ -222,12 +228,14 @@ def _cached(model: Pricer, given: ServingInput, sequences: Array) -> Load:
     )
 
 
-def _prompt_stages(
-    model: Pricer, given: ServingInput, shares: Shares, sequences: Array
+def prompt_stages(
+    model: Pricer, given: ServingInput, *, piece: Array, prompt: Array, sequences: Array
 ) -> list[Parts]:
-    """A step of `sequences` decoding beside one piece of a prompt, but for their attention."""
+    """A step of `sequences` decoding beside `piece` tokens of prompts, but for their attention.
+
+    `prompt`: tokens of one prompt that are computed; a larger piece holds several prompts.
+    """
     engine = model.engine
-    piece, prompt = shares.piece, shares.prompt
     kept = as_array(given.input_len) - prompt
     decoding, dtype = sequences * given.width, given.weight_dtype
     tokens = Load.of("prefill", engine, tokens=decoding + piece, weight_dtype=dtype)
@@ -262,10 +270,12 @@ def _steps(
 ) -> tuple[list[Parts], list[Parts]]:
     """(decode step, mixed step) of a steady state; `weigh` is told what is priced next."""
     weigh("decode")
-    decode = _decode_stages(model, given, np.maximum(np.ceil(shares.decoding), 1.0))
+    decode = decode_stages(model, given, np.maximum(np.ceil(shares.decoding), 1.0))
     sequences = np.ceil(shares.beside)
     weigh("mixed")
-    prompt = _prompt_stages(model, given, shares, sequences)
+    prompt = prompt_stages(
+        model, given, piece=shares.piece, prompt=shares.prompt, sequences=sequences
+    )
     if model.engine.prefill_first:
         return decode, prompt
     weigh("beside")
@@ -393,7 +403,11 @@ def serve(
     if watch is not None:
         watch((decode, mixed))
     timed = _timed(
-        model, given, shares, span(model, decode, "decode"), span(model, mixed, "prefill")
+        model,
+        given,
+        shares,
+        stage_times(model, decode, "decode"),
+        stage_times(model, mixed, "prefill"),
     )
     pace, rate = timed.pace, timed.requests_per_s
     means = _mean_parts(decode, mixed, pace)

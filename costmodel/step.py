@@ -33,6 +33,7 @@ from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_r
 from shardplan.costmodel.overlap import fused_parts, prefetched
 from shardplan.models.apply import ShardedGraph
 from shardplan.models.graph import Phase
+from shardplan.models.parallel import Parallelism
 
 __all__ = ["FORMULAS", "Load", "Parts", "StepModel", "kernel_dtype"]
 
@@ -86,18 +87,23 @@ class StepModel:
     @property
     def groups(self) -> int:
         """Data-parallel groups."""
-        return self.graphs["decode"].parallel.dp
+        return self._parallel.dp
 
     @property
     def locked(self) -> int:
         """Data-parallel groups whose steps run together: those that share experts."""
-        par = self.graphs["decode"].parallel
+        par = self._parallel
         return max(par.ep // par.tp, 1)
 
     @property
     def stages(self) -> int:
         """Pipeline stages."""
-        return self.graphs["decode"].parallel.pp
+        return self._parallel.pp
+
+    @property
+    def _parallel(self) -> Parallelism:
+        """The layout, which is the same in every phase."""
+        return next(iter(self.graphs.values())).parallel
 
     @property
     def mtp(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 
-__all__ = ["ServingInput", "Shares", "step_shares", "tokens_per_step"]
+__all__ = ["ServingInput", "Shares", "computed_prompt", "step_shares", "tokens_per_step"]
 
 
 def tokens_per_step(depth: ArrayLike, acceptance: ArrayLike) -> Array:
@@ -88,15 +88,18 @@ class Shares:
     prompt: Array
 
 
+def computed_prompt(input_len: ArrayLike, prefix_hit: ArrayLike) -> Array:
+    """Tokens of a prompt that the prefix cache does not hold."""
+    return np.maximum(np.ceil(as_array(input_len) * (1.0 - as_array(prefix_hit))), 1.0)
+
+
 def step_shares(given: ServingInput, prefill_first: bool, stages: ArrayLike = 1) -> Shares:
     """The average step of an engine's steady state (the formulas of `serving`).
 
     `stages` of a pipeline run as many microbatches at once.
     """
     turns = as_array(stages)
-    prompt = np.maximum(
-        np.ceil(as_array(given.input_len) * (1.0 - as_array(given.prefix_hit))), 1.0
-    )
+    prompt = computed_prompt(given.input_len, given.prefix_hit)
     later, width = given.decode_steps, given.width
     chunk = np.maximum(given.chunk, 1.0)
     slots = given.batch

@@ -8,6 +8,7 @@ smaller count is thereby proven infeasible.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -84,9 +85,25 @@ def search(
     `asked` are the fields of `shardplan.search.request.Asked` (cards, input_len, objective, ...).
     Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
     """
-    start = time.perf_counter()
     whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
-    resolved = resolve(Asked(model=model, cluster=cluster, **asked))
+    question = Asked(model=model, cluster=cluster, **asked)
+    resolved = resolve(question)
+    aggregated = functools.partial(
+        _search_aggregated, resolved, top=top, storage=storage, progress=progress
+    )
+    if question.serving == "agg":
+        return aggregated()
+    from shardplan.search.disagg_api import better_serving, search_disaggregated
+
+    apart = functools.partial(search_disaggregated, question, resolved, top=top)
+    return apart() if question.serving == "disagg" else better_serving(aggregated, apart)
+
+
+def _search_aggregated(
+    resolved: Resolved, *, top: int, storage: str | None, progress: Progress | None
+) -> SearchResult:
+    """The best plan whose cards all prefill and decode."""
+    start = time.perf_counter()
     memo: Memo[Parts] = Memo()
     outcomes = _search_counts(resolved, storage, progress, memo)
     if outcomes[-1].best is None and resolved.soft_limits and outcomes[-1].complete:

@@ -40,7 +40,16 @@ from shardplan.search.plan import (
 from shardplan.search.proof import model_digest
 from shardplan.search.request import Resolved
 
-__all__ = ["build_plan", "candidate", "memory_rows", "pareto_front"]
+__all__ = [
+    "breakdown",
+    "build_plan",
+    "candidate",
+    "lever",
+    "memory_rows",
+    "pareto_front",
+    "performance",
+    "plan_info",
+]
 
 _PARETO_KEPT = 200
 
@@ -72,7 +81,7 @@ def pareto_front(outcome: Outcome) -> list[Kept]:
     return sorted(front, key=lambda one: -one.columns["output_tokens_per_s"])
 
 
-def _info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
+def plan_info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
     spec, cluster = resolved.spec, resolved.cluster
     device = cluster.device
     kv = resolved.choices[0].kv_dtype
@@ -217,7 +226,7 @@ def _mean_note(best: Kept) -> str:
     )
 
 
-def _lever(rows: tuple[MemoryRow, ...], best: Kept, device: Device) -> str:
+def lever(rows: tuple[MemoryRow, ...], best: Kept, device: Device) -> str:
     """What frees most memory on the fullest rank, in one sentence."""
     row = max(rows, key=lambda one: one.total_bytes)
     free = (row.capacity_bytes - row.total_bytes) / 2**30
@@ -344,7 +353,7 @@ def build_plan(
     """The plan of the winner `best`, found in the last of `outcomes`; `scorer`: of its layout."""
     outcome = outcomes[-1]
     rows = memory_rows(scorer, best)
-    model, cluster = _info(resolved)
+    model, cluster = plan_info(resolved)
     chosen = candidate(outcome, best)
     others = [candidate(outcome, one) for one in outcome.kept if one.feasible and one is not best]
     return Plan(
@@ -355,7 +364,7 @@ def build_plan(
         strategy=chosen.strategy,
         performance=chosen.performance,
         memory=rows,
-        largest_lever=_lever(rows, best, resolved.cluster.device),
+        largest_lever=lever(rows, best, resolved.cluster.device),
         breakdown=breakdown(scorer, best),
         confidence=plan_confidence(scorer, best),
         proof=proof,

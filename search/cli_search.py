@@ -86,6 +86,20 @@ def search(
             help="Product and all_reduce in one kernel: off, on or auto; the engine's own.",
         ),
     ] = None,
+    serving: Annotated[
+        str,
+        typer.Option(
+            "--serving", help="agg, disagg (pools for prefill and decode) or auto: the better."
+        ),
+    ] = "agg",
+    prefill_cluster: Annotated[
+        str | None, typer.Option("--prefill-cluster", help="Prefill instances run there.")
+    ] = None,
+    prefill_nodes: Annotated[int | None, whole("--prefill-nodes", "Nodes of it.")] = None,
+    prefill_cards: Annotated[int | None, whole("--prefill-cards", "Cards of it.")] = None,
+    prefill_device: Annotated[
+        str | None, typer.Option("--prefill-device", help="Replaces its device.")
+    ] = None,
     mtp: Annotated[
         str, typer.Option("--mtp", help="Tokens predicted ahead: off, auto or a number.")
     ] = "off",
@@ -99,7 +113,6 @@ def search(
             help="Algorithm between nodes: auto (the library's), all (searched), ring, NHR, ...",
         ),
     ] = "auto",
-    serving: Annotated[str, typer.Option("--serving", help="agg, disagg or auto.")] = "auto",
     robust: Annotated[
         bool,
         typer.Option("--robust", help="Least worst-case regret under the calibration's bands."),

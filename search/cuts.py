@@ -116,19 +116,54 @@ def _stages(cut: Cut) -> Iterator[tuple[int, int, int]]:
 def fill(rows: Sequence[CostRow], limits: Sequence[float], strict: Sequence[bool]) -> Cut | None:
     """A cut within every limit (below it where `strict`), or None where there is none.
 
-    Each stage takes as many layers as all limits allow, but leaves one for each that follows.
+    Each stage takes as many layers as all limits allow, but leaves one for each that follows. That
+    fails wrongly only where a stage has no room for the one layer that it must start with; then
+    every place where a stage may end is tried.
     """
-    layers, stages = rows[0].layers, rows[0].stages
     first, cut = 0, []
-    for index in range(stages):
-        last = layers - (stages - 1 - index)
-        for row, limit, below in zip(rows, limits, strict, strict=True):
-            last = min(last, _reach(row, limit, first, index, last, strict=below))
+    for index in range(rows[0].stages):
+        last = _reach_all(rows, limits, strict, first, index)
         if last <= first:
-            return None
+            return _fill_any(rows, limits, strict)
         cut.append(last - first)
         first = last
-    return tuple(cut) if first == layers else None
+    return tuple(cut) if first == rows[0].layers else None
+
+
+def _reach_all(
+    rows: Sequence[CostRow],
+    limits: Sequence[float],
+    strict: Sequence[bool],
+    first: int,
+    index: int,
+) -> int:
+    """Largest end of a stage that starts at `first` and keeps within all limits."""
+    last = rows[0].layers - (rows[0].stages - 1 - index)
+    for row, limit, below in zip(rows, limits, strict, strict=True):
+        last = min(last, _reach(row, limit, first, index, last, strict=below))
+    return last
+
+
+def _fill_any(
+    rows: Sequence[CostRow], limits: Sequence[float], strict: Sequence[bool]
+) -> Cut | None:
+    """As `fill`, by all places where each stage may end: its start is kept for each of them."""
+    starts: list[dict[int, int]] = []
+    places = [0]
+    for index in range(rows[0].stages):
+        found: dict[int, int] = {}
+        for first in places:
+            last = _reach_all(rows, limits, strict, first, index)
+            found |= {end: first for end in range(first + 1, last + 1) if end not in found}
+        starts.append(found)
+        places = sorted(found)
+    end, cut = rows[0].layers, []
+    for found in reversed(starts):
+        if end not in found:
+            return None
+        cut.append(end - found[end])
+        end = found[end]
+    return tuple(reversed(cut))
 
 
 def _reach(row: CostRow, limit: float, first: int, index: int, most: int, *, strict: bool) -> int:
@@ -177,10 +212,12 @@ def least(rows: Sequence[CostRow], limits: Sequence[float], row: int) -> Cut | N
 
 
 def least_of_many(parts: Sequence[tuple[Array, Array]], start: Array) -> Array:
-    """The smallest possible largest cost of a stage at each of many points `[n]`.
+    """What the dearest stage of any cut costs at least, at each of many points `[n]`.
 
     `parts`: costs of each layer `[n, L]` and of each stage's ends `[n, p]` of every part of a
-    row. `start`: what some cut reaches. Halving comes near, asking for less makes it exact.
+    row. `start`: what some cut reaches. Stages may be empty here, which makes the filling exact
+    and the answer at most the least of all cuts: below it only where single layers differ so much
+    that a stage's one layer decides. Halving comes near, asking for less makes it exact.
     """
     sums = [(np.pad(np.cumsum(each, axis=1), ((0, 0), (1, 0))), ends) for each, ends in parts]
     mean = [(total[:, -1] + ends.sum(axis=1)) / ends.shape[1] for total, ends in sums]
@@ -202,15 +239,16 @@ def _fill_many(sums: Sequence[tuple[Array, Array]], limit: Array) -> Array:
     layers, stages = sums[0][0].shape[1] - 1, sums[0][1].shape[1]
     first, worst = np.zeros(limit.size, dtype=np.int64), np.zeros(limit.size)
     for index in range(stages):
-        last = np.full(limit.size, layers - (stages - 1 - index))
+        last = np.full(limit.size, layers)
         for prefix, ends in sums:
             target = limit - ends[:, index] + prefix[points, first]
             last = np.minimum(last, (prefix <= target[:, None]).sum(axis=1) - 1)
+        worst = np.where(last < first, np.inf, worst)
+        last = np.maximum(last, first)
         for prefix, ends in sums:
             cost = prefix[points, last] - prefix[points, first] + ends[:, index]
             worst = np.maximum(worst, cost)
-        worst = np.where(last > first, worst, np.inf)
-        first = np.maximum(last, first)
+        first = last
     return np.where(first == layers, worst, np.inf)
 
 

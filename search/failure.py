@@ -28,10 +28,11 @@ from shardplan.models.errors import InfeasibleError
 from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
 from shardplan.search.kept import Kept, Outcome
 from shardplan.search.legality import rules, unsupported_format
+from shardplan.search.plan import Workload
 from shardplan.search.request import Resolved
 from shardplan.search.space import Choice, Space, build_space
 
-__all__ = ["no_legal_layout", "nothing_feasible"]
+__all__ = ["context_message", "no_legal_layout", "nothing_feasible"]
 
 _GIB = 2.0**30
 _MOST_TRIED = 8
@@ -196,8 +197,8 @@ def _rate_message(near: Kept, question: Question) -> InfeasibleError:
     )
 
 
-def _context_message(question: Question) -> InfeasibleError:
-    work, longest = question.workload, question.spec.max_context
+def context_message(work: Workload, longest: int) -> InfeasibleError:
+    """Prompt and output are longer than the `longest` context that the model takes."""
     rest = longest - work.output_len
     option = f"--input-len {rest}" if rest > 0 else f"--output-len {longest - work.input_len}"
     if max(rest, longest - work.input_len) <= 0:
@@ -283,7 +284,7 @@ def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -
             hint="try a larger --time-limit, or none",
         )
     if longest and context_tokens(question.workload) > longest:
-        return _context_message(question)
+        return context_message(question.workload, longest)
     if not _any_legal(outcome.space):
         return no_legal_layout(outcome.space, dict(_broken(outcome)))
     nearest = outcome.tally.nearest

@@ -53,13 +53,14 @@ def check_out(out: Path, *, force: bool = False) -> None:
 
 def trial_table(outcome: Outcome, kept: Iterable[Kept], engine: str) -> TrialTable:
     """Remembered strategies as a table, best first, columns of `TRIAL_COLUMNS`."""
-    from shardplan.search.trials import TRIAL_COLUMNS
+    from shardplan.search.trials import LATER_COLUMNS, TRIAL_COLUMNS
 
     rows = []
     for place, one in enumerate(kept, start=1):
         par, choice = one.parallel, one.choice
         rows.append(
             {
+                **LATER_COLUMNS,
                 **one.columns,
                 "rank": place if one.feasible else 0,
                 "feasible": one.feasible,

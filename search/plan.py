@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,9 @@ from pydantic import Field, ValidationError
 
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
+from shardplan.search.atomic import rounded, write_atomically
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
+from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_robustness import PARTS, Robustness
 
 __all__ = [
@@ -36,11 +37,15 @@ __all__ = [
     "ModelInfo",
     "Performance",
     "Plan",
+    "Pool",
+    "PoolTimes",
     "ProofInfo",
     "QuantizationRow",
     "Request",
+    "ServingRow",
     "StrategyInfo",
     "SwitchRow",
+    "Transfer",
     "WeakestPart",
     "Workload",
     "plan_schema",
@@ -94,7 +99,10 @@ class Request(Part):
     engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
     """Search engine."""
     engine_profile: str
-    serving: Literal["agg"]
+    serving: Literal["agg", "disagg", "auto"]
+    """Prefill and decode on the same cards, on pools of their own, or whichever is better."""
+    prefill_cards: int | None = Field(default=None, ge=1)
+    """Cards of the prefill pool, where it has a cluster of its own."""
     seed: int
     trials: int | None = None
     robust: bool = False
@@ -238,6 +246,24 @@ class Candidate(Part):
     performance: Performance
     memory_bytes: float
     objective: float
+    prefill: StrategyInfo | None = None
+    """Strategy of the prefill instances, where they are apart; `strategy` is then of the others."""
+    prefill_instances: int = Field(default=0, ge=0)
+    decode_instances: int = Field(default=0, ge=0)
+
+
+class Pool(Part):
+    """Instances of one role, all alike, of a disaggregated deployment."""
+
+    role: Literal["prefill", "decode"]
+    instances: int = Field(ge=1)
+    cluster: ClusterInfo
+    strategy: StrategyInfo
+    """Of one instance. Prefill: `batch` counts the prompts that a dp group holds."""
+    times: PoolTimes
+    memory: tuple[MemoryRow, ...]
+    largest_lever: str
+    breakdown: tuple[BreakdownRow, ...]
 
 
 class QuantizationRow(Part):
@@ -303,7 +329,13 @@ class Plan(Part):
     model: ModelInfo
     cluster: ClusterInfo
     strategy: StrategyInfo
+    """Of the deployment; with `pools`, of one decode instance, as cluster, memory and breakdown."""
     performance: Performance
+    """Of the whole deployment."""
+    pools: tuple[Pool, ...] = ()
+    """Prefill and decode instances, where each role has its own."""
+    transfer: Transfer | None = None
+    """How caches get from prefill to decode instances."""
     memory: tuple[MemoryRow, ...]
     largest_lever: str
     """What frees most memory at least cost, in one sentence."""
@@ -318,6 +350,8 @@ class Plan(Part):
     alternatives: tuple[Candidate, ...]
     quantization: tuple[QuantizationRow, ...]
     switches: tuple[SwitchRow, ...] = ()
+    servings: tuple[ServingRow, ...] = ()
+    """Aggregated and disaggregated serving side by side, where both were searched."""
     notes: tuple[str, ...]
 
     @classmethod
@@ -350,7 +384,7 @@ class Plan(Part):
 
     def dumps(self) -> str:
         """The bytes of plan.json; floats have ten digits, beyond which machines differ."""
-        return json.dumps(_rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
+        return json.dumps(rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write plan.json, whole or not at all."""
@@ -369,34 +403,6 @@ class Plan(Part):
         return verify_plan(self, level=level)
 
 
-def _rounded(value: Any) -> Any:
-    """The same data with every float rounded to ten significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.10g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return value
-
-
 def plan_schema() -> dict[str, Any]:
     """JSON Schema of plan.json."""
     return Plan.model_json_schema()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file through a temporary neighbour, so that a crash leaves the old one or the new."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError("the file cannot be written", got=f"{path}: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise InputError("the file cannot be written", got=f"{path}: {error.strerror}") from None

@@ -18,10 +18,10 @@ from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.models.verify import prove
 from shardplan.search.evaluate import LayoutScorer, Question
-from shardplan.search.plan import Plan, ProofInfo
+from shardplan.search.plan import ClusterInfo, Plan, ProofInfo, StrategyInfo
 from shardplan.search.space import Choice
 
-__all__ = ["model_digest", "prove_strategy", "verify_plan"]
+__all__ = ["merged_proof", "model_digest", "prove_strategy", "verify_plan"]
 
 
 def model_digest(spec: ModelSpec) -> str:
@@ -76,15 +76,17 @@ def _audit(model: StepModel, ledger: Ledger) -> Iterator[tuple[bool, str]]:
             yield False, f"L0 {name}: {error}"
 
 
-def _scorer_of(plan: Plan, spec: ModelSpec) -> LayoutScorer | None:
-    """The scorer of a plan; None where its cluster, device or engine came from a file."""
+def _scorer_of(
+    plan: Plan, spec: ModelSpec, machine: ClusterInfo, way: StrategyInfo
+) -> LayoutScorer | None:
+    """The scorer of a strategy; None where cluster, device or engine came from a file."""
     if (
-        plan.cluster.name not in cluster_names()
-        or plan.cluster.device not in device_names()
+        machine.name not in cluster_names()
+        or machine.device not in device_names()
         or plan.request.engine_profile not in engine_names()
     ):
         return None
-    cluster = load_cluster(plan.cluster.name, nodes=plan.cluster.nodes, device=plan.cluster.device)
+    cluster = load_cluster(machine.name, nodes=machine.nodes, device=machine.device)
     question = Question(
         spec=spec,
         cluster=cluster,
@@ -92,13 +94,23 @@ def _scorer_of(plan: Plan, spec: ModelSpec) -> LayoutScorer | None:
         workload=plan.request.workload,
         limits=plan.request.limits,
         objective=plan.request.objective,
-        cards=plan.strategy.ranks,
+        cards=way.ranks,
     )
-    return LayoutScorer(question, plan.strategy.parallelism())
+    return LayoutScorer(question, way.parallelism())
+
+
+def merged_proof(proofs: list[tuple[str, ProofInfo]]) -> ProofInfo:
+    """Proofs of several strategies as one; each check says whose it is."""
+    return ProofInfo(
+        level=min(one.level for _, one in proofs),
+        passed=all(one.passed for _, one in proofs),
+        checks=tuple(f"{role}: {text}" for role, one in proofs for text in one.checks),
+        failures=tuple(f"{role}: {text}" for role, one in proofs for text in one.failures),
+    )
 
 
 def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
-    """Prove a plan's strategy again on its model, named by the plan or by `model`.
+    """Prove a plan's strategies again on its model, named by the plan or by `model`.
 
     `InputError` when the model found is not the one the plan was made for.
     """
@@ -110,11 +122,20 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
             got=f"{spec.name}: {model_digest(spec)[:12]}, plan: {plan.model.digest[:12]}",
             hint="name the model's config.json with --model",
         )
-    way = plan.strategy
-    return prove_strategy(
-        spec,
-        way.parallelism(),
-        level=level,
-        scorer=_scorer_of(plan, spec),
-        choice=Choice.of(way),
-    )
+    ways: list[tuple[str, ClusterInfo, StrategyInfo]] = [
+        (pool.role, pool.cluster, pool.strategy) for pool in plan.pools
+    ]
+    proofs = [
+        (
+            role,
+            prove_strategy(
+                spec,
+                way.parallelism(),
+                level=level,
+                scorer=_scorer_of(plan, spec, machine, way),
+                choice=Choice.of(way),
+            ),
+        )
+        for role, machine, way in ways or [("", plan.cluster, plan.strategy)]
+    ]
+    return merged_proof(proofs) if ways else proofs[0][1]

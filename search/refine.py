@@ -10,8 +10,8 @@ Latency, TTFT and TPOT grow with the first two and scale with all times, so
 The first bound is at hand when a grid has been priced, the second takes the exact least of every
 point. Grids wait in one queue by the largest bound of their points: a grid whose bound is loose is
 given the second; else, at its best point, the cuts that no other beats there are priced, at all
-open points of the grid. When the largest bound is no larger than the best objective found, no cut of
-any layout is better.
+open points of the grid. When the largest bound is no larger than the best objective found, no cut
+of any layout is better.
 """
 
 from __future__ import annotations

@@ -81,7 +81,12 @@ class Asked:
     """Seconds after which the exact engine stops with the best so far and its gap."""
     seed: int = 0
     engine_profile: str | None = None
-    serving: str = "auto"
+    serving: str = "agg"
+    prefill_cluster: str | Cluster | None = None
+    """Where prefill instances run; None: on `cluster`, beside the others. `serving`: not agg."""
+    prefill_nodes: int | None = None
+    prefill_cards: int | None = None
+    prefill_device: str | None = None
     weight_prefetch: str | None = None
     """off, on or auto (searched both ways); None: as the engine has it."""
     fused_collectives: str | None = None
@@ -319,12 +324,7 @@ def _check_words(asked: Asked) -> None:
     for name in SWITCHES:
         if getattr(asked, name) is not None:
             one_of(name, getattr(asked, name), ("off", "on", "auto"))
-    if asked.serving == "disagg":
-        raise InputError(
-            "disaggregated prefill and decode is not searched by this version",
-            got="serving=disagg",
-            hint="use --serving agg",
-        )
+    _check_prefill(asked)
     for name, most, good in (
         ("nodes", 2**17, 1),
         ("cards", 2**20, 8),
@@ -352,6 +352,30 @@ def _time_limit(asked: Asked) -> float | None:
             hint="leave one of them out",
         )
     return limit
+
+
+def _check_prefill(asked: Asked) -> None:
+    """Options of a prefill pool need that pool, and a cluster of its own."""
+    names = ("prefill_cluster", "prefill_nodes", "prefill_cards", "prefill_device")
+    given = [name for name in names if getattr(asked, name) is not None]
+    if given and asked.serving == "agg":
+        raise InputError(
+            "a prefill pool is part of disaggregated serving",
+            got=f"{', '.join(given)} with serving=agg",
+            hint="add --serving disagg",
+        )
+    if given and asked.prefill_cluster is None:
+        raise InputError(
+            "sizes of a prefill pool are those of its own cluster",
+            got=f"{', '.join(given)} without prefill_cluster",
+            hint="name it with --prefill-cluster",
+        )
+    if asked.serving != "agg" and asked.engine not in ("auto", "exact"):
+        raise InputError(
+            "disaggregated serving is searched by the exact engine",
+            got=f"engine={asked.engine}, serving={asked.serving}",
+            hint="use --engine exact",
+        )
 
 
 def _machine(asked: Asked, notes: list[str]) -> tuple[Cluster, int]:
@@ -408,12 +432,12 @@ def _request(
         weight_dtype=asked.weight_dtype,
         kv_dtype=asked.kv_dtype,
         attention=asked.attention,
-        **settings,
+        **settings,  # type: ignore[arg-type]  # names of switches
         mtp=str(asked.mtp).strip().lower(),
         collectives=asked.collectives,
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
-        serving="agg",
+        serving=asked.serving,  # type: ignore[arg-type]  # checked before
         seed=asked.seed,
         trials=asked.trials,
         robust=asked.robust,
@@ -436,7 +460,7 @@ def resolve(asked: Asked) -> Resolved:
     for weight in weights:
         _check_formats(subject, weight, kv)
     attention = _attention(engine, asked.attention, notes)
-    if asked.serving == "auto":
+    if asked.serving == "agg":
         notes.append("prefill and decode share the cards (aggregated serving)")
     if asked.objective == "cards" and work.request_rate is None and limits == Limits():
         notes.append("no rate or limit was given: the fewest cards that hold the model")

@@ -39,6 +39,7 @@ from shardplan.search.plan import StrategyInfo
 __all__ = [
     "Choice",
     "Space",
+    "base_order",
     "batch_grid",
     "build_space",
     "chunk_grid",
@@ -170,7 +171,7 @@ class Space:
 
     def layout_of(self, par: Parallelism) -> Parallelism:
         """The layout of the space that a strategy's splits belong to."""
-        return replace(par, stage_layers=(), order=_base_order(self.engine, par))
+        return replace(par, stage_layers=(), order=base_order(self.engine, par))
 
     def dimensions(self) -> dict[str, list[object]]:
         """Values of each dimension, for the certificate."""
@@ -252,7 +253,7 @@ def raw_layouts(
     Layers are cut evenly and ranks numbered as the engine does. `depths`: tokens predicted ahead.
     """
     for one in _splits(spec, cards):
-        order = _base_order(engine, one)
+        order = base_order(engine, one)
         yield from (replace(one, order=order, mtp=depth) for depth in depths)
 
 
@@ -270,7 +271,7 @@ def _orders(par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
     return tuple(_alike(frozenset(live_axes(par, AXES))).values())
 
 
-def _base_order(engine: EngineProfile, par: Parallelism) -> tuple[Axis, ...]:
+def base_order(engine: EngineProfile, par: Parallelism) -> tuple[Axis, ...]:
     """The engine's own order, spelled as the first that is alike."""
     own = live_axes(par, engine_order(engine.name))
     return _alike(frozenset(own))[own]

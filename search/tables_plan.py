@@ -18,6 +18,7 @@ from shardplan.search.tables import (
     show,
     time_table,
 )
+from shardplan.search.tables_disagg import instances_words, print_pools, print_servings
 from shardplan.search.tables_robust import print_robustness
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def _print_alternatives(plan: Plan, console: Console) -> None:
     for one in plan.alternatives:
         done = one.performance
         times = (seconds_text(done.ttft_s), seconds_text(done.tpot_s))
-        words = f"{one.strategy.parallelism().describe()}, batch {one.strategy.batch}"
+        words = instances_words(one) or one.strategy.parallelism().describe()
+        words += f", batch {one.strategy.batch}"
         rate = rate_text(done.output_tokens_per_s)
         add(table, rate, *times, bytes_text(one.memory_bytes), words)
     show(console, table)
@@ -145,16 +147,24 @@ def _print_next(plan: Plan, folder: Path, console: Console) -> None:
 def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Console) -> None:
     """The plan, what it does, why it is the best, what was assumed, and what to run next."""
     machine, work = plan.cluster, plan.request.workload
-    cards = plan.strategy.ranks
+    if plan.pools:
+        held = (
+            f"{one.instances * one.strategy.ranks} x {one.cluster.device}" for one in plan.pools
+        )
+        cards = " and ".join(held)
+    else:
+        cards = f"{plan.strategy.ranks} x {machine.device}"
     console.print(
-        f"{plan.model.name} on {cards} x {machine.device} ({machine.name}), "
+        f"{plan.model.name} on {cards} ({machine.name}), "
         f"{work.input_len} prompt and {work.output_len} output tokens, "
         f"engine {plan.request.engine_profile}",
         markup=False,
     )
-    console.print(f"plan: {strategy_words(plan.strategy)}", style="bold green", markup=False)
+    words = instances_words(plan) or strategy_words(plan.strategy)
+    console.print(f"plan: {words}", style="bold green", markup=False)
     console.print()
     _print_performance(plan, console)
+    print_pools(plan, console)
     show(console, memory_table([row.model_dump() for row in plan.memory]))
     console.print(plan.largest_lever, markup=False)
     console.print()
@@ -169,6 +179,7 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
     _print_alternatives(plan, console)
     _print_quantization(plan, console)
     _print_switches(plan, console)
+    print_servings(plan, console)
     verdict = "all hold" if plan.proof.passed else "FAILED"
     console.print(f"certificate: {certificate_sentence(plan.certificate)}", markup=False)
     console.print(f"proof: {len(plan.proof.checks)} checks of level {plan.proof.level}, {verdict}")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INTEGER_COLUMNS",
+    "LATER_COLUMNS",
     "NUMBER_COLUMNS",
     "SWITCH_COLUMNS",
     "TRIAL_COLUMNS",
@@ -82,7 +83,29 @@ TRIAL_COLUMNS: tuple[str, ...] = (
     "order",
     "mtp",
     "collectives",
+    "serving",
+    "prefill_instances",
+    "decode_instances",
+    "prefill_cards",
+    "decode_cards",
+    "prefill_tp",
+    "prefill_pp",
+    "prefill_dp",
+    "prefill_ep",
+    "prefill_chunk",
 )
+POOL_COLUMNS = (
+    "prefill_instances",
+    "decode_instances",
+    "prefill_cards",
+    "decode_cards",
+    "prefill_tp",
+    "prefill_pp",
+    "prefill_dp",
+    "prefill_ep",
+    "prefill_chunk",
+)
+"""Of rows with serving disagg, whose other columns are of a decode instance; 0 in others."""
 LATER_COLUMNS: Mapping[str, bool | int | str] = MappingProxyType(
     {
         "weight_prefetch": False,
@@ -95,6 +118,8 @@ LATER_COLUMNS: Mapping[str, bool | int | str] = MappingProxyType(
         "order": "-".join(AXES),
         "mtp": 0,
         "collectives": "auto",
+        "serving": "agg",
+        **dict.fromkeys(POOL_COLUMNS, 0),
     }
 )
 """What files of earlier releases lack, and what holds in its place."""
@@ -110,8 +135,9 @@ WORD_COLUMNS = (
     "engine",
     "order",
     "collectives",
+    "serving",
 )
-COUNT_COLUMNS = ("o_tp", "ffn_tp", "shared_tp", "head_tp", "embed_tp", "mtp")
+COUNT_COLUMNS = ("o_tp", "ffn_tp", "shared_tp", "head_tp", "embed_tp", "mtp", *POOL_COLUMNS)
 """Whole numbers that may be 0."""
 INTEGER_COLUMNS = ("rank", "tp", "pp", "dp", "ep", "cp", "batch", "chunk", *COUNT_COLUMNS)
 NUMBER_COLUMNS = tuple(

@@ -70,6 +70,13 @@ def files(
     Raises InputError for a plan or option that cannot be expressed, with the nearest that can.
     """
     facts = table("atc")
+    if plan.pools:
+        raise refuse(
+            _TARGET,
+            "a compiled model is one graph, not pools of prefill and decode instances",
+            got=", ".join(f"{one.instances} {one.role}" for one in plan.pools),
+            hint="search with --serving agg, or use target vllm-ascend",
+        )
     family = family_of(plan, _TARGET, facts["families"], _device_hint(plan))
     release = _release(cann)
     soc = _soc(plan, soc_version)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
@@ -35,7 +35,7 @@ from shardplan.search.emit.vllm_readme import balancer, bench, readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
 
-__all__ = ["files"]
+__all__ = ["Flag", "checked_family", "files", "script"]
 
 _TARGET = "vllm-ascend"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -45,18 +45,17 @@ Flag = tuple[str, str | None]
 
 def files(plan: Plan) -> dict[str, str]:
     """Texts by file name. `InputError` for a plan that vLLM on Ascend cannot run."""
-    facts = table("vllm_ascend")
-    hint = "its devices are 310P, A2, A3 and 950" + (
-        "; use target atc" if plan.cluster.soc_versions else "; plan for an Ascend cluster"
-    )
-    family = family_of(plan, _TARGET, facts["families"], hint)
-    _check_strategy(plan, family)
+    if plan.pools:
+        from shardplan.search.emit.vllm_disagg import disagg_files
+
+        return disagg_files(plan)
+    family = checked_family(plan)
     checkpoint = checkpoint_of(plan, family)
     split = split_servers(plan)
     todo = launches(plan, split)
     nodes = sorted({one.slot.node for one in todo})
     made = {
-        f"serve_node{node}.sh": _script(
+        f"serve_node{node}.sh": script(
             plan, family, checkpoint, split, [one for one in todo if one.slot.node == node]
         )
         for node in nodes
@@ -66,6 +65,17 @@ def files(plan: Plan) -> dict[str, str]:
     made["bench.sh"] = bench(plan, checkpoint, split)
     made["README.md"] = readme(plan, checkpoint, split, todo)
     return made
+
+
+def checked_family(plan: Plan) -> str:
+    """Family of the plan's device. `InputError` for a plan that vLLM on Ascend cannot run."""
+    facts = table("vllm_ascend")
+    hint = "its devices are 310P, A2, A3 and 950" + (
+        "; use target atc" if plan.cluster.soc_versions else "; plan for an Ascend cluster"
+    )
+    family = family_of(plan, _TARGET, facts["families"], hint)
+    _check_strategy(plan, family)
+    return family
 
 
 def _check_strategy(plan: Plan, family: str) -> None:
@@ -166,10 +176,18 @@ def _switch_rules(plan: Plan, family: str) -> list[tuple[bool, str, str, str]]:
     ]
 
 
-def _script(
-    plan: Plan, family: str, checkpoint: Checkpoint, split: Split, here: Sequence[Launch]
+def script(
+    plan: Plan,
+    family: str,
+    checkpoint: Checkpoint,
+    split: Split,
+    here: Sequence[Launch],
+    more: Callable[[Launch], list[Flag]] = lambda _: [],
 ) -> str:
-    """The script of one node: environment, then one command, or several side by side."""
+    """The script of one node: environment, then one command, or several side by side.
+
+    `more`: further flags of a launch.
+    """
     lines = [
         "#!/usr/bin/env bash",
         "# Serves the plan's model on one node; README.md says in which order to start the nodes.",
@@ -183,7 +201,7 @@ def _script(
     commands = [
         command_line("vllm_ascend", "serve", ["vllm", "serve", Raw('"$MODEL"')], flags)
         + ' \\\n  "$@"'
-        for flags in (_flags(plan, family, checkpoint, split, one) for one in here)
+        for flags in ([*_flags(plan, family, checkpoint, split, one), *more(one)] for one in here)
     ]
     visible = [",".join(str(device) for device in one.slot.devices) for one in here]
     if len(commands) == 1:

@@ -10,6 +10,7 @@ from shardplan.search.report.breakdown import breakdown_section
 from shardplan.search.report.how_sure import confidence_section
 from shardplan.search.report.markup import Html, raw, table, tag
 from shardplan.search.report.memory import memory_section
+from shardplan.search.report.pools import pools_section, servings_section
 from shardplan.search.report.robust import robustness_section
 from shardplan.search.report.tradeoffs import (
     alternatives_section,
@@ -58,6 +59,8 @@ def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
     main = tag(
         "main",
         _summary_section(plan),
+        pools_section(plan),
+        servings_section(plan),
         _certificate_section(plan),
         memory_section(plan),
         breakdown_section(plan),

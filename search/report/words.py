@@ -97,6 +97,9 @@ def strategy_sentences(plan: Plan) -> list[str]:
     idle = plan.request.cards - strategy.ranks
     servers = f"{cluster.nodes:,} x " if cluster.nodes > 1 else ""
     used = f"The plan uses {_plural(strategy.ranks, 'rank')} of {servers}{cluster.title}"
+    if plan.pools:
+        idle = 0
+        used = f"One decode instance has {_plural(strategy.ranks, 'rank')} of {cluster.title}"
     sentences = [used + (f"; {_plural(idle, 'rank')} stay free." if idle > 0 else ".")]
     sentences += _split_sentences(strategy, group)
     sentences.append(
@@ -213,9 +216,24 @@ def _options(plan: Plan) -> Iterator[tuple[str, str]]:
         "--collectives": None if asked.collectives == "auto" else asked.collectives,
         "--engine": asked.engine,
         "--engine-profile": asked.engine_profile,
+        "--serving": asked.serving if asked.serving != "agg" else None,
+        **_prefill_options(plan),
         "--trials": asked.trials,
         "--seed": asked.seed,
     }
     for option, value in pairs.items():
         if value is not None:
             yield option, f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _prefill_options(plan: Plan) -> dict[str, str | float | None]:
+    """Where prefill instances run, where that is a cluster of their own."""
+    own = [pool.cluster for pool in plan.pools if pool.role == "prefill"]
+    if not own or plan.request.prefill_cards is None:
+        return {}
+    return {
+        "--prefill-cluster": own[0].name,
+        "--prefill-nodes": own[0].nodes,
+        "--prefill-cards": plan.request.prefill_cards,
+        "--prefill-device": own[0].device,
+    }

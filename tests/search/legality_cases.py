@@ -13,7 +13,7 @@ from tests.search.oracle import dense, latent, sparse
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
-from shardplan.models.parallel import Parallelism
+from shardplan.models.parallel import Axis, Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.legality import Role, Subject
 
@@ -27,6 +27,8 @@ A2, A3, POD, OLD, DUO = (
     "atlas-800-9000",
     "atlas-300i-duo",
 )
+OWN: tuple[Axis, ...] = ("dp", "pp", "cp", "tp")
+"""How vLLM numbers ranks."""
 VLLM, EAGER, MINDIE = "vllm-ascend", "vllm-ascend-eager", "mindie"
 FUSED, PREFETCH = Overlap(fused_collectives=True), Overlap(weight_prefetch=True)
 
@@ -110,7 +112,7 @@ LAYOUTS: dict[str, Case] = {
     ),
     "kv-heads": layout(P(tp=6), P(tp=2), spec=dense(heads=12, kv_heads=4, vocab=1200), engine=VLLM),
     "ep-engine": layout(P(tp=4, ep=2), P(tp=4, dp=4, ep=8), spec=sparse(), engine=VLLM),
-    "whole-nodes": layout(P(pp=3, dp=4), P(pp=4, dp=4), engine=VLLM),
+    "whole-nodes": layout(P(pp=3, dp=4, order=OWN), P(pp=4, dp=4, order=OWN), engine=VLLM),
     "order-engine": layout(
         P(tp=2, dp=2, order=("pp", "tp", "cp", "dp")),
         P(tp=2, dp=2, order=("dp", "pp", "cp", "tp")),
@@ -125,7 +127,10 @@ LAYOUTS: dict[str, Case] = {
     "ep-310p": layout(P(tp=2, ep=2), P(tp=2), spec=sparse(), cluster=DUO, engine=VLLM),
     "mla-310p": case({"spec": latent()}, {}, cluster=DUO, engine=VLLM),
     "ep-spanning": layout(
-        P(tp=8, pp=2, dp=2, ep=16), P(tp=8, pp=2, dp=2, ep=8), spec=wide(), engine=VLLM
+        P(tp=8, pp=2, dp=2, ep=16, order=OWN),
+        P(tp=8, pp=2, dp=2, ep=8, order=OWN),
+        spec=wide(),
+        engine=VLLM,
     ),
     "gathered-a3": layout(
         P(dp=4, ep=4),
@@ -305,10 +310,6 @@ _pair("pd-decode-pp", (P(pp=2), P(pp=2)), (P(pp=2), P()), engine=VLLM)
 _pair("pd-pp-cp", (P(pp=2, cp=2), P()), (P(cp=2), P()), engine=VLLM)
 _pair("pd-decode-cp", (P(cp=2), P(cp=2)), (P(cp=2), P()), engine=MINDIE, spec=latent())
 _pair("pd-mtp", (P(mtp=1), P()), (P(mtp=1), P(mtp=1)), engine=MINDIE, spec=deep(latent()))
-PAIRS["pd-family"] = (
-    (subject(engine=VLLM, cluster=A3), subject(engine=VLLM)),
-    (subject(engine=VLLM, device="910b4"), subject(engine=VLLM)),
-)
 PAIRS["pd-310p"] = (
     (subject(engine=VLLM, cluster=DUO), subject(engine=VLLM, cluster=DUO)),
     (subject(engine=VLLM, cluster=A3), subject(engine=VLLM, cluster=A3)),

@@ -74,7 +74,6 @@ def test_interleaved_servers_list_their_devices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tp": 4, "dp": 2, "order": ("pp", "tp", "cp", "dp")},  # one server: 0, 2, 4, 6, 1, ...
         {"tp": 4, "pp": 2, "dp": 2, "order": ("pp", "cp", "dp", "tp")},  # a copy on two nodes
     ],
 )

@@ -118,7 +118,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(changes: dict[str, str], c
         ({"engine_profile": "vllm"}, "try vllm-ascend"),
         ({"attention": "naive", "engine_profile": "vllm-ascend"}, "torch-graph"),
         ({"objective": "throughputs"}, "try throughput"),
-        ({"serving": "disagg"}, "agg"),
+        ({"serving": "disagg", "engine": "tpe"}, "exact"),
+        ({"prefill_cluster": "atlas-800i-a3"}, "--serving disagg"),
+        ({"serving": "disagg", "prefill_cards": 4}, "--prefill-cluster"),
     ],
     ids=str,
 )

@@ -47,7 +47,9 @@ def test_the_columns_are_those_that_are_promised() -> None:
         "weight_dtype,kv_dtype,batch,chunk,ttft_s,tpot_s,end_to_end_s,output_tokens_per_s,"
         "output_tokens_per_s_per_card,requests_per_s,memory_bytes,memory_free_bytes,compute_s,"
         "memory_s,collective_s,overhead_s,engine,weight_prefetch,fused_collectives,"
-        "o_tp,ffn_tp,shared_tp,head_tp,embed_tp,order,mtp,collectives"
+        "o_tp,ffn_tp,shared_tp,head_tp,embed_tp,order,mtp,collectives,"
+        "serving,prefill_instances,decode_instances,prefill_cards,decode_cards,prefill_tp,"
+        "prefill_pp,prefill_dp,prefill_ep,prefill_chunk"
     )
 
 

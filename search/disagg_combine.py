@@ -1,0 +1,344 @@
+"""Pairs of options and their counts: every deployment of two pools, evaluated side by side.
+
+Counts. For given x (prefill instances) the rate does not fall and no time rises with y (decode
+instances), so where the rate or the latency is the objective only the largest y that the cards
+allow is priced. Of equal objectives the fewest cards win, so y is then cut to what the rate needs.
+For the objective `cards` only the smallest y that serves what is asked is priced: fewer break a
+limit, more are more cards. Without a limit that is one instance.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.disagg import Demand, Link, Pools, Service, serve_pools, transfer_s
+from shardplan.costmodel.kernels.base import Array
+from shardplan.search.disagg_pools import Options
+from shardplan.search.disagg_space import Pool
+from shardplan.search.kept import pareto_mask
+from shardplan.search.plan import Limits
+
+__all__ = ["Combination", "DisaggQuestion", "DisaggTally", "combine", "deployments"]
+
+_LIMITS = ("", "ttft", "rate")
+_ROOM = 1.0 + 4e-9
+"""A limit that is met but for rounding is met."""
+_SLACK = 1e-9
+_MOST_KEPT = 2000
+_AT_ONCE = 200_000
+Counts = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisaggQuestion:
+    """What deployments of two pools are scored against."""
+
+    prefill: Pool
+    decode: Pool
+    shared: bool
+    """Both pools take their cards from the same ones."""
+    link: Link
+    limits: Limits
+    objective: str
+
+    @property
+    def cards(self) -> int:
+        """Cards of both pools together."""
+        return self.decode.cards + (0 if self.shared else self.prefill.cards)
+
+    @property
+    def demand(self) -> Demand:
+        """What is asked; the lowest latency of no given load is that of one request at a time."""
+        work = self.decode.workload
+        latency = self.objective == "latency"
+        alone = latency and work.concurrency is None and work.request_rate is None
+        return Demand(
+            output_len=work.output_len,
+            in_flight=1.0 if alone else work.concurrency,
+            offered_per_s=work.request_rate if latency else None,
+            ttft_s=self.limits.ttft_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """One deployment: an option of either pool, counts, and what it does."""
+
+    prefill: int
+    decode: int
+    prefill_instances: int
+    decode_instances: int
+    limit: str
+    """The limit that it breaks, "" where it breaks none."""
+    columns: Mapping[str, float]
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it satisfies every limit."""
+        return not self.limit
+
+
+@dataclass(slots=True)
+class DisaggTally:
+    """What happened to the combinations."""
+
+    evaluated: int = 0
+    pruned_by: Counter[str] = field(default_factory=Counter)
+    infeasible: Counter[str] = field(default_factory=Counter)
+
+
+class _Best(NamedTuple):
+    """The best counts of pairs of options; arrays `[pairs]`."""
+
+    prefill: Counts
+    decode: Counts
+    x: Counts
+    y: Counts
+    objective: Array
+    used: Counts
+    feasible: Mask
+    tpot_s: Array
+
+
+def deployments(
+    question: DisaggQuestion,
+    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
+    x: Counts,
+    y: Counts,
+) -> tuple[Service, Pools]:
+    """x prefill and y decode instances; the pools' columns and the counts broadcast."""
+    prefill, decode = pools
+    link = question.link
+    ranks = np.minimum(x * prefill["cards"], y * decode["cards"])
+    given = Pools(
+        prefill_per_s=x * prefill["rate"],
+        busy_s=prefill["busy_s"],
+        service_s=prefill["service_s"],
+        decode_per_s=y * decode["rate"],
+        step_s=decode["step_s"],
+        transfer_s=transfer_s(link, decode["bytes"] * prefill["sent"], decode["received"]),
+        transfer_per_s=ranks * link.bytes_per_s / decode["bytes"],
+    )
+    return serve_pools(given, question.demand), given
+
+
+def _most(question: DisaggQuestion, cards: Array, x: Counts, prefill: float) -> Counts:
+    """The most decode instances beside x prefill instances; `[x, decode]`."""
+    left = question.decode.cards - (x * prefill if question.shared else 0.0 * x)
+    return np.asarray(np.floor(left / cards), dtype=np.int64)
+
+
+def _enough(question: DisaggQuestion, decode: Mapping[str, Array], rate: Array) -> Counts:
+    """The fewest decode instances that serve a rate."""
+    slots = rate / decode["rate"]
+    links = rate * decode["bytes"] / (decode["cards"] * question.link.bytes_per_s)
+    return np.asarray(np.maximum(np.ceil(np.maximum(slots, links) - _SLACK), 1), dtype=np.int64)
+
+
+def _needed(question: DisaggQuestion, decode: Mapping[str, Array]) -> Array:
+    """The rate below which a limit is broken, whatever the counts."""
+    work, demand = question.decode.workload, question.demand
+    need = np.full(decode["rate"].shape, work.request_rate or 0.0)
+    if demand.in_flight is None or demand.ttft_s is None:
+        return need
+    longest = demand.ttft_s + (demand.output_len - 1.0) * decode["step_s"]
+    return np.asarray(np.maximum(need, demand.in_flight / longest))
+
+
+def _broken(question: DisaggQuestion, service: Service) -> Counts:
+    """Index into `_LIMITS` of the limit that a deployment breaks, 0 for none."""
+    rate = question.decode.workload.request_rate or 0.0
+    ttft = question.limits.ttft_s or np.inf
+    late = service.ttft_s > ttft * _ROOM
+    few = (service.requests_per_s * _ROOM < rate) | (service.requests_per_s <= 0.0)
+    return np.where(late, 1, np.where(few, 2, 0))
+
+
+def _objective(question: DisaggQuestion, service: Service) -> Array:
+    """What is to be large."""
+    if question.objective == "latency":
+        return np.asarray(1.0 / service.end_to_end_s)
+    return np.asarray(service.requests_per_s * question.decode.workload.output_len)
+
+
+def _counts_of(
+    question: DisaggQuestion,
+    prefill: Mapping[str, float],
+    decode: Mapping[str, Array],
+    x: Counts,
+    tally: DisaggTally,
+) -> tuple[Array, Array, Counts, Mask]:
+    """(objective, cards, y, feasible) of `x` prefill instances with each option; `[x, decode]`."""
+    most = _most(question, decode["cards"], x[:, None], prefill["cards"])
+    y = np.maximum(most, 1)
+    if question.objective == "cards":
+        y = np.broadcast_to(_enough(question, decode, _needed(question, decode)), most.shape)
+    fits = y <= most
+    columns = {name: np.asarray(value) for name, value in prefill.items()}
+    service, _ = deployments(question, (columns, decode), x[:, None], y)
+    broken = _broken(question, service)
+    tally.evaluated += int(fits.sum())
+    for index, name in enumerate(_LIMITS[1:], start=1):
+        tally.infeasible[name] += int((fits & (broken == index)).sum())
+    if question.objective != "cards":
+        y = np.minimum(y, _enough(question, decode, service.requests_per_s))
+    used = np.where(fits, x[:, None] * prefill["cards"] + y * decode["cards"], np.inf)
+    return _objective(question, service), used, y, fits & (broken == 0)
+
+
+def _first_best(
+    question: DisaggQuestion, objective: Array, used: Array, feasible: Mask
+) -> tuple[Counts, Mask]:
+    """(row of the best counts, whether any fits) of each column."""
+    allowed = np.asarray(np.where(feasible.any(axis=0), feasible, np.isfinite(used)))
+    if question.objective == "cards":
+        fewest = np.where(allowed, used, np.inf)
+        ties = fewest == fewest.min(axis=0)
+        chosen = np.where(ties, objective, -np.inf).argmax(axis=0)
+    else:
+        high = np.where(allowed, objective, -np.inf)
+        ties = high >= high.max(axis=0) * (1.0 - _SLACK)
+        chosen = np.where(ties & allowed, used, np.inf).argmin(axis=0)
+    return chosen, np.asarray(allowed.any(axis=0))
+
+
+def _pairs(
+    question: DisaggQuestion,
+    prefill: Options,
+    decode: Options,
+    allowed: Mask,
+    tally: DisaggTally,
+) -> Iterator[_Best]:
+    """The best counts of each legal pair, prefill option by prefill option."""
+    for index in range(prefill.size):
+        partners = np.flatnonzero(allowed[index])
+        one = {name: float(column[index]) for name, column in prefill.columns.items()}
+        if not partners.size:
+            continue
+        least = decode.columns["cards"][partners].min() if question.shared else 0.0
+        most = int((question.prefill.cards - least) // one["cards"])
+        step = max(_AT_ONCE // partners.size, 1)
+        columns = {name: column[partners] for name, column in decode.columns.items()}
+        for start in range(1, most + 1, step):
+            x = np.arange(start, min(start + step, most + 1), dtype=np.int64)
+            objective, used, y, feasible = _counts_of(question, one, columns, x, tally)
+            row, fits = _first_best(question, objective, used, feasible)
+            column = np.arange(partners.size)
+            yield _Best(
+                prefill=np.full(int(fits.sum()), index),
+                decode=partners[fits],
+                x=x[row][fits],
+                y=y[row, column][fits],
+                objective=objective[row, column][fits],
+                used=used[row, column][fits].astype(np.int64),
+                feasible=feasible[row, column][fits],
+                tpot_s=columns["step_s"][fits],
+            )
+
+
+def combine(
+    question: DisaggQuestion,
+    prefill: Options,
+    decode: Options,
+    allowed: Mask,
+    tally: DisaggTally,
+) -> list[Combination]:
+    """The deployments worth remembering, the best first; `allowed`: legal pairs of options."""
+    found = list(_pairs(question, prefill, decode, allowed, tally))
+    if not found:
+        return []
+    best = _Best(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+    memory = np.maximum(
+        prefill.columns["memory"][best.prefill], decode.columns["memory"][best.decode]
+    )
+    worth = [-best.objective, best.used.astype(np.float64)]
+    if question.objective == "cards":
+        worth.reverse()
+    first = np.where(best.feasible, worth[0], worth[0] + np.abs(worth[0]).max() * 4.0)
+    near = _among_first(first)
+    keys = (best.decode, best.prefill, memory, worth[1], worth[0], ~best.feasible)
+    order = near[np.lexsort([key[near] for key in keys])][:_MOST_KEPT]
+    able = np.flatnonzero(best.feasible)
+    front = able[pareto_mask(best.objective[able], best.tpot_s[able])]
+    front = front[~np.isin(front, order)]
+    kept = np.concatenate([order, front[np.argsort(first[front], kind="stable")]])
+    return _described(question, prefill, decode, _Best(*(column[kept] for column in best)))
+
+
+def _among_first(values: Array) -> Counts:
+    """Places of the smallest values, ties included: all that a sorted table can begin with."""
+    if values.size <= _MOST_KEPT:
+        return np.arange(values.size)
+    return np.flatnonzero(values <= np.partition(values, _MOST_KEPT)[_MOST_KEPT])
+
+
+def _described(
+    question: DisaggQuestion, prefill: Options, decode: Options, best: _Best
+) -> list[Combination]:
+    """Every column of the chosen deployments."""
+    pools = (prefill.at(best.prefill).columns, decode.at(best.decode).columns)
+    service, given = deployments(question, pools, best.x, best.y)
+    broken = _broken(question, service)
+    columns = _columns(question, pools, service, given, best)
+    names = tuple(columns)
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    picks = zip(*(column.tolist() for column in best[:4]), broken.tolist(), strict=True)
+    return [
+        Combination(
+            prefill=one,
+            decode=other,
+            prefill_instances=x,
+            decode_instances=y,
+            limit=_LIMITS[limit],
+            columns=dict(zip(names, row, strict=True)),
+        )
+        for (one, other, x, y, limit), row in zip(picks, rows, strict=True)
+    ]
+
+
+def _columns(
+    question: DisaggQuestion,
+    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
+    service: Service,
+    given: Pools,
+    best: _Best,
+) -> dict[str, Array]:
+    prefill, decode = pools
+    rate = service.requests_per_s
+    tokens = rate * question.decode.workload.output_len
+    used = best.x * prefill["cards"] + best.y * decode["cards"]
+    parts = {name: decode[name] for name in ("compute_s", "memory_s", "collective_s")}
+    return {
+        "objective": _objective(question, service),
+        "ttft_s": service.ttft_s,
+        "tpot_s": given.step_s if question.decode.workload.output_len > 1 else 0.0 * rate,
+        "end_to_end_s": service.end_to_end_s,
+        "output_tokens_per_s": tokens,
+        "output_tokens_per_s_per_card": tokens / used,
+        "requests_per_s": rate,
+        "memory_bytes": np.maximum(prefill["memory"], decode["memory"]),
+        "memory_free_bytes": np.minimum(prefill["free"], decode["free"]),
+        **parts,
+        "overhead_s": given.step_s - sum(parts.values()),
+        "concurrency": rate * service.end_to_end_s,
+        "prefill_step_s": given.service_s,
+        "decode_step_s": given.step_s,
+        "mixed_step_s": 0.0 * rate,
+        "mixed_share": 0.0 * rate,
+        "wait_s": service.wait_s,
+        "transfer_s": given.transfer_s,
+        "prefill_used": rate / given.prefill_per_s,
+        "decode_used": rate / given.decode_per_s,
+        "transfer_used": rate / given.transfer_per_s,
+        "bound": service.bound.astype(np.float64),
+        "cards": used,
+        "prefill_cards": best.x * prefill["cards"],
+        "decode_cards": best.y * decode["cards"],
+    }

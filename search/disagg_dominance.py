@@ -1,0 +1,118 @@
+"""Which options of a pool no other can stand in for.
+
+An option may be left out where another one may take its place in every deployment:
+  - its cards divide those of the first by a whole number m, and m of it stand in for one;
+  - it has every legal partner that the first has;
+  - of m of it, prompts or requests a second are no fewer, and every time and every byte that a
+    deployment's formulas take (busy, service and bytes sent a rank of prefill; step, bytes and
+    bytes received a rank of decode) is no more.
+The rate of a deployment does not fall and TTFT, TPOT and latency do not rise when any of these
+improves (`shardplan.costmodel.disagg`), and cards stay the same: objective and limits are kept.
+
+One case is apart. With C requests in flight and a limit L on TTFT, a faster step sends requests
+back to the prompt queue sooner, so TTFT can rise: a slower step may meet L where a faster one does
+not.
+Decode options are then left out only where a bound says that they cannot reach the best found
+(`worth_another_look`). With N cards, p the most prompts and q the requests a second and card:
+
+    rate <= N / (1/p + 1/q)    rate <= C / (service + O t)    rate >= C / (L + (O - 1) t)
+    cards >= rate (1/p + 1/q)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.kernels.base import Array
+from shardplan.search.disagg_combine import Combination, DisaggQuestion
+from shardplan.search.disagg_pools import Options
+
+__all__ = ["COSTS", "undominated", "worth_another_look"]
+
+_BLOCK = 256
+_SLACK = 1.0 + 1e-6
+"""Bounds are wide by this, so that rounding rules nothing out."""
+
+COSTS: Mapping[str, tuple[str, ...]] = {
+    "prefill": ("slow_s", "busy_s", "service_s", "sent"),
+    "decode": ("slow_s", "step_s", "bytes", "received"),
+}
+"""What is better the less it is, by role; slow_s: cards over requests a second."""
+
+
+def undominated(
+    options: Options, role: str, kind: NDArray[np.int64], partners: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Indices of options that no other may take the place of.
+
+    kind: `[options]`, a row of `partners`, the legal partners `[kinds, kinds of the other pool]`.
+    """
+    costs = np.stack([options.columns[name] for name in COSTS[role]], axis=1)
+    cards = options.columns["cards"].astype(np.int64)
+    wider = np.asarray((partners[:, None, :] >= partners[None, :, :]).all(axis=2))
+    kept: list[NDArray[np.int64]] = []
+    for size in np.unique(cards):
+        own = np.flatnonzero(cards == size)
+        kept.append(own[_first(costs[own], cards[own], kind[own], wider)])
+    index = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
+    return np.sort(index[_first(costs[index], cards[index], kind[index], wider)])
+
+
+def worth_another_look(
+    question: DisaggQuestion, prefill: Options, decode: Options, best: Combination | None
+) -> NDArray[np.bool_]:
+    """Decode options that may be in a deployment as good as `best`, by the bounds above."""
+    demand, columns = question.demand, decode.columns
+    if demand.in_flight is None or demand.ttft_s is None:
+        return np.zeros(decode.size, dtype=bool)
+    each = prefill.columns["slow_s"].min(), columns["slow_s"]
+    if question.shared:
+        most = question.cards / (each[0] + each[1])
+    else:
+        most = np.minimum(question.prefill.cards / each[0], question.decode.cards / each[1])
+    later = (demand.output_len - 1.0) * columns["step_s"]
+    alone = prefill.columns["service_s"].min() + later + columns["step_s"]
+    most = np.minimum(most, demand.in_flight / alone) * _SLACK
+    asked = question.decode.workload.request_rate or 0.0
+    need = np.maximum(asked, demand.in_flight / (demand.ttft_s + later))
+    able = np.asarray(most >= need)
+    if best is None or not best.feasible:
+        return able
+    if question.objective == "cards":
+        able &= need * (each[0] + each[1]) <= best.columns["cards"] * _SLACK
+        return able
+    able &= most >= best.columns["requests_per_s"]
+    return able
+
+
+def _first(
+    costs: Array, cards: NDArray[np.int64], kind: NDArray[np.int64], wider: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Indices that none before them beats, by all costs in turn: one that beats comes before."""
+    order = np.lexsort(costs.T[::-1])
+    kept = np.zeros(0, dtype=np.int64)
+    for start in range(0, order.size, _BLOCK):
+        block = order[start : start + _BLOCK]
+        block = block[~_beaten(costs, cards, kind, wider, kept, block).any(axis=0)]
+        inside = np.tril(_beaten(costs, cards, kind, wider, block, block).T, -1)
+        kept = np.concatenate([kept, block[~inside.any(axis=1)]])
+    return kept
+
+
+def _beaten(
+    costs: Array,
+    cards: NDArray[np.int64],
+    kind: NDArray[np.int64],
+    wider: NDArray[np.bool_],
+    by: NDArray[np.int64],
+    ones: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Whether each of `by` may take the place of each of `ones`; `[by, ones]`."""
+    mask = wider[kind[by][:, None], kind[ones][None, :]]
+    mask = mask & (cards[ones][None, :] % cards[by][:, None] == 0)
+    for column in costs.T:
+        mask &= column[by][:, None] <= column[ones][None, :]
+    return np.asarray(mask)

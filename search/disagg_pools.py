@@ -1,0 +1,355 @@
+"""Every strategy of one pool, priced: one table of options.
+
+Layouts that share rows share their prices (`costmodel.memo`): a template of a layout is priced once
+over the whole grid, and the layout adds up its different stages (`shardplan.costmodel.serving` and
+`.disagg` price; nothing is priced here).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.bulk_memory import Held
+from shardplan.costmodel.disagg import decode_times, prefill_times, step_prompts
+from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.ledger import Ledger, weight_element_bytes
+from shardplan.costmodel.load import ZERO, Parts
+from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.serving import decode_stages, prompt_stages
+from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.step_mix import ServingInput, computed_prompt
+from shardplan.models.apply import ShardedGraph, Stage, apply
+from shardplan.models.build import build_graph
+from shardplan.models.counts import parameter_count
+from shardplan.models.parallel import AXES, Parallelism
+from shardplan.search.disagg_space import Pool
+from shardplan.search.space import Choice
+
+__all__ = ["Options", "Priced", "price_pool"]
+
+_INFLIGHT = 2.0
+"""Prompts that a prefill rank holds for each that it computes: as many wait to be pulled."""
+
+
+@dataclass(slots=True)
+class Options:
+    """Strategies of one pool side by side: every column has shape `[options]`."""
+
+    layouts: list[Parallelism]
+    choices: tuple[Choice, ...]
+    columns: dict[str, Array]
+    """cards, layout, choice, point, slots, rate, memory, free, the costs and the parts of a
+    step: compute, transfer of memory, collectives, overhead, seconds."""
+
+    @property
+    def size(self) -> int:
+        """Options."""
+        return int(self.columns["cards"].size)
+
+    def at(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> Options:
+        """Some of them."""
+        return Options(
+            self.layouts, self.choices, {name: one[index] for name, one in self.columns.items()}
+        )
+
+    def layout(self, index: int) -> Parallelism:
+        """The layout of one option."""
+        return self.layouts[int(self.columns["layout"][index])]
+
+    def choice(self, index: int) -> Choice:
+        """The choice of one option."""
+        return self.choices[int(self.columns["choice"][index])]
+
+
+@dataclass(slots=True)
+class Priced:
+    """A pool's options, and what became of its other strategies."""
+
+    options: Options
+    total: Counter[int] = field(default_factory=Counter)
+    """Strategies by cards of an instance."""
+    left_out: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """By cards and reason."""
+    least_bytes: float = np.inf
+    """Memory that the leanest of those that do not fit needs."""
+    least_s: float = np.inf
+    """Service (prefill) or step (decode) of the fastest of those that fit."""
+
+
+class _Base:
+    """One layout, its templates priced apart."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        par: Parallelism,
+        memo: Memo[Parts],
+        ledgers: dict[Parallelism, Ledger],
+    ) -> None:
+        self.pool, self.par = pool, par
+        prefill = apply(build_graph(pool.spec, "prefill"), par)
+        graph = prefill if pool.role == "prefill" else apply(build_graph(pool.spec, "decode"), par)
+        wires = () if par.pp > 1 else ("send", "recv")
+        self.names = [name for name in graph.blocks if name not in wires]
+        alone = tuple(
+            Stage(index=place, first=0, last=0, counts={name: 1})
+            for place, name in enumerate(self.names)
+        )
+        self.graph = replace(graph, stages=alone)
+        self.memo = memo
+        self.models: dict[object, StepModel] = {}
+        alike = replace(par, pp=1, order=AXES)
+        if alike not in ledgers:
+            ledgers[alike] = Ledger.of(prefill, pool.cluster.device, pool.engine)
+        self.ledger = ledgers[alike]
+        self.held = Held()
+        self.known: dict[object, dict[str, Parts]] = {}
+
+    def model(self, choice: Choice) -> StepModel:
+        """The step model whose stages are single templates."""
+        if choice.overlap not in self.models:
+            self.models[choice.overlap] = StepModel.of(
+                {self.graph.model.phase: self.graph},
+                self.pool.cluster,
+                self.pool.engine,
+                self.memo,
+                choice.overlap,
+            )
+        return self.models[choice.overlap]
+
+    def ledger_of(self, graph: ShardedGraph, choice: Choice) -> Ledger:
+        """The ledger of a layout, weights of its stages summed from those of templates."""
+        ledger = replace(self.ledger, graph=graph)
+        for stage in graph.stages:
+            key = choice.weight_dtype, tuple(stage.counts.items())
+            if key not in ledger.known:
+                ledger.known[key] = self.held.stage_bytes(ledger, stage, choice.weight_dtype)
+        return ledger
+
+    def given(self, choice: Choice) -> ServingInput:
+        """The workload at one choice."""
+        work = self.pool.workload
+        return ServingInput(
+            batch=np.ones(()),
+            chunk=np.ones(()),
+            input_len=work.input_len,
+            output_len=work.output_len,
+            prefix_hit=work.prefix_hit,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
+            attention=choice.attention,
+        )
+
+    def templates(self, choice: Choice, stages: int) -> dict[str, Parts]:
+        """Prices of single templates over the grid; decode: of one of `stages` microbatches."""
+        key = (choice, stages if self.pool.role == "decode" else 1)
+        if key not in self.known:
+            model, given = self.model(choice), self.given(choice)
+            grid = np.array(self.pool.grid, dtype=np.float64)
+            if self.pool.role == "decode":
+                parts = decode_stages(model, given, np.maximum(np.ceil(grid / stages), 1.0))
+            else:
+                prompt = computed_prompt(given.input_len, given.prefix_hit)
+                piece = step_prompts(grid, prompt)[2]
+                parts = prompt_stages(
+                    model, given, piece=piece, prompt=prompt, sequences=np.zeros(())
+                )
+            self.known[key] = dict(zip(self.names, parts, strict=True))
+        return self.known[key]
+
+
+def _folded(graph: ShardedGraph) -> tuple[tuple[Stage, ...], list[int]]:
+    """(the different stages, the last one last; how many there are of each)."""
+    found: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for place, stage in enumerate(graph.stages):
+        found.setdefault(tuple(stage.counts.items()), []).append(place)
+    kinds = sorted(found.values(), key=lambda places: places[-1])
+    stages = tuple(
+        replace(graph.stages[places[-1]], index=place) for place, places in enumerate(kinds)
+    )
+    return stages, [len(places) for places in kinds]
+
+
+def _summed(stages: Iterable[Stage], templates: Mapping[str, Parts]) -> list[Parts]:
+    """Prices of stages, of those of their templates."""
+    sums = []
+    for stage in stages:
+        total = ZERO
+        for name, count in stage.counts.items():
+            total = total.plus(templates[name].times(count))
+        sums.append(total)
+    return sums
+
+
+def _memory(
+    pool: Pool, base: _Base, graph: ShardedGraph, choice: Choice, slots: Array, tokens: Array
+) -> Array:
+    """Bytes on the fullest rank over the grid."""
+    work = pool.workload
+    stages = base.ledger_of(graph, choice).stages(
+        base.model(choice).machine,
+        weight_dtype=choice.weight_dtype,
+        kv_dtype=choice.kv_dtype,
+        attention=choice.attention,
+        batch=slots,
+        tokens=tokens,
+        context=work.input_len + (1 if pool.role == "prefill" else work.output_len),
+    )
+    total = stages[0].total_bytes
+    for stage in stages[1:]:
+        total = np.maximum(total, stage.total_bytes)
+    return np.broadcast_to(total, slots.shape)
+
+
+def _sent_bytes(pool: Pool, base: _Base, graph: ShardedGraph, runs: list[int], dtype: str) -> float:
+    """Bytes of one prompt's cache over all ranks of a dp group."""
+    block = pool.engine.kv_block_tokens
+    tokens = -(-pool.workload.input_len // block) * block
+    held = sum(
+        count * base.held.token_bytes(base.ledger, stage, dtype)
+        for stage, count in zip(graph.stages, runs, strict=True)
+    )
+    return held * tokens * graph.parallel.tp
+
+
+def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
+    """One layout and choice over the pool's grid."""
+    pool = base.pool
+    graph = replace(base.graph, parallel=par, stages=apply(base.graph.model, par).stages)
+    stages, runs = _folded(graph)
+    graph = replace(graph, stages=stages)
+    model = base.model(choice)
+    parts = _summed(stages, base.templates(choice, par.pp))
+    grid = np.array(pool.grid, dtype=np.float64)
+    rank = par.tp * par.pp
+    groups, cards = par.dp, np.asarray(float(par.ranks))
+    if pool.role == "prefill":
+        prompt = computed_prompt(pool.workload.input_len, pool.workload.prefix_hit)
+        prompts, pieces, _ = step_prompts(grid, prompt)
+        times = prefill_times(model, parts, runs, groups=groups, prompts=prompts, pieces=pieces)
+        slots, rate = _INFLIGHT * prompts * par.pp, times.prompts_per_s
+        costs = {
+            "busy_s": times.busy_s,
+            "service_s": times.service_s,
+            "sent": prompts / rank,
+        }
+        tokens = grid
+    else:
+        found = decode_times(
+            model, parts, runs, groups=groups, slots=grid, output_len=pool.workload.output_len
+        )
+        slots, rate, tokens = grid, found.requests_per_s, grid
+        held = _sent_bytes(pool, base, graph, runs, choice.kv_dtype)
+        costs = {
+            "step_s": found.step_s,
+            "bytes": np.asarray(held),
+            "received": np.asarray(held / rank),
+        }
+    total = ZERO
+    for one, count in zip(parts, runs, strict=True):
+        total = total.plus(one.times(count))
+    memory = _memory(pool, base, graph, choice, slots, tokens)
+    return {
+        "cards": cards,
+        "point": grid,
+        "slots": slots,
+        "rate": rate,
+        "slow_s": cards / rate,
+        **costs,
+        "memory": memory,
+        "free": base.ledger.capacity_bytes - memory,
+        "compute_s": total.compute_s,
+        "memory_s": total.memory_s,
+        "collective_s": total.collective_s,
+    }
+
+
+def _legal(
+    pool: Pool, refused: Callable[[Parallelism], str | None], priced: Priced
+) -> Iterator[Parallelism]:
+    """Layouts to price; the others are counted under what rules them out."""
+    least = parameter_count(pool.spec) * min(
+        weight_element_bytes(one.weight_dtype) for one in pool.choices
+    )
+    room = pool.engine.memory_fraction * pool.cluster.device.hbm_bytes
+    for par, own in pool.layouts:
+        size = par.ranks
+        priced.total[size] += pool.per_layout
+        if size * room < least:  # the weights alone are larger, however they are split
+            priced.left_out[size, "memory"] += pool.per_layout
+            priced.least_bytes = min(priced.least_bytes, least / size)
+            continue
+        rule = own or refused(par)
+        if rule is None:
+            yield par
+        else:
+            priced.left_out[size, f"rule {rule}"] += pool.per_layout
+
+
+def price_pool(
+    pool: Pool,
+    refused: Callable[[Parallelism], str | None],
+    limit_s: float,
+    ledgers: dict[Parallelism, Ledger] | None = None,
+) -> Priced:
+    """The pool's options that fit; `refused`: id of the rule that leaves a layout no partner.
+
+    `limit_s`: options whose service (prefill) or step (decode) takes longer break a limit.
+    `ledgers`: those of layouts without a pipeline, shared by pools of one device and engine.
+    """
+    priced = Priced(Options([], pool.choices, {}))
+    legal = list(_legal(pool, refused, priced))
+    memo: Memo[Parts] = Memo()
+    rows: list[tuple[int, int, dict[str, Array]]] = []
+    held = {} if ledgers is None else ledgers
+    for index, par in enumerate(legal):
+        memo.make_room()
+        base = _Base(pool, par, memo, held)
+        for number, choice in enumerate(pool.choices):
+            rule = pool.broken_switch(par, choice)
+            if rule is None:
+                rows.append((index, number, _columns(base, par, choice)))
+            else:
+                priced.left_out[par.ranks, f"rule {rule}"] += len(pool.grid)
+    rows.sort(key=lambda row: row[:2])
+    priced.options = Options(legal, pool.choices, _stacked(rows, len(pool.grid)))
+    return _fitting(priced, pool, limit_s)
+
+
+def _stacked(rows: list[tuple[int, int, dict[str, Array]]], points: int) -> dict[str, Array]:
+    """Columns of all rows, one after another."""
+    if not rows:
+        return {"cards": np.zeros(0)}
+    columns = {}
+    for name in rows[0][2]:
+        column = np.empty((len(rows), points))
+        for place, row in enumerate(rows):
+            column[place] = row[2][name]
+        columns[name] = column.ravel()
+    columns["layout"] = np.repeat([float(row[0]) for row in rows], points)
+    columns["choice"] = np.repeat([float(row[1]) for row in rows], points)
+    return columns
+
+
+def _fitting(priced: Priced, pool: Pool, limit_s: float) -> Priced:
+    """The options that fit and can meet the limit; the others are counted."""
+    found = priced.options
+    if not found.size:
+        return priced
+    time = found.columns["service_s" if pool.role == "prefill" else "step_s"]
+    big = found.columns["free"] < 0.0
+    priced.least_s = float(time[~big].min(initial=np.inf))
+    slow = ~big & (time > limit_s)
+    for reason, mask in (("memory", big), ("ttft" if pool.role == "prefill" else "tpot", slow)):
+        sizes, counts = np.unique(found.columns["cards"][mask], return_counts=True)
+        for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+            priced.left_out[int(size), reason] += count
+    if big.any():
+        priced.least_bytes = min(priced.least_bytes, float(found.columns["memory"].min()))
+    priced.options = found.at(~(big | slow))
+    return priced

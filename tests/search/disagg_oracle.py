@@ -1,0 +1,355 @@
+"""The oracle of disaggregated search: every pair of instances and every count by plain loops.
+
+It prices single points through the step model of each whole layout (never templates), has its own
+enumeration, its own legality and its own formulas of the queue (a bisection where the search has
+a root).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from hypothesis import strategies as st
+from tests.search.oracle import specs
+
+from shardplan.costmodel.catalog import load_cluster
+from shardplan.costmodel.disagg import link_between, unbounded_utilisation
+from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.serving import ServingInput, decode_stages, prompt_stages
+from shardplan.models.errors import LayoutError
+from shardplan.models.parallel import Exchange, Parallelism
+from shardplan.models.spec import ModelSpec
+from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_space import Pool
+from shardplan.search.evaluate import LayoutScorer, Question
+from shardplan.search.legality import Subject
+from shardplan.search.plan import Limits, Workload
+from shardplan.search.space import Choice
+
+__all__ = ["Deployment", "best_deployment", "disagg_cases", "every_deployment", "space_size"]
+
+_EPS = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prefill:
+    parallel: Parallelism
+    rate: float
+    busy_s: float
+    service_s: float
+    prompts: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decode:
+    parallel: Parallelism
+    rate: float
+    step_s: float
+    request_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What the oracle knows of one deployment."""
+
+    objective: float
+    cards: int
+    rate: float
+    ttft_s: float
+    tpot_s: float
+
+
+def _layouts(pool: Pool) -> Iterator[Parallelism]:
+    """Every layout without replicas of every instance size, legal or not."""
+    moe = pool.spec.moe is not None
+    exchanges: tuple[Exchange, ...] = ("allgather", "alltoall")
+    for cards in pool.sizes:
+        for tp in (n for n in range(1, cards + 1) if cards % n == 0):
+            for pp in (n for n in range(1, cards + 1) if (cards // tp) % n == 0):
+                dp = cards // (tp * pp)
+                for ep in range(1, tp * dp + 1 if moe else 2):
+                    if (tp * dp) % ep or dp != max(ep // tp, 1) or (ep > tp and ep % tp):
+                        continue
+                    for sp in (False, True):
+                        for exchange in exchanges if ep > 1 else exchanges[:1]:
+                            yield Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp, exchange=exchange)
+
+
+def _scorer(question: DisaggQuestion, pool: Pool, par: Parallelism) -> LayoutScorer | None:
+    """The scorer of a layout; None where it cannot be applied or the engine forbids it."""
+    if (par.sp and par.tp == 1) or par.tp > pool.cluster.ranks_per_node:
+        return None
+    if "vllm" in pool.engine.name and par.ep not in (1, par.tp * par.dp):
+        return None
+    work = pool.workload
+    if pool.role == "prefill":
+        work = work.model_copy(update={"output_len": 1})
+    try:
+        return LayoutScorer(
+            Question(
+                spec=pool.spec,
+                cluster=pool.cluster,
+                engine=pool.engine,
+                workload=work,
+                limits=question.limits,
+                objective="throughput",
+                cards=par.ranks,
+            ),
+            par,
+        )
+    except LayoutError:
+        return None
+
+
+def _given(pool: Pool, choice: Choice) -> ServingInput:
+    work = pool.workload
+    return ServingInput(
+        batch=np.ones(()),
+        chunk=np.ones(()),
+        input_len=work.input_len,
+        output_len=work.output_len,
+        prefix_hit=work.prefix_hit,
+        weight_dtype=choice.weight_dtype,
+        kv_dtype=choice.kv_dtype,
+        attention=choice.attention,
+    )
+
+
+def _prefills(question: DisaggQuestion) -> Iterator[_Prefill]:
+    pool = question.prefill
+    prompt = math.ceil(pool.workload.input_len * (1 - pool.workload.prefix_hit))
+    for par in _layouts(pool):
+        scorer = _scorer(question, pool, par)
+        if scorer is None:
+            continue
+        for choice in pool.choices:
+            for chunk in pool.grid:
+                count, pieces = max(chunk // prompt, 1), math.ceil(prompt / chunk)
+                held = np.array([2.0 * count * par.pp])
+                memory = scorer.memory(choice, held, np.array([float(chunk)]))[0]
+                if memory > scorer.ledger.capacity_bytes:
+                    continue
+                model = scorer.model_for(choice)
+                stages = prompt_stages(
+                    model,
+                    _given(pool, choice),
+                    piece=np.asarray(prompt / pieces * count),
+                    prompt=np.asarray(float(prompt)),
+                    sequences=np.zeros(()),
+                )
+                times = [float(one) for one in model.step_s(stages, "prefill")]
+                host = model.host_s("prefill")
+                busy = pieces * (max(times) + host)
+                yield _Prefill(
+                    parallel=par,
+                    rate=par.dp * count / busy,
+                    busy_s=busy,
+                    service_s=sum(times) + (pieces - 1) * max(times) + pieces * host,
+                    prompts=count,
+                )
+
+
+def _decodes(question: DisaggQuestion) -> Iterator[_Decode]:
+    pool = question.decode
+    work, block = pool.workload, pool.engine.kv_block_tokens
+    for par in _layouts(pool):
+        scorer = _scorer(question, pool, par)
+        if scorer is None:
+            continue
+        for choice in pool.choices:
+            held = par.tp * sum(
+                scorer.ledger.kv_bytes_per_token(stage, choice.kv_dtype)
+                for stage in scorer.ledger.graph.stages
+            )
+            for slots in pool.grid:
+                at = np.array([float(slots)])
+                if scorer.memory(choice, at, at)[0] > scorer.ledger.capacity_bytes:
+                    continue
+                model = scorer.model_for(choice)
+                sequences = np.asarray(float(math.ceil(slots / par.pp)))
+                stages = decode_stages(model, _given(pool, choice), sequences)
+                times = [float(one) for one in model.step_s(stages, "decode")]
+                step = max(sum(times), max(times) * par.pp) + model.host_s("decode")
+                yield _Decode(
+                    parallel=par,
+                    rate=par.dp * slots / (work.output_len * step),
+                    step_s=step,
+                    request_bytes=held * math.ceil(work.input_len / block) * block,
+                )
+
+
+def _legal_pair(question: DisaggQuestion, one: Parallelism, other: Parallelism) -> bool:
+    if question.decode.engine.name != "vllm-ascend":
+        return True
+    return one.tp >= other.tp and one.tp % other.tp == 0 and other.pp == 1
+
+
+def _filled(most: float, busy: float, alone: float, in_flight: float) -> float:
+    """The utilisation at which `in_flight` requests are in flight, by bisection."""
+    low, high = 0.0, 1.0
+    others = (in_flight - 1.0) / in_flight
+    for _ in range(200):
+        used = (low + high) / 2.0
+        wait = others * used * busy / (2.0 * max(1.0 - used, 1e-300))
+        low, high = (used, high) if used * most * (wait + alone) < in_flight else (low, used)
+    return low
+
+
+def _deployment(
+    question: DisaggQuestion, one: _Prefill, other: _Decode, x: int, y: int
+) -> Deployment | None:
+    """One deployment; None where it breaks a limit."""
+    work, limits, link = question.decode.workload, question.limits, question.link
+    p, d = one.parallel, other.parallel
+    each = max(
+        other.request_bytes * one.prompts / (p.tp * p.pp), other.request_bytes / (d.tp * d.pp)
+    )
+    first = one.service_s + link.latency_s + each / link.bytes_per_s + other.step_s
+    later = (work.output_len - 1) * other.step_s
+    most = x * one.rate
+    latency = question.objective == "latency"
+    in_flight = work.concurrency
+    if latency and in_flight is None and work.request_rate is None:
+        in_flight = 1
+    if in_flight is not None:
+        used = _filled(most, one.busy_s, first + later, in_flight)
+    elif limits.ttft_s is not None:
+        room = max(limits.ttft_s - first, 0.0)
+        used = 2 * room / (one.busy_s + 2 * room)
+    else:
+        used = unbounded_utilisation()
+    sent = min(x * p.ranks, y * d.ranks) * link.bytes_per_s / other.request_bytes
+    rate = min(most * used, y * other.rate, sent)
+    if latency and work.request_rate is not None:
+        rate = min(rate, work.request_rate)
+    if rate <= 0 or rate * (1 + 4e-9) < (work.request_rate or 0.0):
+        return None
+    wait = (rate / most) * one.busy_s / (2 * (1 - rate / most)) if rate < most else 0.0
+    if in_flight is not None:
+        wait = max(in_flight / rate - later - first, 0.0)
+    ttft = wait + first
+    if limits.ttft_s is not None and ttft > limits.ttft_s * (1 + 4e-9):
+        return None
+    if limits.tpot_s is not None and other.step_s > limits.tpot_s:
+        return None
+    return Deployment(
+        objective=1 / (ttft + later) if latency else rate * work.output_len,
+        cards=x * p.ranks + y * d.ranks,
+        rate=rate,
+        ttft_s=ttft,
+        tpot_s=other.step_s,
+    )
+
+
+def _counts(question: DisaggQuestion, one: int, other: int) -> Iterator[tuple[int, int]]:
+    prefill, decode = question.prefill.cards, question.decode.cards
+    for x in range(1, prefill // one + 1):
+        for y in range(1, decode // other + 1):
+            if not question.shared or x * one + y * other <= decode:
+                yield x, y
+
+
+def every_deployment(question: DisaggQuestion) -> Iterator[Deployment]:
+    """Every deployment that satisfies all limits."""
+    decodes = list(_decodes(question))
+    for one in _prefills(question):
+        for other in decodes:
+            if not _legal_pair(question, one.parallel, other.parallel):
+                continue
+            for x, y in _counts(question, one.parallel.ranks, other.parallel.ranks):
+                found = _deployment(question, one, other, x, y)
+                if found is not None:
+                    yield found
+
+
+def best_deployment(question: DisaggQuestion) -> Deployment | None:
+    """The largest objective, or the fewest cards and then the largest objective."""
+    best = None
+    for one in every_deployment(question):
+        if question.objective == "cards":
+            better = best is None or (
+                one.cards < best.cards
+                or (one.cards == best.cards and one.objective > best.objective)
+            )
+        else:
+            better = best is None or one.objective > best.objective
+        if better:
+            best = one
+    return best
+
+
+def space_size(question: DisaggQuestion) -> int:
+    """Combinations of the space, legal or not, counted one layout at a time."""
+    total = 0
+    for one in _layouts(question.prefill):
+        for other in _layouts(question.decode):
+            counts = sum(1 for _ in _counts(question, one.ranks, other.ranks))
+            total += counts * question.prefill.per_layout * question.decode.per_layout
+    return total
+
+
+_CHOICES = (
+    Choice(attention="flash", weight_dtype="bf16", kv_dtype="bf16"),
+    Choice(attention="flash", weight_dtype="w8a8", kv_dtype="bf16"),
+)
+
+
+def _pool(
+    spec: ModelSpec, machine: str, engine_name: str, cards: int, memory: float, sizes: int
+) -> Pool:
+    """A pool of decode instances of small cards; the caller sets role, grid and workload."""
+    cluster = load_cluster(machine, cards=cards)
+    cluster = replace(cluster, device=replace(cluster.device, hbm_bytes=memory))
+    engine = load_engine(engine_name)
+    engine = replace(engine, reserve_bytes=2.0**20, communicator_bytes=2.0**18)
+    return Pool.of(
+        "decode",
+        Subject(spec=spec, cluster=cluster, engine=engine, parallel=Parallelism()),
+        cards=cards,
+        sizes=tuple(size for size in (1, 2, 4) if size <= sizes),
+        choices=_CHOICES,
+        grid=(1, 3, 8, 32),
+        workload=Workload(input_len=1, output_len=1),
+    )
+
+
+@st.composite
+def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
+    """A small question over shared or separate pools whose limits bind about as often as not."""
+    spec = draw(specs())
+    shared = draw(st.booleans())
+    engine = draw(st.sampled_from(["vllm-ascend", "vllm-ascend", "torch-graph"]))
+    memory = draw(st.sampled_from([16e6, 64e6, 1e9]))
+    cards = draw(st.sampled_from([2, 3, 4])) if spec.moe is None else 3
+    workload = Workload(
+        input_len=draw(st.sampled_from([16, 300, 2000])),
+        output_len=draw(st.sampled_from([1, 2, 64])),
+        concurrency=draw(st.sampled_from([None, None, 1, 12, 200])),
+        request_rate=draw(st.sampled_from([None, None, None, 5.0, 100.0])),
+        prefix_hit=draw(st.sampled_from([0.0, 0.5])),
+    )
+    decode = _pool(spec, "atlas-800t-a2", engine, cards, memory, cards - 1 if shared else cards)
+    if shared:
+        prefill = decode
+    else:
+        own = draw(st.sampled_from([1, 2]))
+        prefill = _pool(spec, "atlas-800i-a3", engine, own, 1e9, own)
+    grid = (100, 512, 4096)
+    one, other = (
+        pool.cluster if shared else load_cluster(pool.cluster.name, nodes=2)
+        for pool in (prefill, decode)
+    )
+    return DisaggQuestion(
+        prefill=replace(prefill, role="prefill", grid=grid, workload=workload),
+        decode=replace(decode, workload=workload),
+        shared=shared,
+        link=link_between(one, other, cards, same=shared),
+        limits=Limits(
+            ttft_s=draw(st.sampled_from([None, None, 0.05, 0.5])),
+            tpot_s=draw(st.sampled_from([None, None, 0.005, 0.02])),
+        ),
+        objective=draw(st.sampled_from(["throughput", "throughput", "latency", "cards"])),
+    )

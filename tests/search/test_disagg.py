@@ -1,0 +1,91 @@
+"""Disaggregated search finds what brute force finds, and its certificate adds up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.search.disagg_oracle import best_deployment, disagg_cases, space_size
+from tests.search.oracle import sparse
+
+from shardplan.costmodel.catalog import load_cluster
+from shardplan.costmodel.engines import load_engine
+from shardplan.models.parallel import Parallelism
+from shardplan.search.disagg import search_disagg
+from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_space import prefill_grid
+from shardplan.search.legality import Subject, first_broken_pair_rule
+
+
+def _agrees(question: DisaggQuestion) -> None:
+    """The best of the search is the oracle's, and every combination is accounted for."""
+    outcome = search_disagg(question)
+    tally = outcome.tally
+    assert outcome.space_size == space_size(question)
+    assert tally.evaluated + sum(tally.pruned_by.values()) == outcome.space_size
+    assert min(tally.pruned_by.values(), default=0) >= 0
+    best = best_deployment(question)
+    if best is None:
+        assert outcome.best is None
+        return
+    assert outcome.best is not None
+    columns = outcome.best.columns
+    assert columns["objective"] == pytest.approx(best.objective, rel=1e-7)
+    if question.objective == "cards":
+        assert columns["cards"] == best.cards
+
+
+@settings(max_examples=6)
+@given(disagg_cases())
+def test_the_best_is_brute_forces_best(question: DisaggQuestion) -> None:
+    _agrees(question)
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(disagg_cases())
+def test_the_best_is_brute_forces_best_on_many_questions(question: DisaggQuestion) -> None:
+    _agrees(question)
+
+
+@given(
+    st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2]), st.sampled_from([1, 4])),
+    st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2]), st.sampled_from([1, 4])),
+    st.sampled_from(["vllm-ascend", "mindie"]),
+)
+def test_the_pair_rule_looks_at_its_key_alone(
+    one: tuple[int, int, int], other: tuple[int, int, int], engine: str
+) -> None:
+    """Options are grouped by it: layouts of one key have the same partners."""
+    subject = Subject(
+        spec=sparse(),
+        cluster=load_cluster("atlas-800t-a2"),
+        engine=load_engine(engine),
+        parallel=Parallelism(),
+    )
+
+    def of(tp: int, pp: int, dp: int, *, sp: bool) -> Subject:
+        return replace(subject, parallel=Parallelism(tp=tp, pp=pp, dp=dp, ep=tp * dp, sp=sp))
+
+    plain = first_broken_pair_rule(
+        of(one[0], one[1], 1, sp=False), of(other[0], other[1], 1, sp=False)
+    )
+    assert first_broken_pair_rule(of(*one, sp=True), of(*other, sp=True)) == plain
+    if engine == "mindie":
+        assert plain is None
+    elif one[0] % other[0]:
+        assert plain == "pd-tp"
+    else:
+        assert plain == ("pd-decode-pp" if other[1] > 1 else None)
+
+
+@pytest.mark.parametrize("prompt", [1, 100, 1024, 5000, 10**6])
+def test_step_sizes_hold_whole_prompts_or_equal_pieces(prompt: int) -> None:
+    """The whole prompt is among them, none is wasteful, and there are not too many."""
+    sizes = prefill_grid(load_engine("vllm-ascend"), prompt)
+    assert prompt in sizes
+    assert len(sizes) < 200
+    for size in sizes:
+        assert size % prompt == 0 or size == -(-prompt // -(-prompt // size)) or size == 2048
