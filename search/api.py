@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
-from shardplan.models.errors import ProofError
+from shardplan.models.errors import InputError, ProofError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.evaluate import LayoutScorer, Question
@@ -37,7 +37,9 @@ from shardplan.search.workload import whole
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["SearchResult", "estimate", "search"]
+    from shardplan.search.study import Place
+
+__all__ = ["SearchResult", "estimate", "search", "subject_of"]
 
 Progress = Callable[[int, int], None]
 _BESIDE_LAYOUTS = 16
@@ -61,21 +63,26 @@ def search(
     *,
     top: int = 5,
     storage: str | None = None,
+    study: str | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     **asked: Any,
 ) -> SearchResult:
     """Find, price and prove the best plan.
 
     `asked` are the fields of `shardplan.search.request.Asked` (cards, input_len, objective, ...).
+    `storage`, `study` and `resume` say where a sampling engine keeps its trials
+    (`shardplan.search.study.Place`).
     Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
     """
     start = time.perf_counter()
     whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
     resolved = resolve(Asked(model=model, cluster=cluster, **asked))
-    outcomes = _search_counts(resolved, storage, progress)
+    place = _place(resolved, storage, study, resume)
+    outcomes = _search_counts(resolved, place, progress)
     if outcomes[-1].best is None and resolved.soft_limits:
         resolved = without_limits(resolved)
-        outcomes = _search_counts(resolved, storage, progress)
+        outcomes = _search_counts(resolved, place and place.named("no-limits"), progress)
     searched = time.perf_counter()
     question = _question(resolved, outcomes[-1].space.cards)
     best = outcomes[-1].best
@@ -153,13 +160,45 @@ def _counts(resolved: Resolved) -> list[int]:
     return sorted(count for count in found if count <= most)
 
 
+def subject_of(resolved: Resolved, cards: int) -> tuple[Question, Space]:
+    """What is searched with a number of cards."""
+    return _question(resolved, cards), _space(resolved, cards)
+
+
+def _place(
+    resolved: Resolved, storage: str | None, study: str | None, resume: bool
+) -> Place | None:
+    """Where a sampled search keeps its study; None for the exact one."""
+    from shardplan.search.study import Place
+
+    if storage is None and (study is not None or resume):
+        raise InputError(
+            "a study that is named or resumed has a storage",
+            got=f"study={study}, resume={resume}",
+            hint="give --storage sqlite:///study.db",
+        )
+    if resolved.request.engine != "exact":
+        return Place(storage=storage, name=study, resume=resume)
+    if storage is not None:
+        raise InputError(
+            "only a sampling engine keeps a study in a storage",
+            got=f"engine={resolved.request.engine}",
+            hint="try --engine tpe, or leave --storage out: the exact search needs none",
+        )
+    return None
+
+
 def _search_counts(
-    resolved: Resolved, storage: str | None, progress: Progress | None
+    resolved: Resolved, place: Place | None, progress: Progress | None
 ) -> list[Outcome]:
     outcomes = []
-    for cards in _counts(resolved):
-        question, space = _question(resolved, cards), _space(resolved, cards)
-        outcomes.append(_run(resolved, question, space, storage, progress))
+    counts = _counts(resolved)
+    for cards in counts:
+        question, space = subject_of(resolved, cards)
+        where = place
+        if place is not None and len(counts) > 1:
+            where = place.named(f"{cards}-cards", first=cards == counts[0])
+        outcomes.append(_run(resolved, question, space, where, progress))
         if outcomes[-1].best is not None:
             break
     return outcomes
@@ -169,13 +208,14 @@ def _run(
     resolved: Resolved,
     question: Question,
     space: Space,
-    storage: str | None,
+    place: Place | None,
     progress: Progress | None,
 ) -> Outcome:
     request = resolved.request
     if request.engine == "exact":
         return search_exact(question, space, progress=progress)
     from shardplan.search.sampled import search_sampled
+    from shardplan.search.study import encode
 
     return search_sampled(
         question,
@@ -183,7 +223,9 @@ def _run(
         engine=request.engine,
         trials=request.trials or DEFAULT_TRIALS,
         seed=request.seed,
-        storage=storage,
+        seed_trials=request.seed_trials,
+        place=place,
+        carried=encode(resolved, question.cards),
         progress=progress,
     )
 

@@ -83,12 +83,14 @@ class Request(Part):
     weight_prefetch: str = "off"
     """off, on or auto: searched both ways."""
     fused_collectives: str = "off"
-    engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
+    engine: Literal["exact", "tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
     """Search engine."""
     engine_profile: str
     serving: Literal["agg"]
     seed: int
     trials: int | None = None
+    seed_trials: int = Field(default=0, ge=0)
+    """Of these, how many come from a coarse exact pass."""
 
 
 class ModelInfo(Part):

@@ -38,9 +38,11 @@ __all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
 Objective = Literal["throughput", "latency", "cards"]
 SWITCHES = ("weight_prefetch", "fused_collectives")
-SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "cmaes", "random"]
+SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
 DEFAULT_TRIALS = 200
+DEFAULT_SEED_TRIALS = 8
 _MOST_TRIALS = 10**7
+_MOST_SEED_TRIALS = 1000
 _MOST_SEED = 2**32 - 1
 _NATIVE = {"fp32": "bf16", "fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}
 _SAME_WIDTH = {"bf16": "fp16", "fp16": "bf16", "fp8": "w8a8"}
@@ -70,6 +72,7 @@ class Asked:
     engine: str = "auto"
     trials: int | None = None
     seed: int = 0
+    seed_trials: int | None = None
     engine_profile: str | None = None
     serving: str = "auto"
     weight_prefetch: str | None = None
@@ -259,6 +262,22 @@ def _check_words(asked: Asked) -> None:
         if getattr(asked, name) is not None:
             whole(name, getattr(asked, name), most, try_=good)
     whole("seed", asked.seed, _MOST_SEED, try_=0, least=0)
+    if asked.seed_trials is not None:
+        whole("seed_trials", asked.seed_trials, _MOST_SEED_TRIALS, try_=8, least=0)
+
+
+def _seed_trials(asked: Asked, notes: list[str]) -> int:
+    """Strategies of a coarse exact pass that a sampled search starts with."""
+    if asked.engine in ("auto", "exact"):
+        return 0
+    count = DEFAULT_SEED_TRIALS if asked.seed_trials is None else asked.seed_trials
+    count = min(count, asked.trials or DEFAULT_TRIALS)
+    notes.append(
+        f"the first {count} trials are the best of a coarse exact pass (seed_trials)"
+        if count
+        else "no trial comes from an exact pass (seed_trials=0)"
+    )
+    return count
 
 
 def _machine(asked: Asked, notes: list[str]) -> tuple[Cluster, int]:
@@ -294,6 +313,7 @@ def _request(
     work: Workload,
     limits: Limits,
     settings: dict[str, str],
+    seed_trials: int,
 ) -> Request:
     return Request(
         objective=asked.objective,  # type: ignore[arg-type]  # checked before
@@ -309,6 +329,7 @@ def _request(
         serving="agg",
         seed=asked.seed,
         trials=asked.trials,
+        seed_trials=seed_trials,
     )
 
 
@@ -335,7 +356,7 @@ def resolve(asked: Asked) -> Resolved:
     )
     choices, switches, settings = _switched((spec, cluster, engine), base, asked, notes)
     return Resolved(
-        request=_request(asked, engine, cards, work, limits, settings),
+        request=_request(asked, engine, cards, work, limits, settings, _seed_trials(asked, notes)),
         spec=spec,
         cluster=cluster,
         engine=engine,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -83,6 +83,8 @@ class Space:
     choices: tuple[Choice, ...]
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
+    cuts: Callable[[Parallelism], Sequence[tuple[int, ...]]] | None = None
+    """Stage lengths that a layout may have, where `layouts` holds each once; None: as they say."""
 
     @property
     def per_layout(self) -> int:
