@@ -121,7 +121,7 @@ class _Family(Generic[_T]):
             return 0
         if _is_number(held):
             return int(drawn)  # type: ignore[call-overload,no-any-return]  # as distributed
-        return [_word(value) for value in held].index(drawn)
+        return [_word(value) for value in held].index(drawn)  # type: ignore[arg-type]  # as above
 
     def params(self, member: object) -> dict[str, Any]:
         """What would have to be drawn for a member."""

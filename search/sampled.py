@@ -180,7 +180,7 @@ class Drawing:
         """Ask, make and tell one trial; 0 where it was one too many."""
         from optuna.trial import TrialState
 
-        trial = study.ask(self.distributions)
+        trial = study.ask()
         try:
             if shared:
                 trial.set_user_attr("worker", worker_name())
@@ -189,6 +189,7 @@ class Drawing:
                     study.tell(trial, state=TrialState.FAIL)
                     return 0
             pulse.trial = trial
+            self._suggest(trial)
             self.make(study, trial)
         except BaseException:
             _give_back(study, trial)
@@ -196,6 +197,14 @@ class Drawing:
         finally:
             pulse.trial = None
         return 1
+
+    def _suggest(self, trial: Trial) -> None:
+        """As `ask` with distributions would, which leaves no time to name the worker before."""
+        for name, one in self.distributions.items():
+            if hasattr(one, "choices"):
+                trial.suggest_categorical(name, one.choices)
+            else:
+                trial.suggest_int(name, one.low, one.high)
 
 
 def _give_back(study: Study, trial: Trial) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -41,6 +42,12 @@ _DRIVERS = {
     "mysql": ("MySQLdb", "pymysql"),
 }
 """By scheme: SQLAlchemy's own driver, and the one that is taken where only that is installed."""
+_INSTALL = {
+    "postgres": "pip install 'psycopg[binary]'",
+    "mysql": "pip install pymysql",
+    "redis": "pip install redis",
+    "grpc": "pip install grpcio protobuf",
+}
 _OF_STORAGES = {
     *("alembic", "grpc", "optuna", "redis", "sqlalchemy"),
     *("MySQLdb", "psycopg", "psycopg2", "pymysql"),
@@ -121,6 +128,19 @@ def cut_torn_line(path: str) -> None:
             file.truncate(end)
 
 
+class _LoggingAhead(sqlite3.Connection):
+    """Writes go to a log that is synced now and then: a trial is a dozen commits.
+
+    A process that is killed loses nothing; a machine that loses its power loses its last commits
+    at most.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("PRAGMA journal_mode=WAL")
+        self.execute("PRAGMA synchronous=NORMAL")
+
+
 def _database(address: str) -> BaseStorage:
     from optuna.storages import RDBStorage
 
@@ -133,7 +153,7 @@ def _database(address: str) -> BaseStorage:
         address = f"{scheme}{separator}{rest}"
     arguments: dict[str, Any] = {}
     if scheme.startswith("sqlite"):
-        arguments = {"connect_args": {"timeout": _SQLITE_WAIT_S}}
+        arguments = {"connect_args": {"timeout": _SQLITE_WAIT_S, "factory": _LoggingAhead}}
     elif scheme.startswith(("postgresql", "mysql")):
         arguments = {"pool_pre_ping": True}
         if "connect_timeout" not in rest:
@@ -177,9 +197,16 @@ def masked(text: str) -> str:
 def refusal(
     address: str, error: Exception, what: str = "cannot be opened", hint: str = _HINT
 ) -> InputError:
-    """One line, without a password."""
-    reason = masked(str(error).strip().partition("\n")[0])
-    got = f"{masked(address)}: {type(error).__name__}"
+    """One line, without a password: what the driver itself said."""
+    root: BaseException = error
+    while (inner := getattr(root, "orig", None) or root.__cause__) is not None:
+        root = inner
+    reason = masked(str(root).strip().partition("\n")[0])
+    got = f"{masked(address)}: {type(root).__name__}"
+    if isinstance(error, ImportError):
+        hint = next((h for s, h in _INSTALL.items() if address.startswith(s)), hint)
+    elif "storage upgrade" in str(error):
+        hint = "run `optuna storage upgrade --storage URL`, or take the Optuna that made it"
     return InputError(
         f"the storage of the study {what}",
         got=f"{got}: {reason}" if reason else got,

@@ -144,7 +144,7 @@ def _write(study: Study, digest: str, engine: SampledEngine, seed: int, question
 
 
 def _read(attributes: Mapping[str, Any]) -> str:
-    pieces = []
+    pieces: list[str] = []
     while f"shardplan_question:{len(pieces)}" in attributes:
         pieces.append(str(attributes[f"shardplan_question:{len(pieces)}"]))
     return "".join(pieces)
