@@ -12,8 +12,9 @@
 
 Whatever is searched, the plan is the best by the question's objective.
 
-Every trial draws from a generator seeded by (seed, number of the trial), so that a search that was
-stopped and goes on draws what it would have drawn, and workers that share a study draw apart.
+Every trial draws from a generator seeded by (seed, how many trials before it have not failed), so
+that a search that was stopped at any moment and goes on draws what it would have drawn, and
+workers that share a study draw apart.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _require(engine: str, package: str, install: str) -> None:
 
 
 def per_trial(engine: SampledEngine, seed: int) -> BaseSampler:
-    """A sampler that draws each trial from a generator of its own, seeded by the trial's number."""
+    """A sampler that draws each trial from a generator of its own, seeded by the trial's place."""
     from optuna.samplers import BaseSampler
 
     class PerTrial(BaseSampler):
@@ -120,7 +121,9 @@ def per_trial(engine: SampledEngine, seed: int) -> BaseSampler:
             self.inner = make_sampler(engine, seed)
 
         def before_trial(self, study: Any, trial: Any) -> None:
-            mixed = np.random.SeedSequence([seed, trial.number]).generate_state(1)
+            before = study.get_trials(deepcopy=False)[: trial.number]
+            place = sum(one.state.name != "FAIL" for one in before)
+            mixed = np.random.SeedSequence([seed, place]).generate_state(1)
             self.inner = make_sampler(engine, int(mixed[0]))
             self.inner.before_trial(study, trial)
 

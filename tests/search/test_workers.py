@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -59,6 +60,35 @@ def ends_well(process: subprocess.Popen[str]) -> str:
     out, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["journal:{}/study.log", "sqlite:///{}/study.db"])
+def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(kind: str, tmp_path: Path) -> None:
+    """SIGKILL in the middle, then --resume: the plan and the trials of a search in one go."""
+    url, engine = kind.format(tmp_path), ("--engine", "tpe")
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    ends_well(start(*("search", *MODEL, *engine, "--trials", "30", "--out", str(whole))))
+    again = ("search", *MODEL, *engine, "--trials", "30", "--storage", url, "--study", "s")
+    first = start(*again, "--out", str(rest))
+    storage = open_storage(url)
+    until(lambda: len(finished(storage)) >= 12)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = {trial.number for trial in finished(storage)}
+    ends_well(start(*again, "--resume", "--out", str(rest), "--force"))
+    assert before <= {trial.number for trial in finished(storage)}
+    assert len(finished(storage)) == 30
+    for name in ("trials.csv", "pareto.csv"):
+        assert (rest / name).read_bytes() == (whole / name).read_bytes()
+    assert _plan(rest) == _plan(whole)
+
+
+def _plan(folder: Path) -> dict[str, Any]:
+    """The plan of a search, without the bound of its wall time, which a busy machine moves."""
+    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    del plan["certificate"]["wall_s"]
+    return plan
 
 
 @pytest.mark.slow
