@@ -88,10 +88,14 @@ def make_sampler(engine: SampledEngine, seed: int) -> BaseSampler:
         if engine == "random":
             return samplers.RandomSampler(seed=seed)
         if engine == "cmaes":
-            _require("cmaes", "cmaes", "cmaes")
+            try:
+                import cmaes  # type: ignore[import-untyped]  # noqa: F401  # Optuna loads it late
+            except ImportError:
+                raise _lacks("cmaes", "cmaes", "cmaes") from None
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         if engine == "gp":
-            _require("gp", "torch", "'shardplan[torch]'")
+            if find_spec("torch") is None:  # not imported: torch takes seconds to load
+                raise _lacks("gp", "torch", "'shardplan[torch]'")
             # Read when torch loads: its threads and those of numpy eat up each other's cores,
             # and the matrices are small. Seven times faster on two cores.
             os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -101,13 +105,11 @@ def make_sampler(engine: SampledEngine, seed: int) -> BaseSampler:
     )
 
 
-def _require(engine: str, package: str, install: str) -> None:
-    """Optuna loads it too late, with an error of its own."""
-    if find_spec(package) is None:
-        raise InputError(
-            f"the engine {engine} needs the package {package}, which Optuna's sampler runs on",
-            hint=f"pip install {install}, or take tpe",
-        )
+def _lacks(engine: str, package: str, install: str) -> InputError:
+    return InputError(
+        f"the engine {engine} needs the package {package}, which Optuna's sampler runs on",
+        hint=f"pip install {install}, or take tpe",
+    )
 
 
 def per_trial(engine: SampledEngine, seed: int) -> BaseSampler:

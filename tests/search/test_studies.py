@@ -197,7 +197,7 @@ def test_a_silent_workers_trial_is_made_again_after_a_while(
 def test_a_worker_that_beats_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The beat that moves counts, not the clock on the wall."""
     now = [0.0]
-    monkeypatch.setattr(workers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("shardplan.search.workers.time.monotonic", lambda: now[0])
     study = optuna.create_study()
     trial = study.ask()
     trial.set_user_attr("worker", "elsewhere 1 0")
