@@ -24,6 +24,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ from shardplan.search.seeding import plant_seeds
 from shardplan.search.space import Space
 from shardplan.search.storage import quiet_optuna, talking
 from shardplan.search.study import Place, open_study, study_digest
-from shardplan.search.workers import Watch, beating, worker_name
+from shardplan.search.workers import Watch, beating, queue_again, worker_name
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -116,7 +117,6 @@ class Drawing:
 
     def make(self, study: Study, trial: Trial) -> None:
         """Price one drawn strategy and tell the study what became of it."""
-        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         point = self.dimensions.point(trial.params)
@@ -135,14 +135,9 @@ class Drawing:
             }
         result["strategy"] = point.describe()
         values = values_of(self.engine, one, missed)
-        try:
-            trial.set_user_attr("violations", list(missed))
-            trial.set_user_attr("result", result)
-            study.tell(trial, values or None, state=None if values else TrialState.PRUNED)
-        except (UpdateFinishedTrialError, ValueError):
-            # Somebody took this process for dead and failed the trial: it is drawn again.
-            if study.get_trials(deepcopy=False)[trial.number].state is not TrialState.FAIL:
-                raise
+        trial.set_user_attr("violations", list(missed))
+        trial.set_user_attr("result", result)
+        study.tell(trial, values or None, state=None if values else TrialState.PRUNED)
 
     def draw(
         self,
@@ -159,7 +154,8 @@ class Drawing:
         `most`: of them; `stop`: set from outside, ends it after the trial in hand. `shared`:
         others may draw for the study meanwhile.
         """
-        watch, stop, made = Watch(study), stop or threading.Event(), 0
+        watch = Watch(study, len(self.distributions))
+        stop, made = stop or threading.Event(), 0
         with beating(shared) as pulse:
             while not stop.is_set() and made != most:
                 trials = study.get_trials(deepcopy=False)
@@ -191,8 +187,12 @@ class Drawing:
             pulse.trial = trial
             self._suggest(trial)
             self.make(study, trial)
-        except BaseException:
-            _give_back(study, trial)
+        except BaseException as error:
+            with suppress(Exception):  # a storage that is down keeps it for whoever looks later
+                held = study.get_trials(deepcopy=False)[trial.number]
+                if held.state is TrialState.FAIL and isinstance(error, ValueError | RuntimeError):
+                    return 0  # somebody took this process for dead: it is made again
+                queue_again(study, held, len(self.distributions))
             raise
         finally:
             pulse.trial = None
@@ -205,16 +205,6 @@ class Drawing:
                 trial.suggest_categorical(name, one.choices)
             else:
                 trial.suggest_int(name, one.low, one.high)
-
-
-def _give_back(study: Study, trial: Trial) -> None:
-    """Leave no trial running that nobody works on; a storage that is down keeps it for later."""
-    from optuna.trial import TrialState
-
-    try:
-        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-    except Exception:
-        return
 
 
 def finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:

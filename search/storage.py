@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -79,7 +80,9 @@ def open_storage(address: str | None) -> BaseStorage:
             return _journal(rest)
         if scheme == "grpc":
             host, _, port = rest.removeprefix("//").partition(":")
-            proxy = storages.GrpcStorageProxy(host=host, port=int(port or _GRPC_PORT))
+            with warnings.catch_warnings():  # it is experimental, which a user need not hear
+                warnings.simplefilter("ignore")
+                proxy = storages.GrpcStorageProxy(host=host, port=int(port or _GRPC_PORT))
             proxy.wait_server_ready(timeout=_CONNECT_S)
             return proxy
         if scheme.startswith("redis"):

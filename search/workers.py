@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-__all__ = ["GRACE_S", "Watch", "beating", "worker_name"]
+__all__ = ["GRACE_S", "Watch", "beating", "queue_again", "worker_name"]
 
 BEAT_S = 10.0
 GRACE_S = 60.0
@@ -70,8 +70,8 @@ def _is_gone(worker: str) -> bool:
 class Watch:
     """Remembers what running trials looked like, to tell those that were left behind."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, study: Study, dimensions: int) -> None:
+        self.study, self.dimensions = study, dimensions
         self._seen: dict[int, tuple[object, float]] = {}
 
     def fail_dead(self, running: Sequence[FrozenTrial]) -> int:
@@ -84,24 +84,30 @@ class Watch:
             if before != state:
                 self._seen[trial.number] = state, now
                 since = now
-            if (_is_gone(worker) or now - since > GRACE_S) and self._fail(trial):
-                count += 1
+            if _is_gone(worker) or now - since > GRACE_S:
+                count += queue_again(self.study, trial, self.dimensions)
         return count
 
-    def _fail(self, trial: FrozenTrial) -> bool:
-        """False where another process did, or where the trial came to its end after all."""
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
 
-        try:
-            self.study.tell(trial.number, state=TrialState.FAIL)
-        except (UpdateFinishedTrialError, ValueError):
-            return False
-        again = trial.user_attrs.get("again", 0)
-        if trial.params and again < RETRIES:
-            kept = {name: trial.user_attrs[name] for name in ("seed",) if name in trial.user_attrs}
-            self.study.enqueue_trial(trial.params, user_attrs={**kept, "again": again + 1})
-        return True
+def queue_again(study: Study, trial: FrozenTrial, dimensions: int) -> bool:
+    """Fail a trial that nobody works on and queue what it drew; False where it had ended.
+
+    A trial that was left before all of its `dimensions` were drawn is not queued: the next one in
+    its place draws the same.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState
+
+    try:
+        study.tell(trial.number, state=TrialState.FAIL)
+    except (UpdateFinishedTrialError, ValueError):
+        return False
+    drawn = trial.system_attrs.get("fixed_params", trial.params)
+    again = trial.user_attrs.get("again", 0)
+    if len(drawn) == dimensions and again < RETRIES:
+        kept = {name: trial.user_attrs[name] for name in ("seed",) if name in trial.user_attrs}
+        study.enqueue_trial(drawn, user_attrs={**kept, "again": again + 1})
+    return True
 
 
 class _Pulse:

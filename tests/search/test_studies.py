@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
-import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 from tests.search.oracle import dense, small_case
+from tests.search.shared_study import QUESTION, search_small
 
 from shardplan.models.errors import InputError
 from shardplan.search import study as studies
@@ -22,28 +19,11 @@ from shardplan.search import workers
 from shardplan.search.api import subject_of
 from shardplan.search.exact import Outcome
 from shardplan.search.joined import draw_for
-from shardplan.search.request import Asked, resolve
+from shardplan.search.request import resolve
 from shardplan.search.sampled import Drawing, search_sampled
 from shardplan.search.samplers import per_trial
-from shardplan.search.storage import cut_torn_line, masked, open_storage
+from shardplan.search.storage import open_storage
 from shardplan.search.study import Place, decode, encode, join_study, study_digest
-
-QUESTION = Asked(model="llama-3.1-8b", cluster="atlas-800t-a2", cards=2, engine="random")
-
-
-def _search(place: Place, trials: int, *, seed: int = 0, **more: Any) -> Outcome:
-    resolved = resolve(QUESTION)
-    question, space = subject_of(resolved, 2)
-    return search_sampled(
-        question,
-        space,
-        engine="random",
-        trials=trials,
-        seed=seed,
-        place=place,
-        carried=encode(resolved, 2),
-        **more,
-    )
 
 
 @pytest.fixture
@@ -60,24 +40,24 @@ def test_a_search_that_stopped_goes_on_to_what_it_would_have_found(
     journal: str, seed_trials: int
 ) -> None:
     """Draws depend on the seed and the number of the trial, not on who makes them or when."""
-    whole = _search(Place(), 12, seed_trials=seed_trials)
-    _search(Place(storage=journal, name="s"), 5, seed_trials=seed_trials)
+    whole = search_small(Place(), 12, seed_trials=seed_trials)
+    search_small(Place(storage=journal, name="s"), 5, seed_trials=seed_trials)
     resumed = Place(storage=journal, name="s", resume=True)
-    assert _search(resumed, 12, seed_trials=seed_trials).kept == whole.kept
+    assert search_small(resumed, 12, seed_trials=seed_trials).kept == whole.kept
 
 
 def test_what_others_priced_is_not_priced_again(
     journal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = _search(Place(storage=journal, name="s"), 6)
+    first = search_small(Place(storage=journal, name="s"), 6)
     monkeypatch.setattr(Drawing, "price", lambda *_: pytest.fail("priced"))
-    assert _search(Place(storage=journal, name="s", resume=True), 6).kept == first.kept
+    assert search_small(Place(storage=journal, name="s", resume=True), 6).kept == first.kept
 
 
 def test_seeds_are_the_best_of_a_coarse_exact_pass() -> None:
     """The first trial is no worse than all that chance finds in twenty."""
-    seeded = _search(Place(), 1, seed_trials=1).best
-    drawn = _search(Place(), 20).best
+    seeded = search_small(Place(), 1, seed_trials=1).best
+    drawn = search_small(Place(), 20).best
     assert seeded is not None
     assert drawn is not None
     assert seeded.columns["objective"] >= drawn.columns["objective"]
@@ -85,7 +65,7 @@ def test_seeds_are_the_best_of_a_coarse_exact_pass() -> None:
 
 def test_a_study_carries_its_question(journal: str) -> None:
     """Read back it is the same to the last number, and its digest too."""
-    _search(Place(storage=journal, name="s"), 1)
+    search_small(Place(storage=journal, name="s"), 1)
     joined = join_study(journal, "s")
     resolved = resolve(QUESTION)
     assert (joined.resolved, joined.cards) == (resolved, 2)
@@ -121,12 +101,12 @@ def test_a_question_that_cannot_be_read_is_one_line(text: str) -> None:
 
 def test_a_study_of_that_name_is_resumed_only_when_asked(journal: str) -> None:
     with pytest.raises(InputError, match=r"no study 's'.*empty.*leave --resume out"):
-        _search(Place(storage=journal, name="s", resume=True), 2)
-    _search(Place(storage=journal, name="s"), 2)
+        search_small(Place(storage=journal, name="s", resume=True), 2)
+    search_small(Place(storage=journal, name="s"), 2)
     with pytest.raises(InputError, match="go on with it by --resume"):
-        _search(Place(storage=journal, name="s"), 3)
+        search_small(Place(storage=journal, name="s"), 3)
     with pytest.raises(InputError, match="no study 't'; there are s"):
-        _search(Place(storage=journal, name="t", resume=True), 3)
+        search_small(Place(storage=journal, name="t", resume=True), 3)
     assert len(_loaded(journal).trials) == 2
 
 
@@ -135,15 +115,15 @@ def test_a_study_of_another_version_is_refused(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(studies, "__version__", "0.0.1")
-        _search(Place(storage=journal, name="s"), 2)
+        search_small(Place(storage=journal, name="s"), 2)
     with pytest.raises(InputError, match=r"study 's' is of 0\.0\.1, this is"):
-        _search(Place(storage=journal, name="s", resume=True), 3)
+        search_small(Place(storage=journal, name="s", resume=True), 3)
     with pytest.raises(InputError, match=r"install shardplan 0\.0\.1"):
         draw_for(journal, "s")
 
 
 def test_a_worker_prices_as_its_search_did(journal: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _search(Place(storage=journal, name="s"), 2)
+    search_small(Place(storage=journal, name="s"), 2)
     monkeypatch.setattr("shardplan.search.joined.study_digest", lambda *_: "another")
     with pytest.raises(InputError, match="install the same build"):
         draw_for(journal, "s")
@@ -162,34 +142,54 @@ def _left_behind(url: str, worker: str) -> None:
     study = optuna.load_study(
         study_name="s", storage=open_storage(url), sampler=per_trial("random", 0)
     )
-    trial = study.ask()
+    question, space = subject_of(resolve(QUESTION), 2)
+    trial = study.ask(Drawing(question, space, "random").distributions)
     trial.set_user_attr("worker", worker)
-    trial.suggest_int("batch", 0, len(subject_of(resolve(QUESTION), 2)[1].batches) - 1)
 
 
 def test_a_dead_processs_trial_is_made_again_at_once(journal: str) -> None:
     """It ran on this machine and is no more; nobody waits for its silence to last."""
-    _search(Place(storage=journal, name="s"), 2)
+    search_small(Place(storage=journal, name="s"), 2)
     machine = workers.worker_name().split(" ")[0]
     if not machine:
         pytest.skip("processes of this system cannot be told apart")
     _left_behind(journal, f"{machine} 1 0")
-    _search(Place(storage=journal, name="s", resume=True), 4)
+    search_small(Place(storage=journal, name="s", resume=True), 4)
     trials = _loaded(journal).trials
     assert [trial.state.name for trial in trials].count("COMPLETE") == 4
     assert [trial.state.name for trial in trials].count("FAIL") == 1
     (again,) = (trial for trial in trials if "again" in trial.user_attrs)
-    assert again.params["batch"] == trials[2].params["batch"]
+    assert again.params == trials[2].params
+
+
+def test_a_search_that_is_interrupted_leaves_no_trial_running(
+    journal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had drawn is queued, and made when it goes on."""
+
+    def interrupt(done: int, _wanted: int) -> None:
+        if done == 3:
+            monkeypatch.setattr(Drawing, "price", stopped)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_small(Place(storage=journal, name="s"), 8, progress=interrupt)
+    assert {one.state.name for one in _loaded(journal).trials} == {"COMPLETE", "FAIL", "WAITING"}
+    monkeypatch.undo()
+    resumed = search_small(Place(storage=journal, name="s", resume=True), 8)
+    assert resumed.kept == search_small(Place(), 8).kept
 
 
 def test_a_silent_workers_trial_is_made_again_after_a_while(
     journal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of another machine: by the time that passes here without a sign of life."""
-    _search(Place(storage=journal, name="s"), 2)
+    search_small(Place(storage=journal, name="s"), 2)
     _left_behind(journal, "elsewhere 1 0")
     monkeypatch.setattr(workers, "GRACE_S", 0.5)
-    _search(Place(storage=journal, name="s", resume=True), 3)
+    search_small(Place(storage=journal, name="s", resume=True), 3)
     states = [trial.state.name for trial in _loaded(journal).trials]
     assert (states.count("COMPLETE"), states.count("FAIL")) == (3, 1)
 
@@ -201,7 +201,7 @@ def test_a_worker_that_beats_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -
     study = optuna.create_study()
     trial = study.ask()
     trial.set_user_attr("worker", "elsewhere 1 0")
-    watch = workers.Watch(study)
+    watch = workers.Watch(study, 0)
     for beat in range(5):
         trial.set_user_attr("beat", beat)
         now[0] += workers.GRACE_S * 0.9
@@ -210,9 +210,30 @@ def test_a_worker_that_beats_is_left_in_peace(monkeypatch: pytest.MonkeyPatch) -
     assert watch.fail_dead([study.trials[0]]) == 1
 
 
+def test_a_worker_that_was_taken_for_dead_drops_its_result(
+    journal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It slept while others failed its trial: that is made again, and counted once."""
+    price, slept = Drawing.price, []
+
+    def sleep(drawing: Drawing, point: Any) -> Any:
+        others = _loaded(journal)
+        if not slept:
+            slept.append(others.trials[-1].number)
+            workers.queue_again(others, others.trials[-1], len(drawing.distributions))
+        return price(drawing, point)
+
+    monkeypatch.setattr(Drawing, "price", sleep)
+    found = search_small(Place(storage=journal, name="s"), 4)
+    monkeypatch.undo()
+    assert found.kept == search_small(Place(), 4).kept
+    states = [trial.state.name for trial in _loaded(journal).trials]
+    assert (states.count("COMPLETE"), states.count("FAIL")) == (4, 1)
+
+
 def test_what_kills_its_workers_is_not_tried_for_ever() -> None:
     study = optuna.create_study()
-    watch = workers.Watch(study)
+    watch = workers.Watch(study, 1)
     machine = workers.worker_name().split(" ")[0]
     if not machine:
         pytest.skip("processes of this system cannot be told apart")
@@ -227,11 +248,11 @@ def test_what_kills_its_workers_is_not_tried_for_ever() -> None:
 
 def test_two_searches_at_once_share_one_study(journal: str) -> None:
     """Neither loses a trial nor counts one twice; together they make what was asked for."""
-    _search(Place(storage=journal, name="s"), 1)
+    search_small(Place(storage=journal, name="s"), 1)
     found: list[Outcome] = []
 
     def go_on() -> None:
-        found.append(_search(Place(storage=journal, name="s", resume=True), 12))
+        found.append(search_small(Place(storage=journal, name="s", resume=True), 12))
 
     threads = [threading.Thread(target=go_on) for _ in range(2)]
     for one in threads:
@@ -242,107 +263,6 @@ def test_two_searches_at_once_share_one_study(journal: str) -> None:
     states = [trial.state.name for trial in _loaded(journal).trials]
     assert states.count("COMPLETE") == 12
     assert set(states) <= {"COMPLETE", "FAIL"}
-
-
-def test_half_a_line_of_a_killed_writer_is_cut_off(journal: str) -> None:
-    first = _search(Place(storage=journal, name="s"), 3)
-    file = Path(journal.partition(":")[2])
-    with file.open("ab") as out:
-        out.write(b'{"op_code":8,"worker_id":"gone","trial_')
-    second = _search(Place(storage=journal, name="s", resume=True), 5)
-    assert {_name(one) for one in first.kept} <= {_name(one) for one in second.kept}
-    assert all(json.loads(line) for line in file.read_text().splitlines())
-
-
-def _name(one: Any) -> tuple[object, ...]:
-    return one.parallel, one.choice, one.batch, one.chunk
-
-
-@pytest.mark.parametrize(
-    ("held", "kept"), [(b"", b""), (b"a\nb\n", b"a\nb\n"), (b"a\nbc", b"a\n"), (b"abc", b"")]
-)
-def test_only_what_follows_the_last_line_is_cut(tmp_path: Path, held: bytes, kept: bytes) -> None:
-    file = tmp_path / "log"
-    file.write_bytes(held)
-    cut_torn_line(str(file))
-    assert file.read_bytes() == kept
-    file.write_bytes(b"x" * 10_000 + b"\n" + b"y" * 10_000)
-    cut_torn_line(str(file))
-    assert file.stat().st_size == 10_001
-
-
-@contextmanager
-def _files_of_at_most(size: int) -> Iterator[None]:
-    """No file of this process grows beyond a size: what a full disk is like."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(
-    journal: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The trial in hand could not be given back: it is drawn again once its silence has lasted."""
-    monkeypatch.setattr(workers, "GRACE_S", 0.5)
-    first = _search(Place(storage=journal, name="s"), 3)
-    size = Path(journal.partition(":")[2]).stat().st_size
-    again = Place(storage=journal, name="s", resume=True)
-    with (
-        _files_of_at_most(size + 1500),
-        pytest.raises(InputError, match=r"cannot be read or written.*go on with --resume") as error,
-    ):
-        _search(again, 30)
-    assert "\n" not in str(error.value)
-    found = _search(again, 6)
-    assert {_name(one) for one in first.kept} <= {_name(one) for one in found.kept}
-
-
-def test_a_read_only_database_is_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "study.db"
-    _search(Place(storage=f"sqlite:///{file}", name="s"), 2)
-    with pytest.raises(InputError, match="readonly database"):
-        _search(Place(storage=f"sqlite:///file:{file}?mode=ro&uri=true", name="s", resume=True), 3)
-
-
-def test_a_database_of_another_optuna_says_how_to_upgrade(tmp_path: Path) -> None:
-    file = tmp_path / "study.db"
-    _search(Place(storage=f"sqlite:///{file}", name="s"), 1)
-    with closing(sqlite3.connect(file)) as base, base:
-        base.execute("UPDATE version_info SET schema_version = 1")
-        base.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
-    with pytest.raises(InputError, match="cannot be opened") as error:
-        _search(Place(storage=f"sqlite:///{file}", name="s", resume=True), 2)
-    assert "\n" not in str(error.value)
-    assert "upgrade" in str(error.value)
-
-
-def test_a_study_that_is_deleted_meanwhile_is_one_line(journal: str) -> None:
-    def delete(_done: int, _wanted: int) -> None:
-        storage = open_storage(journal)
-        storage.delete_study(storage.get_study_id_from_name("s"))
-
-    with pytest.raises(InputError, match="cannot be read or written"):
-        _search(Place(storage=journal, name="s"), 5, progress=delete)
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("postgresql://me:secret@host/db", "postgresql://me:***@host/db"),
-        ("mysql://me:p@ss:secret@host:1/db", "mysql://me:***@host:1/db"),
-        (
-            "postgresql://host/db?user=me&password=secret",
-            "postgresql://host/db?user=me&password=***",
-        ),
-        ("sqlite:///a.db", "sqlite:///a.db"),
-    ],
-)
-def test_passwords_are_masked(text: str, shown: str) -> None:
-    assert masked(text) == shown
-    assert masked(f"could not connect to {text} now") == f"could not connect to {shown} now"
 
 
 @pytest.mark.parametrize(
