@@ -40,8 +40,8 @@ SampledEngine = Literal["tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
 ENGINES: tuple[SampledEngine, ...] = get_args(SampledEngine)
 Direction = Literal["maximize", "minimize"]
 
-_POPULATION = 32
-"""Strategies of one generation of NSGA-II and NSGA-III."""
+_POPULATION = 16
+"""Strategies of one generation of NSGA-II and NSGA-III: a dozen of them in the default trials."""
 _SEVERAL: dict[str, tuple[tuple[str, Direction], ...]] = {
     "nsga2": (("output_tokens_per_s", "maximize"), ("tpot_s", "minimize")),
     "nsga3": (

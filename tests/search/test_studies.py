@@ -214,7 +214,8 @@ def test_a_worker_that_was_taken_for_dead_drops_its_result(
     journal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It slept while others failed its trial: that is made again, and counted once."""
-    price, slept = Drawing.price, []
+    price = Drawing.price
+    slept: list[int] = []
 
     def sleep(drawing: Drawing, point: Any) -> Any:
         others = _loaded(journal)
