@@ -18,7 +18,7 @@ from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.step import Parts
-from shardplan.models.errors import ProofError
+from shardplan.models.errors import InputError, ProofError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.evaluate import LayoutScorer, Question
@@ -43,7 +43,9 @@ from shardplan.search.workload import whole
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["SearchResult", "estimate", "search", "space_of"]
+    from shardplan.search.study import Place
+
+__all__ = ["SearchResult", "estimate", "search", "space_of", "subject_of"]
 
 Progress = Callable[[int, int], None]
 _BESIDE_LAYOUTS = 8
@@ -77,19 +79,24 @@ def search(
     *,
     top: int = 5,
     storage: str | None = None,
+    study: str | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     **asked: Any,
 ) -> SearchResult:
     """Find, price and prove the best plan.
 
     `asked` are the fields of `shardplan.search.request.Asked` (cards, input_len, objective, ...).
+    `storage`, `study` and `resume` say where a sampling engine keeps its trials
+    (`shardplan.search.study.Place`).
     Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
     """
     whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
+    place = _place(resolved, storage, study, resume)
     aggregated = functools.partial(
-        _search_aggregated, resolved, top=top, storage=storage, progress=progress
+        _search_aggregated, resolved, top=top, place=place, progress=progress
     )
     if question.serving == "agg":
         return aggregated()
@@ -100,15 +107,16 @@ def search(
 
 
 def _search_aggregated(
-    resolved: Resolved, *, top: int, storage: str | None, progress: Progress | None
+    resolved: Resolved, *, top: int, place: Place | None, progress: Progress | None
 ) -> SearchResult:
     """The best plan whose cards all prefill and decode."""
     start = time.perf_counter()
     memo: Memo[Parts] = Memo()
-    outcomes = _search_counts(resolved, storage, progress, memo)
-    if outcomes[-1].best is None and resolved.soft_limits and outcomes[-1].complete:
+    outcomes = _search_counts(resolved, place, progress, memo)
+    if outcomes[-1].best is None and resolved.soft_limits and not _out_of_time(outcomes[-1]):
         resolved = without_limits(resolved)
-        outcomes = _search_counts(resolved, storage, progress, memo)
+        again = place and place.named("no-limits")
+        outcomes = _search_counts(resolved, again, progress, memo)
     searched = time.perf_counter()
     question = _question(resolved, outcomes[-1].space.cards)
     best = outcomes[-1].best
@@ -192,17 +200,53 @@ def _counts(resolved: Resolved) -> list[int]:
     return sorted(count for count in found if count <= most)
 
 
+def subject_of(resolved: Resolved, cards: int) -> tuple[Question, Space]:
+    """What is searched with a number of cards."""
+    return _question(resolved, cards), space_of(resolved, cards)
+
+
+def _place(
+    resolved: Resolved, storage: str | None, study: str | None, resume: bool
+) -> Place | None:
+    """Where a sampled search keeps its study; None for the exact one."""
+    from shardplan.search.study import Place
+
+    if storage is None and (study is not None or resume):
+        raise InputError(
+            "a study that is named or resumed has a storage",
+            got=f"study={study}, resume={resume}",
+            hint="give --storage sqlite:///study.db",
+        )
+    if resolved.request.engine != "exact":
+        return Place(storage=storage, name=study, resume=resume)
+    if storage is not None:
+        raise InputError(
+            "only a sampling engine keeps a study in a storage",
+            got=f"engine={resolved.request.engine}",
+            hint="try --engine tpe, or leave --storage out: the exact search needs none",
+        )
+    return None
+
+
 def _search_counts(
-    resolved: Resolved, storage: str | None, progress: Progress | None, memo: Memo[Parts]
+    resolved: Resolved, place: Place | None, progress: Progress | None, memo: Memo[Parts]
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    for cards in _counts(resolved):
-        question, space = _question(resolved, cards), space_of(resolved, cards)
-        left_s = _time_left(resolved, outcomes)
-        outcomes.append(_run(resolved, question, space, storage, progress, memo, left_s))
+    counts = _counts(resolved)
+    for cards in counts:
+        question, space = subject_of(resolved, cards)
+        where, left_s = place, _time_left(resolved, outcomes)
+        if place is not None and len(counts) > 1:
+            where = place.named(f"{cards}-cards", first=cards == counts[0])
+        outcomes.append(_run(resolved, question, space, where, progress, memo, left_s))
         if outcomes[-1].best is not None:
             break
     return outcomes
+
+
+def _out_of_time(outcome: Outcome) -> bool:
+    """Whether a search that proves bounds stopped before it was done."""
+    return outcome.bound is not None and not outcome.complete
 
 
 def _time_left(resolved: Resolved, outcomes: list[Outcome]) -> float | None:
@@ -215,7 +259,7 @@ def _run(
     resolved: Resolved,
     question: Question,
     space: Space,
-    storage: str | None,
+    place: Place | None,
     progress: Progress | None,
     memo: Memo[Parts],
     left_s: float | None,
@@ -230,6 +274,7 @@ def _run(
             memo=memo,
         )
     from shardplan.search.sampled import search_sampled
+    from shardplan.search.study import encode
 
     return search_sampled(
         question,
@@ -237,7 +282,9 @@ def _run(
         engine=request.engine,
         trials=request.trials or DEFAULT_TRIALS,
         seed=request.seed,
-        storage=storage,
+        seed_trials=request.seed_trials,
+        place=place,
+        carried=encode(resolved, question.cards),
         progress=progress,
     )
 

@@ -62,11 +62,20 @@ def search(
     kv_dtype: Annotated[str, typer.Option("--kv-dtype", help="auto, bf16 or int8.")] = "auto",
     attention: Annotated[str, typer.Option("--attention", help="auto, flash or naive.")] = "auto",
     engine: Annotated[
-        str, typer.Option("--engine", help="auto, exact, tpe, nsga2, cmaes or random.")
+        str, typer.Option("--engine", help="auto, exact, tpe, nsga2, nsga3, cmaes, gp or random.")
     ] = "auto",
-    trials: Annotated[int | None, whole("--trials", "Of a sampling engine.")] = None,
+    trials: Annotated[int | None, whole("--trials", "Of a sampling engine; 200.")] = None,
     storage: Annotated[
         str | None, typer.Option("--storage", help="Optuna storage URL of a sampling engine.")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option("--study", help="Name of the study in the storage.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the study; --trials counts all of it.")
+    ] = False,
+    seed_trials: Annotated[
+        int | None, whole("--seed-trials", "First trials, from a coarse exact pass; 8.")
     ] = None,
     time_limit: Annotated[
         float | None,

@@ -29,13 +29,25 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CostRow", "cut_count", "fill", "front", "least", "least_of_many", "row_max"]
+from shardplan.models.parallel import Parallelism, balanced_stages
+from shardplan.models.spec import ModelSpec
+
+__all__ = [
+    "CostRow",
+    "cut_count",
+    "fill",
+    "front",
+    "least",
+    "least_of_many",
+    "near_even_cuts",
+    "row_max",
+]
 
 Array = NDArray[np.float64]
 Cut = tuple[int, ...]
@@ -43,6 +55,8 @@ Cut = tuple[int, ...]
 
 
 _HALVINGS = 12
+_NEAR = 4
+_TWO = 2
 _LESS = 1.0 - 1e-12
 """Asks for strictly less; beyond that costs are equal but for rounding."""
 
@@ -98,6 +112,31 @@ class CostRow:
 def cut_count(layers: int, stages: int) -> int:
     """Ways to give each of `stages` stages at least one of `layers` layers in a row."""
     return math.comb(layers - 1, stages - 1) if 1 <= stages <= layers else 0
+
+
+@functools.cache
+def near_even_cuts(spec: ModelSpec, par: Parallelism) -> tuple[Cut, ...]:
+    """Cuts whose first and last stage hold up to four layers fewer than even; () is the even one.
+
+    The layers they leave go to the stages between, or of two stages to the other.
+    """
+    even = balanced_stages(spec, par)
+    found: dict[Cut, None] = {(): None}
+    if par.pp == 1:
+        return tuple(found)
+    for fewer in product(range(_NEAR + 1), repeat=2):
+        first, last = (size - less for size, less in zip((even[0], even[-1]), fewer, strict=True))
+        between = spec.layers - first - last
+        if par.pp == _TWO:
+            first, last = even[0] - fewer[0] + fewer[1], even[-1] - fewer[1] + fewer[0]
+            middle: Cut = ()
+        else:
+            each, extra = divmod(between, par.pp - 2)
+            middle = tuple(each + (stage < extra) for stage in range(par.pp - 2))
+        cut = (first, *middle, last)
+        if min(cut) > 0 and cut != even:
+            found[cut] = None
+    return tuple(found)
 
 
 def row_max(row: CostRow, cut: Cut) -> float:

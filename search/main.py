@@ -27,6 +27,7 @@ from shardplan.search.cli_plan import emit, verify
 from shardplan.search.cli_profile import profile
 from shardplan.search.cli_search import search
 from shardplan.search.cli_validate import validate
+from shardplan.search.cli_worker import worker
 
 __all__ = ["app", "main"]
 
@@ -55,6 +56,7 @@ app = typer.Typer(
 )
 for _command in (
     search,
+    worker,
     estimate,
     verify,
     emit,

@@ -96,7 +96,7 @@ class Request(Part):
     """Tokens predicted ahead: off, auto (every depth of the engine is searched) or a depth."""
     collectives: str = "auto"
     """Algorithm between nodes: auto, all (searched) or a name."""
-    engine: Literal["exact", "tpe", "nsga2", "cmaes", "random"]
+    engine: Literal["exact", "tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
     """Search engine."""
     engine_profile: str
     serving: Literal["agg", "disagg", "auto"]
@@ -107,6 +107,8 @@ class Request(Part):
     trials: int | None = None
     robust: bool = False
     """The least worst-case regret under the calibration's bands, in place of the best."""
+    seed_trials: int = Field(default=0, ge=0)
+    """Of these, how many come from a coarse exact pass."""
 
 
 class ModelInfo(Part):

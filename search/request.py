@@ -45,9 +45,11 @@ __all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
 Objective = Literal["throughput", "latency", "cards"]
 SWITCHES = ("weight_prefetch", "fused_collectives")
-SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "cmaes", "random"]
+SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
 DEFAULT_TRIALS = 200
+DEFAULT_SEED_TRIALS = 8
 _MOST_TRIALS = 10**7
+_MOST_SEED_TRIALS = 1000
 _MOST_SEED = 2**32 - 1
 _MOST_SECONDS = 1e7
 _NATIVE = {"fp32": "bf16", "fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}
@@ -80,6 +82,7 @@ class Asked:
     time_limit: float | None = None
     """Seconds after which the exact engine stops with the best so far and its gap."""
     seed: int = 0
+    seed_trials: int | None = None
     engine_profile: str | None = None
     serving: str = "agg"
     prefill_cluster: str | Cluster | None = None
@@ -333,6 +336,22 @@ def _check_words(asked: Asked) -> None:
         if getattr(asked, name) is not None:
             whole(name, getattr(asked, name), most, try_=good)
     whole("seed", asked.seed, _MOST_SEED, try_=0, least=0)
+    if asked.seed_trials is not None:
+        whole("seed_trials", asked.seed_trials, _MOST_SEED_TRIALS, try_=8, least=0)
+
+
+def _seed_trials(asked: Asked, notes: list[str]) -> int:
+    """Strategies of a coarse exact pass that a sampled search starts with."""
+    if asked.engine in ("auto", "exact"):
+        return 0
+    count = DEFAULT_SEED_TRIALS if asked.seed_trials is None else asked.seed_trials
+    count = min(count, asked.trials or DEFAULT_TRIALS)
+    notes.append(
+        f"the first {count} trials are the best of a coarse exact pass (seed_trials)"
+        if count
+        else "no trial comes from an exact pass (seed_trials=0)"
+    )
+    return count
 
 
 def _time_limit(asked: Asked) -> float | None:
@@ -423,6 +442,7 @@ def _request(
     work: Workload,
     limits: Limits,
     settings: dict[str, str],
+    seed_trials: int,
 ) -> Request:
     return Request(
         objective=asked.objective,  # type: ignore[arg-type]  # checked before
@@ -441,6 +461,7 @@ def _request(
         seed=asked.seed,
         trials=asked.trials,
         robust=asked.robust,
+        seed_trials=seed_trials,
     )
 
 
@@ -478,7 +499,7 @@ def resolve(asked: Asked) -> Resolved:
     )
     beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
     return Resolved(
-        request=_request(asked, engine, cards, work, limits, settings),
+        request=_request(asked, engine, cards, work, limits, settings, _seed_trials(asked, notes)),
         spec=spec,
         cluster=cluster,
         engine=engine,

@@ -1,32 +1,58 @@
-"""Where a study lives: in memory, or in any storage of Optuna's, bound to one question.
+"""Where studies live: in memory, or in any storage of Optuna's that many machines may share.
 
     sqlite:///study.db, postgresql://..., mysql://...    a database
     journal:study.log                                    a journal file, safe on shared folders
     grpc://host:port                                     Optuna's storage proxy
+
+A process that is killed while it writes may leave half a line at the end of a journal, which
+nobody has been told is written; whoever holds the lock next cuts it off, else the line that
+follows would be lost with it. Databases do the like themselves.
 
 Passwords in an address are masked in every message.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+import sqlite3
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
 
 if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
-    from optuna.study import Study
 
-__all__ = ["Direction", "open_storage", "open_study", "quiet_optuna"]
+__all__ = ["masked", "open_storage", "quiet_optuna", "refusal", "talking"]
 
-Direction = Literal["maximize", "minimize"]
-_DIGEST = "shardplan_question"
 _GRPC_PORT = 13000
+_CONNECT_S = 10
+_SQLITE_WAIT_S = 60
+"""Most that one writer of an SQLite file waits for another."""
+_LOCK_S = 15
+"""A lock on a journal that is held longer is of a process that died: writes take milliseconds."""
 _HINT = "try sqlite:///study.db or journal:study.log"
+_GO_ON = "finished trials are kept; go on with --resume once it can be written again"
+_DRIVERS = {
+    "postgresql": ("psycopg2", "psycopg"),
+    "postgres": ("psycopg2", "psycopg"),
+    "mysql": ("MySQLdb", "pymysql"),
+}
+"""By scheme: SQLAlchemy's own driver, and the one that is taken where only that is installed."""
+_INSTALL = {
+    "postgres": "pip install 'psycopg[binary]'",
+    "mysql": "pip install pymysql",
+    "redis": "pip install redis",
+    "grpc": "pip install grpcio protobuf",
+}
+_OF_STORAGES = {
+    *("alembic", "grpc", "optuna", "redis", "sqlalchemy"),
+    *("MySQLdb", "psycopg", "psycopg2", "pymysql"),
+}
 
 
 @contextmanager
@@ -51,66 +77,141 @@ def open_storage(address: str | None) -> BaseStorage:
     scheme, _, rest = address.partition(":")
     try:
         if scheme == "journal":
-            from optuna.storages.journal import JournalFileBackend
-
-            return storages.JournalStorage(JournalFileBackend(rest))
+            return _journal(rest)
         if scheme == "grpc":
             host, _, port = rest.removeprefix("//").partition(":")
-            proxy = storages.GrpcStorageProxy(host=host, port=int(port or _GRPC_PORT))
-            proxy.wait_server_ready(timeout=10)
+            with warnings.catch_warnings():  # it is experimental, which a user need not hear
+                warnings.simplefilter("ignore")
+                proxy = storages.GrpcStorageProxy(host=host, port=int(port or _GRPC_PORT))
+            proxy.wait_server_ready(timeout=_CONNECT_S)
             return proxy
-        return storages.get_storage(address)
+        if scheme.startswith("redis"):
+            return storages.get_storage(address)
+        return _database(address)
     except Exception as error:  # every driver and dialect raises errors of its own
-        raise _refused(address, error) from None
+        raise refusal(address, error) from None
 
 
-def open_study(
-    address: str | None,
-    name: str | None,
-    digest: str,
-    sampler: BaseSampler,
-    directions: Sequence[Direction],
-) -> Study:
-    """The study of a question: made anew, or the one that the storage holds.
+def _journal(path: str) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-    Without a `name` it is called after the digest. `InputError` when the storage cannot be
-    opened or its study of that name belongs to another question.
+    # Absolute: the lock is a link beside the file, and a relative one would lead nowhere.
+    file = os.path.abspath(path)
+
+    class MendingLock(JournalFileSymlinkLock):
+        """Whoever holds it finds whole lines only."""
+
+        def acquire(self) -> bool:
+            held = super().acquire()
+            try:
+                cut_torn_line(file)
+            except BaseException:
+                self.release()
+                raise
+            return held
+
+    lock = MendingLock(file, grace_period=_LOCK_S)
+    return JournalStorage(JournalFileBackend(file, lock_obj=lock))
+
+
+def cut_torn_line(path: str) -> None:
+    """Drop what follows the last line's end of a file, if anything does."""
+    with open(path, "rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(end - 4096, 0)
+            file.seek(start)
+            at = file.read(end - start).rfind(b"\n")
+            if at >= 0:
+                end = start + at + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+class _LoggingAhead(sqlite3.Connection):
+    """Writes go to a log that is synced now and then: a trial is a dozen commits.
+
+    A process that is killed loses nothing; a machine that loses its power loses its last commits
+    at most.
     """
-    import optuna
 
-    opened = open_storage(address)
-    name = name or f"shardplan-{digest[:12]}"
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("PRAGMA journal_mode=WAL")
+        self.execute("PRAGMA synchronous=NORMAL")
+
+
+def _database(address: str) -> BaseStorage:
+    from optuna.storages import RDBStorage
+
+    scheme, separator, rest = address.partition("://")
+    usual, other = _DRIVERS.get(scheme, ("", ""))
+    if scheme in _DRIVERS:
+        scheme = "postgresql" if scheme == "postgres" else scheme
+        if find_spec(usual) is None and find_spec(other) is not None:
+            scheme = f"{scheme}+{other}"
+        address = f"{scheme}{separator}{rest}"
+    arguments: dict[str, Any] = {}
+    if scheme.startswith("sqlite"):
+        arguments = {"connect_args": {"timeout": _SQLITE_WAIT_S, "factory": _LoggingAhead}}
+    elif scheme.startswith(("postgresql", "mysql")):
+        arguments = {"pool_pre_ping": True}
+        if "connect_timeout" not in rest:
+            arguments["connect_args"] = {"connect_timeout": _CONNECT_S}
+    return RDBStorage(address, engine_kwargs=arguments)
+
+
+@contextmanager
+def talking(address: str | None) -> Iterator[None]:
+    """A storage that fails inside (down, full, read-only, deleted) becomes one `InputError`."""
     try:
-        study = optuna.create_study(
-            storage=opened,
-            study_name=name,
-            sampler=sampler,
-            directions=list(directions),
-            load_if_exists=True,
-        )
-        held = study.user_attrs.get(_DIGEST)
-        if held is None and not study.get_trials(deepcopy=False):
-            study.set_user_attr(_DIGEST, digest)
-            held = digest
-    except Exception as error:  # as above: the first question may be the first connection
-        raise _refused(address or "memory", error) from None
-    if held != digest:
-        raise InputError(
-            "a study is continued with the question that it was started with",
-            got=f"study {name!r} belongs to another model, cluster, workload, space or version",
-            hint="take another study name, or leave it out",
-        )
-    return study
+        yield
+    except Exception as error:
+        if address is None or not _of_storage(error):
+            raise
+        raise refusal(address, error, "cannot be read or written", _GO_ON) from None
 
 
-def _refused(address: str, error: Exception) -> InputError:
-    """One line, without a password."""
-    masked = re.sub(r"//([^:/@]*):[^@]*@", r"//\1:***@", address)
-    reason = str(error).strip().partition("\n")[0]
-    reason = re.sub(r"//([^:/@]*):[^@]*@", r"//\1:***@", reason)
-    got = f"{masked}: {type(error).__name__}"
+def _of_storage(error: Exception) -> bool:
+    """Whether a storage or its driver raised it."""
+    if isinstance(error, InputError):
+        return False
+    kinds = {one.__module__.partition(".")[0] for one in type(error).__mro__}
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    return (
+        isinstance(error, OSError)
+        or bool(kinds & _OF_STORAGES)
+        or place.startswith(("optuna.storages", "sqlalchemy"))
+    )
+
+
+def masked(text: str) -> str:
+    """The text without the passwords of addresses in it."""
+    text = re.sub(r"//([^:/@\s]*):[^/\s]*@", r"//\1:***@", text)
+    return re.sub(r"(?i)(password=)[^&\s]+", r"\1***", text)
+
+
+def refusal(
+    address: str, error: Exception, what: str = "cannot be opened", hint: str = _HINT
+) -> InputError:
+    """One line, without a password: what the driver itself said."""
+    root: BaseException = error
+    while (inner := getattr(root, "orig", None) or root.__cause__) is not None:
+        root = inner
+    reason = masked(str(root).strip().partition("\n")[0])
+    got = f"{masked(address)}: {type(root).__name__}"
+    if isinstance(error, ImportError):
+        hint = next((h for s, h in _INSTALL.items() if address.startswith(s)), hint)
+    elif "storage upgrade" in str(error):
+        hint = "run `optuna storage upgrade --storage URL`, or take the Optuna that made it"
     return InputError(
-        "the storage of the study cannot be opened",
+        f"the storage of the study {what}",
         got=f"{got}: {reason}" if reason else got,
-        hint=_HINT,
+        hint=hint,
     )
