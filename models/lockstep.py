@@ -3,7 +3,8 @@
 A tensor is one array [*mesh, *local dims], so one operator runs on all ranks at once and a
 collective is an operation over the leading axes. Pipeline stages run one after another and hand
 the hidden state over through a mailbox that only `send` fills and only `recv` empties. KV caches
-are per-rank state: appended by `cache` operators, cleared by `reset`.
+are per-rank state: appended by `cache` operators, cleared by `reset`; `shardplan.models.kvcache`
+keeps which token lies where.
 
 The executor also writes down what it did (`log`): each collective with the elements that it
 really moved, so that the cost model's prediction can be held against it.
@@ -18,7 +19,8 @@ import numpy as np
 
 from shardplan.models.apply import ShardedGraph, ShardedOp, Stage
 from shardplan.models.errors import ProofError
-from shardplan.models.kernels import KERNELS, Call
+from shardplan.models.kernels import KERNELS, Call, own_part
+from shardplan.models.kvcache import Places, Slots
 from shardplan.models.parallel import Mesh
 from shardplan.models.weights import Array, Weight, local_weight, param_key, place
 
@@ -52,6 +54,7 @@ class LockStep:
     weight_bytes: dict[int, int] = field(default_factory=dict)
     """Bytes of weights that one rank of each stage holds."""
     _cache: dict[tuple[int, str], Array] = field(default_factory=dict)
+    _slots: dict[tuple[int, str], Slots] = field(default_factory=dict)
     _mail: dict[int, Array] = field(default_factory=dict)
     _local: dict[tuple[int, str, int, str], Array] = field(default_factory=dict)
     _counted: set[tuple[int, str]] = field(default_factory=set)
@@ -67,6 +70,7 @@ class LockStep:
     def reset(self) -> None:
         """Forget every cached token."""
         self._cache.clear()
+        self._slots.clear()
 
     def cached_elements(self, stage: Stage) -> int:
         """KV elements that one rank of a stage holds now."""
@@ -88,8 +92,8 @@ class LockStep:
         return unplace(out, head.op(head.exit), graph.mesh)
 
     def _past(self) -> int:
-        for array in self._cache.values():
-            return int(array.shape[len(self.decode_graph.mesh.shape) + 1])
+        for key in self._cache:
+            return self._slots[key].tokens
         return 0
 
     def _run_stage(self, graph: ShardedGraph, stage: Stage, ids: np.ndarray, past: int) -> Array:
@@ -152,6 +156,8 @@ class LockStep:
         op = node.op
         if op is None:
             raise ProofError("an operator lost its definition", got=node.name)
+        key = (layer, op.state)
+        slots, source = self._append(node, graph, layer, given[0]) if op.state else (None, None)
         call = Call(
             node=node,
             op=op,
@@ -161,7 +167,9 @@ class LockStep:
             input_dims=given[1],
             weight=self.weight(node, graph, stage, layer),
             past=past,
-            held=self._cache.get((layer, op.state)),
+            held=self._cache.get(key),
+            source=source,
+            keys_at=self._keys_at(node, graph, layer) if "S" in op.whole else None,
         )
         try:
             out = KERNELS[op.kind](call)
@@ -169,9 +177,29 @@ class LockStep:
             raise ProofError(
                 "an operator cannot run on the shards it is given", got=f"{node.name}: {error}"
             ) from error
-        if op.state:
-            self._cache[layer, op.state] = out
+        if slots is not None:
+            self._cache[key], self._slots[key] = out, slots
         return out
+
+    def _append(
+        self, node: ShardedOp, graph: ShardedGraph, layer: int, inputs: tuple[Array, ...]
+    ) -> tuple[Slots, Places]:
+        """Slots of a cache after this call, and where their entries come from, `[*mesh, slots]`."""
+        op = node.op
+        key = (layer, op.state if op is not None else "")
+        held = (
+            self._slots[key] if key in self._cache else Slots.empty(graph.split("S", node.layout))
+        )
+        tokens = inputs[0].shape[len(graph.mesh.shape) + 1]
+        slots, source = held.appended(tokens, dealt=op is not None and bool(op.cut_as))
+        return slots, source[own_part(node.layout, "S", graph.mesh)]
+
+    def _keys_at(self, node: ShardedOp, graph: ShardedGraph, layer: int) -> Places:
+        """Positions of the keys that each rank attends to: its own part's, or those of all."""
+        slots = next(one for (where, _), one in self._slots.items() if where == layer)
+        if "W" in node.dims:
+            return slots.at[own_part(node.layout, "W", graph.mesh)]
+        return slots.at.reshape([1] * len(graph.mesh.shape) + [-1])
 
     def weight(
         self, node: ShardedOp, graph: ShardedGraph, stage: Stage, layer: int

@@ -161,7 +161,8 @@ def test_every_legal_strategy_is_proven(data: st.DataObject) -> None:
         return
     cuts_tokens = par.sp or (par.ep > 1 and par.exchange == "alltoall")
     ways = par.tp if cuts_tokens else 1
-    drawn = Case(spec=spec, parallel=par, batch=2 * par.dp * ways, tokens=2 * ways)
+    batch, tokens = 2 * par.dp * ways * par.cp, 2 * ways * par.cp
+    drawn = Case(spec=spec, parallel=par, batch=batch, tokens=tokens)
     for case in (drawn, shrink(spec, par)):
         checks = prove_case(case) + prove_case(case, quantized=True)
         assert [check for check in checks if not check.passed] == []
