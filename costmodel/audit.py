@@ -35,7 +35,7 @@ def _charged(model: StepModel, graph: ShardedGraph, batch: int, tokens: int) -> 
                 for span in row.spans:
                     ranks *= span.members
                 whole_step = row.group != "logits" or graph.model.phase == "decode"
-                moved = batch * (tokens if whole_step else 1)
+                moved = batch * (tokens if whole_step else 1)  # the context has no prefix here
                 found[stage.index, row.kind, ranks] += count * round(row.n * -(-moved // row.ways))
     return found
 
@@ -44,7 +44,8 @@ def audit_collectives(model: StepModel, phase: Phase) -> str:
     """The charged collectives in words; `ProofError` where they are not the graph's."""
     graph = model.graphs[phase]
     par = graph.parallel
-    batch, tokens = 2 * par.dp * par.tp, 4 * par.tp if phase == "prefill" else 1
+    every = par.tp * par.cp
+    batch, tokens = 2 * par.dp * every, 4 * every if phase == "prefill" else 1
     made: Counter[Key] = Counter()
     for one in predict_communication(graph, batch, tokens, tokens, logits=model.engine.sampling):
         made[one.stage, one.kind, one.ranks] += one.elements
@@ -73,7 +74,7 @@ def _held(graph: ShardedGraph, stage: Stage) -> tuple[int, float]:
                 weights += graph.model.size(op.weight) // ways
             if op.state:
                 dims = tuple(d for d in op.dims if d not in FREE_DIMS)
-                ways = graph.mesh.size(tuple(a for a, d in node.layout if d in dims))
+                ways = graph.mesh.size(tuple(a for a, d in node.layout if d in (*dims, "S")))
                 cached += graph.model.size(dims) / ways
     return weights, cached
 

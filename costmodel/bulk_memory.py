@@ -105,6 +105,8 @@ class FleetMemory:
     groups: Array
     heads: Array
     head_dim: Array
+    contexts: Array
+    """Ranks that share a context, of each ledger."""
 
     @classmethod
     def of(
@@ -146,6 +148,7 @@ class FleetMemory:
             groups=_numbers([float(one.parallel.dp) for one in graphs]),
             heads=_numbers([_heads(one) for one in graphs]),
             head_dim=_numbers([float(one.model.spec.head_dim) for one in graphs]),
+            contexts=_numbers([float(one.parallel.cp) for one in graphs]),
         )
 
     def at(self, which: Indices, choice: Indices) -> FleetMemory:
@@ -168,7 +171,7 @@ class FleetMemory:
 
     def _blocks(self, context: Array) -> Array:
         """Tokens of a sequence in whole blocks of the cache."""
-        block = float(self.ledgers[0].engine.kv_block_tokens)
+        block = float(self.ledgers[0].engine.kv_block_tokens) * self.contexts[self.which]
         return np.asarray(np.ceil(context / block) * block)
 
     def _stages(self, batch: Array, step_tokens: Array, context: Array) -> Array:
@@ -207,7 +210,7 @@ class FleetMemory:
             held[some] = attention_workspace_bytes(
                 self.machine,
                 np.maximum(step / np.maximum(seen, 1.0), 1.0),
-                np.minimum(step, seen),
+                np.minimum(step, seen) / self.contexts[ledger],
                 seen,
                 self.heads[ledger],
                 self.head_dim[ledger],

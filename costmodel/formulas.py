@@ -8,6 +8,14 @@ and asks the kernel formula of the row's kind for the local sizes. Two know more
     norm     a norm that also quantizes writes one byte an element in place of two. Its input side
              keeps the norm's rate; the written byte goes at the rate of the kernel that quantizes:
              norm(elements, bytes - 2) + elements * 1 / (L2 * e_quantize)
+
+Where W ranks share a context (`Row.parts`), a rank has T / W new tokens of a prompt, and they see
+on average what all of them see (balanced pieces of the causal half):
+
+    (T / W) (P' + T / 2 W) = (T / W) (P + T / 2)          P' = P + T (1 - 1 / W) / 2
+
+In decode a token sees S / W keys on each of them. Left out: keys after a rank's last query, which
+reach it and are not read.
 """
 
 from __future__ import annotations
@@ -38,7 +46,13 @@ _WRITTEN_BYTES = 2.0
 
 def local_tokens(row: Row, load: Load, groups: int) -> Array:
     """Local tokens of a row: those of all dp groups, cut `ways` ways, rounded up."""
-    return np.ceil(load.tokens * groups / row.ways)
+    tokens = _attended(row, load) if row.group == "attention" else load.tokens
+    return np.ceil(tokens * groups / row.ways)
+
+
+def _attended(row: Row, load: Load) -> Array:
+    """Tokens of one dp group that an attention row runs over: the new ones, or the context."""
+    return load.batch * (load.prefix + load.new if row.context else load.new)
 
 
 def matmul_time(
@@ -64,7 +78,7 @@ def matmul_time(
 def matmul_rows(model: StepModel, row: Row, load: Load) -> Array:
     """Rows (tokens) of a product's input on one rank, at least one."""
     if row.group == "attention":
-        tokens = load.batch * (load.prefix + load.new if row.context else load.new)
+        tokens = _attended(row, load)
     else:
         tokens = local_tokens(row, load, model.groups)
     return np.maximum(tokens, 1.0)
@@ -119,13 +133,19 @@ def _norm(model: StepModel, row: Row, load: Load) -> KernelTime:
     )
 
 
+def _own_queries(row: Row, load: Load) -> tuple[Array, Array]:
+    """(new tokens, tokens before them) of a prompt on one of the ranks that share it."""
+    before = load.new * (1.0 - 1.0 / row.parts) / 2.0
+    return load.new / row.parts, load.prefix + before
+
+
 def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
     window = int(row.window) or None
     if load.phase == "decode":
         return attention_decode(
             model.machine,
             load.batch,
-            load.prefix + load.new,
+            (load.prefix + load.new) / row.parts,
             row.heads,
             row.kv_heads,
             row.head_dim,
@@ -133,11 +153,12 @@ def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
             kv_dtype=load.kv_dtype,
             window=window,
         )
+    new, before = _own_queries(row, load)
     return attention_prefill(
         model.machine,
         load.batch,
-        load.new,
-        load.prefix,
+        new,
+        before,
         row.heads,
         row.kv_heads,
         row.head_dim,
@@ -148,11 +169,12 @@ def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
 
 
 def _mla_prefill(model: StepModel, row: Row, load: Load) -> KernelTime:
+    new, before = _own_queries(row, load)
     return mla_prefill(
         model.machine,
         load.batch,
-        load.new,
-        load.prefix,
+        new,
+        before,
         row.heads,
         row.head_dim,
         row.rope_dim,
@@ -165,7 +187,7 @@ def _mla_decode(model: StepModel, row: Row, load: Load) -> KernelTime:
     return mla_decode(
         model.machine,
         load.batch,
-        load.prefix + load.new,
+        (load.prefix + load.new) / row.parts,
         row.heads,
         row.head_dim,
         row.rope_dim,

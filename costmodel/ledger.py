@@ -2,14 +2,18 @@
 
     weights        elements at the strategy's dtype, with one fp32 scale per output channel where
                    quantized per channel (4-bit: one 16-bit scale per group of 128 inputs)
-    kv cache       elements a token * bytes * tokens in whole blocks * sequences
+    kv cache       elements a token * bytes * tokens in whole blocks * sequences; where c ranks
+                   share a context each holds whole blocks of its share: blocks of c times as many
+                   tokens, a c-th of them on a rank
     activations    the largest sum of tensors alive at once over the graph (liveness), at the
                    tokens of one step, 16-bit (logits fp32), plus the attention kernel's workspace
     communicators  buffers of every communicator that the layout needs
     reserve        runtime, captured graphs, workspaces (engine profile)
 
     capacity       memory_fraction * card
-Left out: allocator fragmentation; static scales of an int8 cache (one per channel, kilobytes).
+Left out: allocator fragmentation; cached keys of a prompt's earlier chunks while they are gathered
+to ranks that share a context (one layer at a time); static scales of an int8 cache (one per
+channel, kilobytes).
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from shardplan.costmodel.kernels.base import Array, ArrayLike, Machine, as_array
 from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.models.accounting import local_product, stage_weights, state_elements_per_token
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
+from shardplan.models.modules import MODULES
 
 __all__ = ["Ledger", "StageMemory", "weight_element_bytes"]
 
@@ -135,15 +140,21 @@ class Ledger:
 
     @property
     def communicators(self) -> int:
-        """Communicators that one rank takes part in: tp, dp, ep, pp where they have ranks."""
+        """Communicators that one rank takes part in: tp, dp, ep, pp, cp where they have ranks.
+
+        One more for each number of dp groups that modules are split over, but for all of them
+        where the ranks of dp have one anyway.
+        """
         par, groups = self.graph.parallel, self.graph.mesh.groups
         dense = self.graph.model.spec.moe is None
         used = [par.tp > 1, par.pp > 1, par.dp > 1 and not dense]
         used.append(bool(groups["ep"]) and groups["ep"] != groups["tp"])
-        return sum(used)
+        used.append(par.cp > 1)
+        modules = {groups[f"{one}+"] for one in MODULES} - {(), groups["dp"] if not dense else ()}
+        return sum(used) + len(modules)
 
     def kv_bytes_per_token(self, stage: Stage, kv_dtype: str) -> float:
-        """Cache bytes that one token of one sequence takes on one rank of a stage."""
+        """Cache bytes that one token of one sequence takes on a rank of a stage, on average."""
         elements = self._known("kv", stage, lambda: state_elements_per_token(self.graph, stage))
         return elements * kv_element_bytes(kv_dtype)
 
@@ -175,7 +186,7 @@ class Ledger:
     ) -> Array:
         """Scratch of the attention kernel over the prompts that fill one step."""
         spec, par = self.graph.model.spec, self.graph.parallel
-        new = np.minimum(tokens, context)
+        new = np.minimum(tokens, context) / par.cp
         return attention_workspace_bytes(
             machine,
             np.maximum(tokens / np.maximum(context, 1.0), 1.0),
@@ -202,7 +213,7 @@ class Ledger:
         context: ArrayLike,
     ) -> list[StageMemory]:
         """What each stage holds for `batch` sequences of `context` tokens, steps of `tokens`."""
-        block = float(self.engine.kv_block_tokens)
+        block = float(self.engine.kv_block_tokens * self.graph.parallel.cp)
         cached = as_array(batch) * np.ceil(as_array(context) / block) * block
         activations = self.activations_bytes(machine, tokens, context, attention)
         logits = self.logits_bytes(batch)

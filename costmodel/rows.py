@@ -45,11 +45,13 @@ _POINTWISE_BYTES: Mapping[str, float] = {
     "topk_router": 6.0,
     "dispatch": 4.0,
     "combine": 4.0,
+    "attention_merge": 5.0,
     "select": 4.0,
     "softmax_sample": 4.0,
 }
 """Bytes that one element of the output (routed element for dispatch and combine) makes a kernel
-move: 16-bit reads of its inputs and writes of its outputs."""
+move: 16-bit reads of its inputs and writes of its outputs. Of `attention_merge`, one element of
+its input: a 32-bit read, and at most half a 16-bit write (two parts or more make one)."""
 
 _KIND_OF_POINTWISE: Mapping[str, str] = {
     "add": "add",
@@ -61,6 +63,7 @@ _KIND_OF_POINTWISE: Mapping[str, str] = {
     "select": "slice",
     "dispatch": "slice",
     "combine": "add",
+    "attention_merge": "add",
 }
 """Which fitted pointwise kernel stands for an operator that has none of its own."""
 
@@ -78,7 +81,7 @@ class Row:
     width: float = 0.0
     """Pointwise: elements a token."""
     context: bool = False
-    """The rows are the context's tokens, not the new ones."""
+    """The rows are the context's tokens, not the new ones (attention's rows only)."""
     weight_class: WeightClass = "none"
     experts: float = 0.0
     """Local experts of a grouped matmul."""
@@ -92,6 +95,12 @@ class Row:
     value_dim: float = 0.0
     rope_dim: float = 0.0
     window: float = 0.0
+    parts: float = 1.0
+    """Attention: ranks that share the queries of a prompt or, in decode, the cache."""
+    element_bytes: float = 2.0
+    """Collective: bytes of one element."""
+    settled: bool = False
+    """Collective of logits: it waits for no rank that a step has not waited for anyway."""
     spans: tuple[TierSpan, ...] = ()
     fuse: str = ""
     quantized: bool = False

@@ -31,6 +31,8 @@ prompt once, while it waits or while it decodes:
 A pipeline of p stages runs p microbatches of slots at once: a step takes
 max(sum of stages, p * slowest stage at b / p); a prompt of several chunks flows through it with
 (chunks - 1) bubbles of the slowest stage.
+Ranks that share a context (c) split a prompt's tokens and each compute the decoding ones, so that a
+mixed step's e + u tokens count as c e + u of those that are split.
 With `offered` requests a second, slots fill by Little's law: b = rate * latency.
 
 Left out: length distributions, bursts, preemption, the start and end of a run (`run_out` adds
@@ -175,7 +177,8 @@ def _prompt_stages(
     engine = model.engine
     piece, prompt = shares.piece, shares.prompt
     kept = as_array(given.input_len) - prompt
-    tokens = Load.of("prefill", engine, tokens=sequences + piece, weight_dtype=given.weight_dtype)
+    every = sequences * as_array(model.context_ranks) + piece
+    tokens = Load.of("prefill", engine, tokens=every, weight_dtype=given.weight_dtype)
     many, new = np.maximum(piece / prompt, 1.0), np.minimum(piece, prompt)
     chunk = Load.of(
         "prefill",

@@ -2,7 +2,7 @@
 
 A `Parallelism` names axis sizes; a `Mesh` factors them into sub-axes, major to minor:
 
-    dp = dp0 * dp1 * ...      cut at each number of neighbouring groups that share experts or modules
+    dp = dp0 * dp1 * ...      cut at each number of groups that share experts or modules
     cp = cp0 * cp1            cp1: the context-parallel ranks that share experts
     tp = tp0 * tp1 * tp2      cut where kv heads run out and where experts run out
 
@@ -33,7 +33,6 @@ from shardplan.models.modules import (
     expert_groups,
     groups_of,
     module_is_whole,
-    module_ranks,
     o_dim,
 )
 from shardplan.models.spec import ModelSpec

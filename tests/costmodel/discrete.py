@@ -52,6 +52,7 @@ class LinearModel:
 
     groups = 1
     locked = 1
+    context_ranks = 1
     stages = 1
 
     def __init__(self, engine: str) -> None:
