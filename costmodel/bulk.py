@@ -63,6 +63,7 @@ _PLAIN = (
     "spans",
     "quantized",
     "element_bytes",
+    "settled",
 )
 """What else a formula reads."""
 _UNREAD = ("fuse",)

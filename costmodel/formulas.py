@@ -9,13 +9,13 @@ and asks the kernel formula of the row's kind for the local sizes. Two know more
              keeps the norm's rate; the written byte goes at the rate of the kernel that quantizes:
              norm(elements, bytes - 2) + elements * 1 / (L2 * e_quantize)
 
-Where W ranks share a context (`Row.parts`), a rank has T / W new tokens of a prompt, and they see
-on average what all of them see (balanced pieces of the causal half):
+Where W ranks share a context (`Row.parts`), each has T / W new tokens of a prompt. The kernel is
+that of the last T / W, which see every key, and its body shrinks to the scores of balanced pieces
+(zig-zag), T (P + T / 2) / W; without a causal skip (naive) all pieces are alike:
 
-    (T / W) (P' + T / 2 W) = (T / W) (P + T / 2)          P' = P + T (1 - 1 / W) / 2
+    body = body(T / W, P + T - T / W) (P + T / 2) / (P + T - T / 2 W)
 
-In decode a token sees S / W keys on each of them. Left out: keys after a rank's last query, which
-reach it and are not read.
+In decode a token sees S / W keys on each of them.
 """
 
 from __future__ import annotations
@@ -133,10 +133,20 @@ def _norm(model: StepModel, row: Row, load: Load) -> KernelTime:
     )
 
 
-def _own_queries(row: Row, load: Load) -> tuple[Array, Array]:
-    """(new tokens, tokens before them) of a prompt on one of the ranks that share it."""
-    before = load.new * (1.0 - 1.0 / row.parts) / 2.0
-    return load.new / row.parts, load.prefix + before
+def _own_queries(row: Row, load: Load) -> tuple[Array, Array, Array]:
+    """(new tokens, tokens before them, share of their body) of a prompt on one of its ranks."""
+    new, before = load.new / row.parts, load.prefix + load.new * (1.0 - 1.0 / row.parts)
+    if load.attention == "naive":
+        return new, before, np.ones(())
+    mean, last = load.prefix + load.new / 2.0, before + new / 2.0
+    return new, before, np.asarray(mean / np.maximum(last, 0.5))
+
+
+def _balanced(time: KernelTime, share: Array) -> KernelTime:
+    """A kernel whose body is a share of what it would be for the last tokens of a prompt."""
+    compute, memory = time.compute_s * share, time.memory_s * share
+    saved = (time.compute_s + time.memory_s) * (1.0 - share)
+    return KernelTime(time.total_s - saved, compute, memory, time.overhead_s)
 
 
 def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
@@ -153,8 +163,8 @@ def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
             kv_dtype=load.kv_dtype,
             window=window,
         )
-    new, before = _own_queries(row, load)
-    return attention_prefill(
+    new, before, share = _own_queries(row, load)
+    time = attention_prefill(
         model.machine,
         load.batch,
         new,
@@ -166,11 +176,12 @@ def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
         kv_dtype=load.kv_dtype,
         window=window,
     )
+    return _balanced(time, share)
 
 
 def _mla_prefill(model: StepModel, row: Row, load: Load) -> KernelTime:
-    new, before = _own_queries(row, load)
-    return mla_prefill(
+    new, before, share = _own_queries(row, load)
+    time = mla_prefill(
         model.machine,
         load.batch,
         new,
@@ -181,6 +192,7 @@ def _mla_prefill(model: StepModel, row: Row, load: Load) -> KernelTime:
         row.value_dim,
         kernel=load.attention,
     )
+    return _balanced(time, share)
 
 
 def _mla_decode(model: StepModel, row: Row, load: Load) -> KernelTime:

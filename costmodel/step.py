@@ -170,9 +170,8 @@ class StepModel:
         """Price of one row under a load."""
         if row.is_collective:
             time = self.collective_time(row, load)
-            once = (
-                row.group == "logits" and not row.settled
-            )  # the last rank of a step is waited for once
+            # the last rank of a step is waited for once
+            once = row.group == "logits" and not row.settled
             late_s = self.engine.skew_s(load.phase, group_size(row.spans)) if once else 0.0
             return Parts(np.zeros(()), np.zeros(()), time.total_s + late_s, np.zeros(()), 1.0)
         if row.fused is not None:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shardplan.models.errors import InputError
+from shardplan.models.modules import MODULES, module_ranks
 from shardplan.search.emit.common import (
     Raw,
     Slot,
@@ -131,6 +132,12 @@ def _check_strategy(plan: Plan, family: str) -> None:
         if size > 1:
             hint = f"search with {axis}=1{more}{_or_elsewhere(family)}"
             raise refuse(_TARGET, rule, got=f"{axis}={size}", hint=hint)
+    for module in MODULES:
+        ranks = module_ranks(way.parallelism(), module)
+        if ranks != way.tp:
+            rule = "the compiler splits all modules over the same ranks"
+            hint = f"search with {module}_tp=0{_or_elsewhere(family)}"
+            raise refuse(_TARGET, rule, got=f"{module}_tp={ranks}, tp={way.tp}", hint=hint)
 
 
 def _or_elsewhere(family: str) -> str:

@@ -6,8 +6,9 @@
 
 Flags, environment and quantization schemes are those of `search/data/vllm_ascend.toml`, which
 names the releases they were read from; how ranks become servers is in `vllm_layout`. Lengths are
-rounded up to the KV block. Left out, and refused: context parallelism (vLLM's differs from the
-plan's), unfused attention, dtypes without a scheme.
+rounded up to the KV block; modules split over data-parallel ranks are in `vllm_modules`. Left out,
+and refused: context parallelism (the plugin has it for prefill and decode apart, for some models
+and runners), unfused attention, dtypes without a scheme.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from shardplan.search.emit.common import (
     table,
 )
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
+from shardplan.search.emit.vllm_modules import module_rules, module_sizes
 from shardplan.search.emit.vllm_readme import bench, readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
@@ -87,6 +89,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
             f"try sp off, or ep={way.tp}",
         ),
         *_switch_rules(plan, family),
+        *module_rules(plan),
         (
             0 < plan.model.max_context < longest,
             "requests must fit the model's context",
@@ -284,6 +287,8 @@ def _additional(plan: Plan) -> list[Flag]:
         on[names["weight_prefetch"]] = {"enabled": True}
     if way.fused_collectives:
         on[names["fused_collectives"]] = True
+    if modules := module_sizes(plan):
+        on[names["module_ranks"]] = modules
     return [("--additional-config", json.dumps(on))] if on else []
 
 

@@ -174,7 +174,7 @@ def parallelisms(draw: st.DrawFn, spec: ModelSpec) -> Parallelism:
 
 
 @st.composite
-def _module_widths(draw: st.DrawFn, spec: ModelSpec, par: Parallelism) -> dict[str, int]:
+def _module_widths(draw: st.DrawFn, spec: ModelSpec, par: Parallelism) -> dict[str, Any]:
     """Ranks of single modules: as tp, whole, or over some dp groups where contexts are whole."""
     groups = {par.dp, draw(st.sampled_from([1, 2]))} if par.cp == 1 else {1}
     widths = st.sampled_from([0, 1, *(par.tp * m for m in sorted(groups))])
