@@ -73,7 +73,7 @@ def _group(op: Op, phase: str) -> Group:
         return "logits"
     if "S" in op.dims and op.kind != "cache":
         return "attention"
-    if op.kind in (*_ATTENTION, "attention_merge"):
+    if op.kind in (*_ATTENTION, "context_merge"):
         return "attention"
     if phase == "decode" and op.weight_class == "absorbed":
         return "attention"
@@ -133,7 +133,7 @@ def _attention(graph: ShardedGraph, node: ShardedOp, op: Op) -> Row:
 
 def _merge(graph: ShardedGraph, node: ShardedOp) -> Row:
     """The merge of partial results: it reads those of all parts."""
-    row, sizes = _pointwise(graph, node, "attention_merge"), graph.model.sizes
+    row, sizes = _pointwise(graph, node, "context_merge"), graph.model.sizes
     return replace(row, width=row.width / sizes[node.dims[-1]] * sizes["W"] * sizes["P"])
 
 
@@ -197,7 +197,7 @@ def _node_row(graph: ShardedGraph, node: ShardedOp, op: Op, engine: EngineProfil
         return _matmul(graph, node, op)
     if op.kind in _ATTENTION:
         return _attention(graph, node, op)
-    if op.kind == "attention_merge":
+    if op.kind == "context_merge":
         return _merge(graph, node)
     if op.kind == "cache":
         row = replace(_pointwise(graph, node, "kv_append"), group="token")

@@ -45,12 +45,12 @@ _POINTWISE_BYTES: Mapping[str, float] = {
     "topk_router": 6.0,
     "dispatch": 4.0,
     "combine": 4.0,
-    "attention_merge": 5.0,
+    "context_merge": 5.0,
     "select": 4.0,
     "softmax_sample": 4.0,
 }
 """Bytes that one element of the output (routed element for dispatch and combine) makes a kernel
-move: 16-bit reads of its inputs and writes of its outputs. Of `attention_merge`, one element of
+move: 16-bit reads of its inputs and writes of its outputs. Of `context_merge`, one element of
 its input: a 32-bit read, and at most half a 16-bit write (two parts or more make one)."""
 
 _KIND_OF_POINTWISE: Mapping[str, str] = {
@@ -63,7 +63,7 @@ _KIND_OF_POINTWISE: Mapping[str, str] = {
     "select": "slice",
     "dispatch": "slice",
     "combine": "add",
-    "attention_merge": "add",
+    "context_merge": "add",
 }
 """Which fitted pointwise kernel stands for an operator that has none of its own."""
 

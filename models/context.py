@@ -43,7 +43,7 @@ def _split(op: Op) -> tuple[Op, Op]:
     )
     merge = Op(
         name=op.name,
-        kind="attention_merge",
+        kind="context_merge",
         role="heads",
         inputs=(PART,),
         dims=op.dims,

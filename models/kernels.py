@@ -185,7 +185,7 @@ def _attend(call: Call, scores: Array, values: str, held: Array) -> Array:
     return np.concatenate([out, together], axis=-1)[..., None, :]
 
 
-def _attention_merge(call: Call) -> Array:
+def _context_merge(call: Call) -> Array:
     parts, together = call.inputs[0][..., :-1], call.inputs[0][..., -1:]
     weights = np.exp(together - together.max(axis=-2, keepdims=True))
     merged: Array = (weights * parts).sum(axis=-2) / weights.sum(axis=-2)
@@ -267,7 +267,7 @@ def _select(call: Call) -> Array:
 KERNELS: Mapping[str, Callable[[Call], Array]] = {
     "add": _add,
     "attention": _attention,
-    "attention_merge": _attention_merge,
+    "context_merge": _context_merge,
     "bias": _bias,
     "cache": _cache,
     "combine": _combine,

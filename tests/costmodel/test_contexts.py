@@ -65,7 +65,11 @@ def kind_s(case: Priced, phase: Phase, kind: str, batch: int, new: int, prefix: 
 def test_two_ranks_halve_the_attention_of_a_long_prompt(prefix: int) -> None:
     """Each has half of the queries, and they see what a mean query sees."""
     alone, both = price(LLAMA, Parallelism(tp=2)), price(LLAMA, Parallelism(tp=2, cp=2))
-    for phase, many, new, before in (("prefill", 1, 65536, prefix), ("decode", 32, 1, 131072)):
+    passes: list[tuple[Phase, int, int, int]] = [
+        ("prefill", 1, 65536, prefix),
+        ("decode", 32, 1, 131072),
+    ]
+    for phase, many, new, before in passes:
         whole = kind_s(alone, phase, "attention", many, new, before)
         half = kind_s(both, phase, "attention", many, new, before)
         assert half == pytest.approx(whole / 2, rel=0.08), phase
@@ -79,7 +83,8 @@ def test_the_work_of_a_rank_is_an_even_share_of_the_causal_half_by_hand() -> Non
     new, before, share = map(float, _own_queries(replace(row, parts=2.0), asked))
     assert (new, before) == (4.0, 8.0)
     assert share * new * (before + new / 2) == 8 * (4 + 8 / 2) / 2
-    assert _own_queries(replace(row, parts=1.0), asked) == (8.0, 4.0, 1.0)
+    alone = tuple(map(float, _own_queries(replace(row, parts=1.0), asked)))
+    assert alone == (8.0, 4.0, 1.0)
 
 
 def moved(case: Priced, phase: Phase, kind: str) -> list[tuple[str, float, bool, int, float]]:

@@ -321,7 +321,7 @@ class EmptySlotsSeen(Fault):
 class EvenMerge(_Computes):
     """Results of the parts of a context are averaged, whatever they have seen."""
 
-    kinds = ("attention_merge",)
+    kinds = ("context_merge",)
 
     def instead(self, compute: Callable[[ShardedOp, int], Array], call: dict[str, Any]) -> Array:
         (x,) = call["given"][0]
@@ -332,7 +332,7 @@ class EvenMerge(_Computes):
 class OnlyOwnPart(_Computes):
     """A rank takes the first part's result for the whole context's."""
 
-    kinds = ("attention_merge",)
+    kinds = ("context_merge",)
 
     def instead(self, compute: Callable[[ShardedOp, int], Array], call: dict[str, Any]) -> Array:
         (x,) = call["given"][0]

@@ -156,7 +156,7 @@ MUTANTS = {
         f"{DIFFERS}|{UNEQUAL}",
     ),
     "merge left out": Mutant(
-        "cp", lambda node: () if node.kind == "attention_merge" else (node,), f"{DIFFERS}|{MISFIT}"
+        "cp", lambda node: () if node.kind == "context_merge" else (node,), f"{DIFFERS}|{MISFIT}"
     ),
     "keys gathered over the data-parallel ranks": Mutant(
         "cp",
