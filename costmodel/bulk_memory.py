@@ -20,7 +20,7 @@ import numpy as np
 from shardplan.costmodel.bulk import Dtypes, Indices
 from shardplan.costmodel.kernels.attention import AttentionKernel, attention_workspace_bytes
 from shardplan.costmodel.kernels.base import Array, Machine
-from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.ledger import Ledger, gathered_elements
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
 
 __all__ = ["FleetMemory", "Held"]
@@ -107,6 +107,8 @@ class FleetMemory:
     head_dim: Array
     contexts: Array
     """Ranks that share a context, of each ledger."""
+    gathered: Array
+    """Elements of a token that such ranks gather in one layer, of each ledger."""
 
     @classmethod
     def of(
@@ -149,6 +151,9 @@ class FleetMemory:
             heads=_numbers([_heads(one) for one in graphs]),
             head_dim=_numbers([float(one.model.spec.head_dim) for one in graphs]),
             contexts=_numbers([float(one.parallel.cp) for one in graphs]),
+            gathered=_numbers(
+                [gathered_elements(one) if one.parallel.cp > 1 else 0.0 for one in graphs]
+            ),
         )
 
     def at(self, which: Indices, choice: Indices) -> FleetMemory:
@@ -196,7 +201,9 @@ class FleetMemory:
         held = np.ceil(step[point] / alive.ways[tensor]) * alive.elements[tensor]
         np.add.at(sums, alive.template[tensor] * points + point, held)
         peak = sums.reshape(alive.templates, points).max(axis=0)
-        return np.asarray(peak * _ACTIVATION_BYTES + self._workspace(tokens, context))
+        earlier = np.maximum(context - tokens, 0.0) * self.gathered[self.which]
+        own = peak * _ACTIVATION_BYTES + self._workspace(tokens, context)
+        return np.asarray(own + earlier * _ACTIVATION_BYTES)
 
     def _workspace(self, tokens: Array, context: Array) -> Array:
         """Scratch of the attention kernel over the prompts that fill one step."""

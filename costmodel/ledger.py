@@ -7,13 +7,13 @@
                    tokens, a c-th of them on a rank
     activations    the largest sum of tensors alive at once over the graph (liveness), at the
                    tokens of one step, 16-bit (logits fp32), plus the attention kernel's workspace
+                   and, where ranks share a context, one layer's keys and values of a prompt's
+                   earlier chunks, gathered
     communicators  buffers of every communicator that the layout needs
     reserve        runtime, captured graphs, workspaces (engine profile)
 
     capacity       memory_fraction * card
-Left out: allocator fragmentation; cached keys of a prompt's earlier chunks while they are gathered
-to ranks that share a context (one layer at a time); static scales of an int8 cache (one per
-channel, kilobytes).
+Left out: allocator fragmentation; static scales of an int8 cache (one per channel, kilobytes).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shardplan.models.accounting import local_product, stage_weights, state_elem
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
 from shardplan.models.modules import MODULES
 
-__all__ = ["Ledger", "StageMemory", "weight_element_bytes"]
+__all__ = ["Ledger", "StageMemory", "gathered_elements", "weight_element_bytes"]
 
 _SCALE_BYTES = 4.0
 _GROUP = 128.0
@@ -110,6 +110,18 @@ def _liveness(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, flo
     return best
 
 
+def gathered_elements(graph: ShardedGraph) -> float:
+    """Keys and values of one token that a layer gathers from the ranks that share a context."""
+    return max(
+        sum(
+            local_product(graph, node.dims, node.layout).factor
+            for node in block.ops()
+            if node.kind == "all_gather" and "S" in node.dims
+        )
+        for block in graph.blocks.values()
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
     """Memory of one layout on one device under one engine."""
@@ -177,9 +189,12 @@ class Ledger:
         for alive in self.peaks.values():
             elements = sum((np.ceil(step / ways) * each for each, ways in alive), np.zeros(()))
             peak = np.maximum(peak, elements)
-        return peak * _ACTIVATION_BYTES + self._workspace(
+        own = peak * _ACTIVATION_BYTES + self._workspace(
             machine, as_array(tokens), as_array(context), attention
         )
+        gathered = gathered_elements(self.graph) if self.graph.parallel.cp > 1 else 0.0
+        earlier = np.maximum(as_array(context) - as_array(tokens), 0.0)
+        return own + earlier * gathered * _ACTIVATION_BYTES
 
     def _workspace(
         self, machine: Machine, tokens: Array, context: Array, attention: AttentionKernel

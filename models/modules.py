@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODULES",
+    "check_expert_groups",
     "check_modules",
     "data_widths",
     "expert_groups",
@@ -161,3 +162,29 @@ def check_modules(spec: ModelSpec, par: Parallelism) -> None:
             hint="use the same number for both",
         )
     _check_nesting(par)
+
+
+def check_expert_groups(par: Parallelism) -> None:
+    """`LayoutError` unless experts beyond tp take whole contexts' ranks, then whole dp groups."""
+    beyond = par.ep // par.tp
+    if par.cp == 1:
+        if par.ep % par.tp or par.dp % beyond:
+            raise LayoutError(
+                "ep above tp takes whole tp groups of a stage: tp divides ep and ep divides tp*dp",
+                got=f"ep={par.ep}, tp={par.tp}, dp={par.dp}",
+                hint=f"try ep={par.tp} or ep={par.tp * par.dp}",
+            )
+    elif par.ep % par.tp or (
+        par.cp % beyond if beyond <= par.cp else beyond % par.cp or par.dp % (beyond // par.cp)
+    ):
+        raise LayoutError(
+            "ep above tp is tp times a divisor of cp, or tp*cp times a divisor of dp",
+            got=f"ep={par.ep}, tp={par.tp}, cp={par.cp}, dp={par.dp}",
+            hint=f"try ep={par.tp}, ep={par.tp * par.cp} or ep={par.tp * par.cp * par.dp}",
+        )
+    elif par.sp and par.exchange == "alltoall":
+        raise LayoutError(
+            "tokens split over tp (sp) are not also split over cp to be sent to experts",
+            got=f"ep={par.ep}, tp={par.tp}, cp={par.cp}, sp, exchange=alltoall",
+            hint="gather them (exchange allgather), leave sp off, or use an ep of at most tp",
+        )

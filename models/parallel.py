@@ -28,6 +28,7 @@ from shardplan.models.errors import LayoutError
 from shardplan.models.graph import Op, Phase
 from shardplan.models.modules import (
     MODULES,
+    check_expert_groups,
     check_modules,
     data_widths,
     expert_groups,
@@ -200,7 +201,7 @@ def _check_experts(spec: ModelSpec, par: Parallelism) -> None:
         return
     _divides("ep must divide the number of experts", par.ep, spec.moe.experts, "ep", "experts")
     if par.ep > par.tp:
-        _check_expert_groups(par)
+        check_expert_groups(par)
     else:
         _divides("ep up to tp must divide tp", par.ep, par.tp, "ep", "tp")
     split = par.tp // min(par.ep, par.tp)
@@ -212,32 +213,6 @@ def _check_experts(spec: ModelSpec, par: Parallelism) -> None:
             spec.moe.shared_ffn,
             "tp",
             "shared width",
-        )
-
-
-def _check_expert_groups(par: Parallelism) -> None:
-    """`LayoutError` unless experts beyond tp take whole contexts' ranks, then whole dp groups."""
-    beyond = par.ep // par.tp
-    if par.cp == 1:
-        if par.ep % par.tp or par.dp % beyond:
-            raise LayoutError(
-                "ep above tp takes whole tp groups of a stage: tp divides ep and ep divides tp*dp",
-                got=f"ep={par.ep}, tp={par.tp}, dp={par.dp}",
-                hint=f"try ep={par.tp} or ep={par.tp * par.dp}",
-            )
-    elif par.ep % par.tp or (
-        par.cp % beyond if beyond <= par.cp else beyond % par.cp or par.dp % (beyond // par.cp)
-    ):
-        raise LayoutError(
-            "ep above tp is tp times a divisor of cp, or tp*cp times a divisor of dp",
-            got=f"ep={par.ep}, tp={par.tp}, cp={par.cp}, dp={par.dp}",
-            hint=f"try ep={par.tp}, ep={par.tp * par.cp} or ep={par.tp * par.cp * par.dp}",
-        )
-    elif par.sp and par.exchange == "alltoall":
-        raise LayoutError(
-            "tokens split over tp (sp) are not also split over cp to be sent to experts",
-            got=f"ep={par.ep}, tp={par.tp}, cp={par.cp}, sp, exchange=alltoall",
-            hint="gather them (exchange allgather), leave sp off, or use an ep of at most tp",
         )
 
 
@@ -260,35 +235,42 @@ def make_mesh(spec: ModelSpec, par: Parallelism) -> Mesh:
             got=f"tp={par.tp}, kv split={kv}, expert split={ep}",
             hint="try an ep that divides the kv split, or is a multiple of it",
         )
-    within, among = expert_groups(par)
     shape = {
         **_factors("dp", par.dp, data_widths(par)),
-        **_factors("cp", par.cp, (within,)),
+        **_factors("cp", par.cp, expert_groups(par)[:1]),
         "tp0": low,
         "tp1": high // low,
         "tp2": par.tp // high,
     }
-    axes = tuple(name for name, size in shape.items() if size > 1)
-    sizes = tuple(shape[a] for a in axes)
     cut = {low: ("tp0",), high: ("tp0", "tp1"), par.tp: ("tp0", "tp1", "tp2")}
-    data, context = (tuple(a for a in axes if a.startswith(kind)) for kind in ("dp", "cp"))
-    tensor = tuple(a for a in axes if a.startswith("tp"))
-    groups = {"dp": data, "cp": context, "tp": tensor}
+    axes = tuple(name for name, size in shape.items() if size > 1)
+    groups = _groups(spec, par, shape, axes)
+    groups["kv"] = tuple(a for a in cut[kv] if a in axes)
+    groups["tpe"] = tuple(a for a in cut[ep] if a in axes) if par.ep > 1 else ()
+    groups["q"] = tuple(a for a in groups["tp"] if a not in groups["kv"])
+    groups["tpf"] = tuple(a for a in groups["tp"] if a not in groups["tpe"])
+    groups["ep"] = groups["dp1"] + groups["cp1"] + groups["tpe"]
+    return Mesh(axes, tuple(shape[a] for a in axes), groups)
+
+
+def _groups(
+    spec: ModelSpec, par: Parallelism, shape: dict[str, int], axes: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """Sub-axes of dp, cp and tp, and of what neighbouring groups share."""
+    data, context, tensor = (
+        tuple(a for a in axes if a.startswith(kind)) for kind in ("dp", "cp", "tp")
+    )
+    within, among = expert_groups(par)
+    groups = {"dp": data, "cp": context, "tp": tensor, "oK": (), "oD": ()}
     groups["dp1"] = _minor(data, among, shape)
     groups["dp0"] = tuple(a for a in data if a not in groups["dp1"])
     groups["cp1"] = _minor(context, within, shape)
-    groups["kv"] = tuple(a for a in cut[kv] if a in axes)
-    groups["tpe"] = tuple(a for a in cut[ep] if a in axes) if par.ep > 1 else ()
-    groups["q"] = tuple(a for a in tensor if a not in groups["kv"])
-    groups["tpf"] = tuple(a for a in tensor if a not in groups["tpe"])
-    groups["ep"] = groups["dp1"] + groups["cp1"] + groups["tpe"]
-    groups["oK"], groups["oD"] = (), ()
     groups["o" + o_dim(spec, par)] = _minor(data, groups_of(par, "o"), shape)
     for module in MODULES:
         shared = _minor(data, groups_of(par, module), shape)
         groups[f"{module}+"] = shared
         groups[module] = () if module_is_whole(par, module) else shared + tensor
-    return Mesh(axes, sizes, groups)
+    return groups
 
 
 def _factors(kind: str, size: int, widths: tuple[int, ...]) -> dict[str, int]:

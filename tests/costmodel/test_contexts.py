@@ -130,10 +130,21 @@ def test_more_ranks_a_context_never_hold_more_of_it(context: int, ranks: int) ->
     ]
     assert held[1].weights_bytes == held[0].weights_bytes
     assert held[1].kv_cache_bytes <= held[0].kv_cache_bytes
-    assert held[1].activations_bytes <= held[0].activations_bytes
+    used = [one.kv_cache_bytes + one.activations_bytes for one in held]
+    assert used[1] <= used[0]
     assert held[1].communicators_bytes >= held[0].communicators_bytes
     per_rank = 4 * -(-context // (128 * 2 * ranks)) * 128
     assert held[1].kv_cache_bytes == per_rank * 2 * 32 * 4 * 128 * 2
+
+
+def test_keys_of_earlier_chunks_are_gathered_a_layer_at_a_time_by_hand() -> None:
+    """Chunks of 8192: the 56k tokens before the last one, keys and values of 4 heads of 128."""
+    case = load("dense tp2 cp4")
+    held = [
+        float(case.ledger.activations_bytes(case.model.machine, 8192.0, context, "flash"))
+        for context in (8192.0, 65536.0)
+    ]
+    assert held[1] - held[0] == (65536 - 8192) * 2 * 4 * 128 * 2
 
 
 def test_prompt_tokens_are_split_and_decoding_ones_are_not() -> None:

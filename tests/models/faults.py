@@ -15,12 +15,10 @@ import networkx as nx
 import numpy as np
 
 from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp, Stage
-from shardplan.models.kernels import own_part
-from shardplan.models.kvcache import Places, Slots
 from shardplan.models.lockstep import Communication, LockStep
 from shardplan.models.weights import Array, Weight, local_weight, param_key, place
 
-__all__ = ["EXECUTORS", "Fault", "edited", "rebuilt"]
+__all__ = ["EXECUTORS", "Computes", "Fault", "edited", "rebuilt"]
 
 Edit = Callable[[ShardedOp], Iterable[ShardedOp]]
 
@@ -217,7 +215,7 @@ class WrongCutScale(_Scales):
         return np.moveaxis(dealt, -2, lead)
 
 
-class _Computes(Fault):
+class Computes(Fault):
     """Changes how operators of one kind compute."""
 
     kinds: ClassVar[tuple[str, ...]]
@@ -244,7 +242,7 @@ class _Computes(Fault):
         return self.instead(compute, call)
 
 
-class AppendDropped(_Computes):
+class AppendDropped(Computes):
     """The cache gives what it held and forgets the new token."""
 
     kinds = ("cache",)
@@ -257,7 +255,7 @@ class AppendDropped(_Computes):
         return held
 
 
-class StaleEntry(_Computes):
+class StaleEntry(Computes):
     """A decode step writes the entry of the step before it again."""
 
     kinds = ("cache",)
@@ -273,87 +271,7 @@ class StaleEntry(_Computes):
         return out
 
 
-class MislaidEntry(_Computes):
-    """A new token's entry is kept by the rank beside the one whose slot it is."""
-
-    kinds = ("cache",)
-
-    def instead(self, compute: Callable[[ShardedOp, int], Array], call: dict[str, Any]) -> Array:
-        out, graph, key = compute(call["node"], call["past"]), call["graph"], call["node"].op.state
-        lead, where = graph.mesh.axes.index("cp0"), len(graph.mesh.shape) + 1
-        if call["past"]:
-            self.hit()
-            entries = np.moveaxis(np.array(out), where, 0)
-            entries[-1] = np.roll(entries[-1], 1, lead)
-            out = np.moveaxis(entries, 0, where)
-        self._cache[call["layer"], key] = out
-        return out
-
-
-class OneRankTakesAll(Fault):
-    """New tokens all go to the last rank of a context."""
-
-    def _append(
-        self, node: ShardedOp, graph: ShardedGraph, layer: int, inputs: tuple[Array, ...]
-    ) -> tuple[Slots, Places]:
-        slots, source = LockStep._append(self, node, graph, layer, inputs)
-        if graph.model.phase == "prefill":
-            return slots, source
-        self.hit()
-        held = self._slots[layer, node.op.state if node.op is not None else ""]
-        parts, old = held.at.shape
-        empty = np.full((parts - 1, 1), -1)
-        at = np.concatenate([held.at, np.append(empty, [[held.tokens]], axis=0)], axis=1)
-        ranks = np.arange(old + 2) - np.zeros((parts, 1), dtype=np.int64)
-        taken = np.where(at >= 0, ranks[:, : old + 1], old + 1)
-        return Slots(at), taken[own_part(node.layout, "S", graph.mesh)]
-
-
-class EmptySlotsSeen(Fault):
-    """Attention takes an empty slot for the first token's."""
-
-    def _keys_at(self, node: ShardedOp, graph: ShardedGraph, layer: int) -> Places:
-        at = LockStep._keys_at(self, node, graph, layer)
-        self.hit()
-        return np.maximum(at, 0)
-
-
-class EvenMerge(_Computes):
-    """Results of the parts of a context are averaged, whatever they have seen."""
-
-    kinds = ("context_merge",)
-
-    def instead(self, compute: Callable[[ShardedOp, int], Array], call: dict[str, Any]) -> Array:
-        (x,) = call["given"][0]
-        self.hit()
-        return np.asarray(x[..., :-1].mean(axis=-2))
-
-
-class OnlyOwnPart(_Computes):
-    """A rank takes the first part's result for the whole context's."""
-
-    kinds = ("context_merge",)
-
-    def instead(self, compute: Callable[[ShardedOp, int], Array], call: dict[str, Any]) -> Array:
-        (x,) = call["given"][0]
-        self.hit()
-        return np.asarray(x[..., 0, :-1])
-
-
-class OwnPositions(_Computes):
-    """Ranks of a prompt all count its tokens from the first."""
-
-    kinds = ("rope",)
-
-    def instead(self, compute: Callable[[ShardedOp, int], Array], call: dict[str, Any]) -> Array:
-        node = call["node"]
-        self.hit()
-        return compute(
-            replace(node, layout=tuple(p for p in node.layout if p[1] != "T")), call["past"]
-        )
-
-
-class SecondCopy(_Computes):
+class SecondCopy(Computes):
     """Right numbers, but the cache is kept twice."""
 
     kinds = ("cache",)
@@ -365,7 +283,7 @@ class SecondCopy(_Computes):
         return out
 
 
-class PositionIgnored(_Computes):
+class PositionIgnored(Computes):
     """Rotary positions start at nought in every step."""
 
     kinds = ("rope",)
@@ -376,7 +294,7 @@ class PositionIgnored(_Computes):
         return compute(call["node"], 0)
 
 
-class NoVocabularyOffset(_Computes):
+class NoVocabularyOffset(Computes):
     """Every rank takes its rows of the embedding for the first ones."""
 
     kinds = ("embedding",)
@@ -453,12 +371,6 @@ EXECUTORS: dict[str, type[Fault]] = {
     "int8 scale cut wrong": WrongCutScale,
     "cache append dropped": AppendDropped,
     "cache entry stale": StaleEntry,
-    "cache entry on the wrong rank": MislaidEntry,
-    "new entries all on one rank": OneRankTakesAll,
-    "empty slots attended to": EmptySlotsSeen,
-    "parts of a context averaged": EvenMerge,
-    "one part for the whole context": OnlyOwnPart,
-    "positions of the rank beside": OwnPositions,
     "cache kept twice": SecondCopy,
     "position offset ignored": PositionIgnored,
     "vocabulary offset missing": NoVocabularyOffset,

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pytest
-from tests.models.faults import EXECUTORS, Edit, edited
+from tests.models.faults import EXECUTORS, Edit, Fault, edited
+from tests.models.faults_context import CONTEXT_EXECUTORS
 from tests.models.strategies import tiny, tiny_moe
 
 from shardplan.models.apply import PARTIAL, ShardedGraph, ShardedOp
@@ -269,13 +270,16 @@ RUNS = {
 }
 
 
+MACHINES: dict[str, type[Fault]] = {**EXECUTORS, **CONTEXT_EXECUTORS}
+
+
 def test_every_faulty_machine_is_tried() -> None:
-    assert RUNS.keys() == EXECUTORS.keys()
+    assert RUNS.keys() == MACHINES.keys()
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_fault_of_the_machine_is_caught(name: str) -> None:
-    executor, (case, says) = EXECUTORS[name], RUNS[name]
+    executor, (case, says) = MACHINES[name], RUNS[name]
     executor.hits = 0
     failed = _failed(prove_case(CASES[case], quantized="int8" in name, executor=executor))
     assert executor.hits > 0
