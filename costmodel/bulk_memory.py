@@ -201,9 +201,8 @@ class FleetMemory:
         held = np.ceil(step[point] / alive.ways[tensor]) * alive.elements[tensor]
         np.add.at(sums, alive.template[tensor] * points + point, held)
         peak = sums.reshape(alive.templates, points).max(axis=0)
-        earlier = np.maximum(context - tokens, 0.0) * self.gathered[self.which]
         own = peak * _ACTIVATION_BYTES + self._workspace(tokens, context)
-        return np.asarray(own + earlier * _ACTIVATION_BYTES)
+        return np.asarray(own + context * self.gathered[self.which] * _ACTIVATION_BYTES)
 
     def _workspace(self, tokens: Array, context: Array) -> Array:
         """Scratch of the attention kernel over the prompts that fill one step."""

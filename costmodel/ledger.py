@@ -7,8 +7,8 @@
                    tokens, a c-th of them on a rank
     activations    the largest sum of tensors alive at once over the graph (liveness), at the
                    tokens of one step, 16-bit (logits fp32), plus the attention kernel's workspace
-                   and, where ranks share a context, one layer's keys and values of a prompt's
-                   earlier chunks, gathered
+                   and, where ranks share a context, one layer's keys and values of all of it,
+                   gathered
     communicators  buffers of every communicator that the layout needs
     reserve        runtime, captured graphs, workspaces (engine profile)
 
@@ -193,8 +193,7 @@ class Ledger:
             machine, as_array(tokens), as_array(context), attention
         )
         gathered = gathered_elements(self.graph) if self.graph.parallel.cp > 1 else 0.0
-        earlier = np.maximum(as_array(context) - as_array(tokens), 0.0)
-        return own + earlier * gathered * _ACTIVATION_BYTES
+        return own + as_array(context) * gathered * _ACTIVATION_BYTES
 
     def _workspace(
         self, machine: Machine, tokens: Array, context: Array, attention: AttentionKernel

@@ -137,8 +137,8 @@ def test_more_ranks_a_context_never_hold_more_of_it(context: int, ranks: int) ->
     assert held[1].kv_cache_bytes == per_rank * 2 * 32 * 4 * 128 * 2
 
 
-def test_keys_of_earlier_chunks_are_gathered_a_layer_at_a_time_by_hand() -> None:
-    """Chunks of 8192: the 56k tokens before the last one, keys and values of 4 heads of 128."""
+def test_keys_of_a_context_are_gathered_a_layer_at_a_time_by_hand() -> None:
+    """Chunks of 8192, 56k tokens more: keys and values of 4 heads of 128."""
     case = load("dense tp2 cp4")
     held = [
         float(case.ledger.activations_bytes(case.model.machine, 8192.0, context, "flash"))
