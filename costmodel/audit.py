@@ -33,10 +33,10 @@ def _charged(model: StepModel, graph: ShardedGraph, batch: int, tokens: int) -> 
                 if not row.is_collective:
                     continue
                 ranks = group_size(row.spans)
-                whole_step = row.group == "token" or (
-                    row.group == "logits" and graph.model.phase == "decode"
+                once = row.group.startswith("draft") or (
+                    row.group == "logits" and graph.model.phase != "decode"
                 )
-                moved = batch * (tokens if whole_step else 1)
+                moved = batch * (1 if once else tokens)  # the context has no prefix here
                 found[stage.index, row.kind, ranks] += count * round(row.n * -(-moved // row.ways))
     return found
 
@@ -45,7 +45,8 @@ def audit_collectives(model: StepModel, phase: Phase) -> str:
     """The charged collectives in words; `ProofError` where they are not the graph's."""
     graph = model.graphs[phase]
     par = graph.parallel
-    batch, tokens = 2 * par.dp * par.tp, 4 * par.tp if phase == "prefill" else 1 + par.mtp
+    every = par.tp * par.cp
+    batch, tokens = 2 * par.dp * every, 4 * every if phase == "prefill" else 1 + par.mtp
     made: Counter[Key] = Counter()
     for one in predict_communication(graph, batch, tokens, tokens, logits=model.engine.sampling):
         made[one.stage, one.kind, one.ranks] += one.elements
@@ -77,7 +78,7 @@ def _held(graph: ShardedGraph, stage: Stage) -> tuple[int, float]:
                 weights += graph.model.size(op.weight) // ways
             if op.state:
                 dims = tuple(d for d in op.dims if d not in FREE_DIMS)
-                ways = graph.mesh.size(tuple(a for a, d in node.layout if d in dims))
+                ways = graph.mesh.size(tuple(a for a, d in node.layout if d in (*dims, "S")))
                 cached += graph.model.size(dims) / ways
     return weights, cached
 

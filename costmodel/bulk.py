@@ -52,9 +52,20 @@ _SIZES = (
     "head_dim",
     "value_dim",
     "rope_dim",
+    "parts",
 )
 """Numbers of a row: stacked."""
-_PLAIN = ("kind", "group", "context", "weight_class", "window", "spans", "quantized")
+_PLAIN = (
+    "kind",
+    "group",
+    "context",
+    "weight_class",
+    "window",
+    "spans",
+    "quantized",
+    "element_bytes",
+    "settled",
+)
 """What else a formula reads."""
 _UNREAD = ("fuse",)
 _BY_GROUP = "weight_group"
@@ -220,6 +231,8 @@ class Fleet:
     """Data-parallel groups of each model."""
     model_locked: Array
     """Data-parallel groups of each model whose steps run together."""
+    model_contexts: Array
+    """Ranks that share a context, of each model."""
     model_stages: Array
     """Pipeline stages of each model."""
     model_mtp: Array
@@ -250,6 +263,7 @@ class Fleet:
             tables={phase: _tables(models, phase, by_group) for phase in phases},
             model_groups=np.asarray([model.groups for model in models], dtype=np.float64),
             model_locked=np.asarray([model.locked for model in models], dtype=np.float64),
+            model_contexts=np.asarray([one.context_ranks for one in models], dtype=np.float64),
             model_stages=np.asarray([model.stages for model in models], dtype=np.float64),
             model_mtp=np.asarray([model.mtp for model in models], dtype=np.float64),
         )
@@ -280,6 +294,11 @@ class Fleet:
     def locked(self) -> Array:
         """Data-parallel groups of each point whose steps run together."""
         return np.asarray(self.model_locked[self.which], dtype=np.float64)
+
+    @property
+    def context_ranks(self) -> Array:
+        """Ranks that share a context, of each point."""
+        return np.asarray(self.model_contexts[self.which], dtype=np.float64)
 
     @property
     def stages(self) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from shardplan.costmodel.bulk import Dtypes, Indices
 from shardplan.costmodel.kernels.attention import AttentionKernel, attention_workspace_bytes
 from shardplan.costmodel.kernels.base import Array, Machine
-from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.ledger import Ledger, gathered_elements
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
 
 __all__ = ["FleetMemory", "Held"]
@@ -110,6 +110,10 @@ class FleetMemory:
     groups: Array
     heads: Array
     head_dim: Array
+    contexts: Array
+    """Ranks that share a context, of each ledger."""
+    gathered: Array
+    """Elements of a token that such ranks gather in one layer, of each ledger."""
 
     @classmethod
     def of(
@@ -152,6 +156,10 @@ class FleetMemory:
             groups=_numbers([float(one.parallel.dp) for one in graphs]),
             heads=_numbers([_heads(one) for one in graphs]),
             head_dim=_numbers([float(one.model.spec.head_dim) for one in graphs]),
+            contexts=_numbers([float(one.parallel.cp) for one in graphs]),
+            gathered=_numbers(
+                [gathered_elements(one) if one.parallel.cp > 1 else 0.0 for one in graphs]
+            ),
         )
 
     def at(self, which: Indices, choice: Indices) -> FleetMemory:
@@ -174,7 +182,7 @@ class FleetMemory:
 
     def _blocks(self, context: Array) -> Array:
         """Tokens of a sequence in whole blocks of the cache."""
-        block = float(self.ledgers[0].engine.kv_block_tokens)
+        block = float(self.ledgers[0].engine.kv_block_tokens) * self.contexts[self.which]
         return np.asarray(np.ceil((context + self.ahead[self.which]) / block) * block)
 
     def _stages(self, batch: Array, step_tokens: Array, context: Array) -> Array:
@@ -200,7 +208,8 @@ class FleetMemory:
         held = np.ceil(step[point] / alive.ways[tensor]) * alive.elements[tensor]
         np.add.at(sums, alive.template[tensor] * points + point, held)
         peak = sums.reshape(alive.templates, points).max(axis=0)
-        return np.asarray(peak * _ACTIVATION_BYTES + self._workspace(tokens, context))
+        own = peak * _ACTIVATION_BYTES + self._workspace(tokens, context)
+        return np.asarray(own + context * self.gathered[self.which] * _ACTIVATION_BYTES)
 
     def _workspace(self, tokens: Array, context: Array) -> Array:
         """Scratch of the attention kernel over the prompts that fill one step."""
@@ -214,7 +223,7 @@ class FleetMemory:
             held[some] = attention_workspace_bytes(
                 self.machine,
                 np.maximum(step / np.maximum(seen, 1.0), 1.0),
-                np.minimum(step, seen),
+                np.minimum(step, seen) / self.contexts[ledger],
                 seen,
                 self.heads[ledger],
                 self.head_dim[ledger],

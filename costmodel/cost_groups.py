@@ -100,6 +100,11 @@ class ScaledModel:
         return self.model.locked
 
     @property
+    def context_ranks(self) -> int:
+        """Ranks that share a context."""
+        return self.model.context_ranks
+
+    @property
     def stages(self) -> int:
         """Pipeline stages."""
         return self.model.stages

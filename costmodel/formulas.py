@@ -8,6 +8,14 @@ and asks the kernel formula of the row's kind for the local sizes. Two know more
     norm     a norm that also quantizes writes one byte an element in place of two. Its input side
              keeps the norm's rate; the written byte goes at the rate of the kernel that quantizes:
              norm(elements, bytes - 2) + elements * 1 / (L2 * e_quantize)
+
+Where W ranks share a context (`Row.parts`), each has T / W new tokens of a prompt. The kernel is
+that of the last T / W, which see every key, and its body shrinks to the scores of balanced pieces
+(zig-zag), T (P + T / 2) / W; without a causal skip (naive) all pieces are alike:
+
+    body = body(T / W, P + T - T / W) (P + T / 2) / (P + T - T / 2 W)
+
+In decode a token sees S / W keys on each of them.
 """
 
 from __future__ import annotations
@@ -38,7 +46,13 @@ _WRITTEN_BYTES = 2.0
 
 def local_tokens(row: Row, load: Load, groups: int) -> Array:
     """Local tokens of a row: those of all dp groups, cut `ways` ways, rounded up."""
-    return np.ceil(load.tokens * groups / row.ways)
+    tokens = _attended(row, load) if row.group == "attention" else load.tokens
+    return np.ceil(tokens * groups / row.ways)
+
+
+def _attended(row: Row, load: Load) -> Array:
+    """Tokens of one dp group that an attention row runs over: the new ones, or the context."""
+    return load.batch * (load.prefix + load.new if row.context else load.new)
 
 
 def matmul_time(
@@ -64,7 +78,7 @@ def matmul_time(
 def matmul_rows(model: StepModel, row: Row, load: Load) -> Array:
     """Rows (tokens) of a product's input on one rank, at least one."""
     if row.group in ("attention", "draft_attention"):
-        tokens = load.batch * (load.prefix + load.new if row.context else load.new)
+        tokens = _attended(row, load)
     else:
         tokens = local_tokens(row, load, model.groups)
     return np.maximum(tokens, 1.0)
@@ -120,13 +134,29 @@ def _norm(model: StepModel, row: Row, load: Load) -> KernelTime:
     )
 
 
+def _own_queries(row: Row, load: Load) -> tuple[Array, Array, Array]:
+    """(new tokens, tokens before them, share of their body) of a prompt on one of its ranks."""
+    new, before = load.new / row.parts, load.prefix + load.new * (1.0 - 1.0 / row.parts)
+    if load.attention == "naive":
+        return new, before, np.ones(())
+    mean, last = load.prefix + load.new / 2.0, before + new / 2.0
+    return new, before, np.asarray(mean / np.maximum(last, 0.5))
+
+
+def _balanced(time: KernelTime, share: Array) -> KernelTime:
+    """A kernel whose body is a share of what it would be for the last tokens of a prompt."""
+    compute, memory = time.compute_s * share, time.memory_s * share
+    saved = (time.compute_s + time.memory_s) * (1.0 - share)
+    return KernelTime(time.total_s - saved, compute, memory, time.overhead_s)
+
+
 def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
     window = int(row.window) or None
     if load.phase == "decode":
         return attention_decode(
             model.machine,
             load.batch,
-            load.prefix + load.new,
+            (load.prefix + load.new) / row.parts,
             row.heads,
             row.kv_heads,
             row.head_dim,
@@ -135,11 +165,12 @@ def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
             kv_dtype=load.kv_dtype,
             window=window,
         )
-    return attention_prefill(
+    new, before, share = _own_queries(row, load)
+    time = attention_prefill(
         model.machine,
         load.batch,
-        load.new,
-        load.prefix,
+        new,
+        before,
         row.heads,
         row.kv_heads,
         row.head_dim,
@@ -147,27 +178,30 @@ def _attention(model: StepModel, row: Row, load: Load) -> KernelTime:
         kv_dtype=load.kv_dtype,
         window=window,
     )
+    return _balanced(time, share)
 
 
 def _mla_prefill(model: StepModel, row: Row, load: Load) -> KernelTime:
-    return mla_prefill(
+    new, before, share = _own_queries(row, load)
+    time = mla_prefill(
         model.machine,
         load.batch,
-        load.new,
-        load.prefix,
+        new,
+        before,
         row.heads,
         row.head_dim,
         row.rope_dim,
         row.value_dim,
         kernel=load.attention,
     )
+    return _balanced(time, share)
 
 
 def _mla_decode(model: StepModel, row: Row, load: Load) -> KernelTime:
     return mla_decode(
         model.machine,
         load.batch,
-        load.prefix + load.new,
+        (load.prefix + load.new) / row.parts,
         row.heads,
         row.head_dim,
         row.rope_dim,

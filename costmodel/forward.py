@@ -44,6 +44,10 @@ class Pricer(Protocol):
         """Data-parallel groups whose steps run together, of all points or `[points]`."""
 
     @property
+    def context_ranks(self) -> ArrayLike:
+        """Ranks that share a context, of all points or `[points]`."""
+
+    @property
     def stages(self) -> ArrayLike:
         """Pipeline stages, of all points or `[points]`."""
 

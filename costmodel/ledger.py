@@ -3,9 +3,13 @@
     weights        elements at the strategy's dtype of their group, with one fp32 scale per output
                    channel where quantized per channel (4-bit: one 16-bit scale per group of 128
                    inputs)
-    kv cache       elements a token * bytes * tokens in whole blocks * sequences
+    kv cache       elements a token * bytes * tokens in whole blocks * sequences; where c ranks
+                   share a context each holds whole blocks of its share: blocks of c times as many
+                   tokens, a c-th of them on a rank
     activations    the largest sum of tensors alive at once over the graph (liveness), at the
                    tokens of one step, 16-bit (logits fp32), plus the attention kernel's workspace
+                   and, where ranks share a context, one layer's keys and values of all of it,
+                   gathered
     communicators  buffers of every communicator that the layout needs
     reserve        runtime, captured graphs, workspaces (engine profile)
 
@@ -36,8 +40,9 @@ from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.costmodel.weight_types import parts, type_of
 from shardplan.models.accounting import local_product, stage_weights, state_elements_per_token
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
+from shardplan.models.modules import MODULES
 
-__all__ = ["Ledger", "StageMemory", "weight_element_bytes"]
+__all__ = ["Ledger", "StageMemory", "gathered_elements", "weight_element_bytes"]
 
 _SCALE_BYTES = 4.0
 _GROUP = 128.0
@@ -115,6 +120,18 @@ def _liveness(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, flo
     return best
 
 
+def gathered_elements(graph: ShardedGraph) -> float:
+    """Keys and values of one token that a layer gathers from the ranks that share a context."""
+    return max(
+        sum(
+            local_product(graph, node.dims, node.layout).factor
+            for node in block.ops()
+            if node.kind == "all_gather" and "S" in node.dims
+        )
+        for block in graph.blocks.values()
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
     """Memory of one layout on one device under one engine."""
@@ -145,15 +162,21 @@ class Ledger:
 
     @property
     def communicators(self) -> int:
-        """Communicators that one rank takes part in: tp, dp, ep, pp where they have ranks."""
+        """Communicators that one rank takes part in: tp, dp, ep, pp, cp where they have ranks.
+
+        One more for each number of dp groups that modules are split over, but for all of them
+        where the ranks of dp have one anyway.
+        """
         par, groups = self.graph.parallel, self.graph.mesh.groups
         dense = self.graph.model.spec.moe is None
         used = [par.tp > 1, par.pp > 1, par.dp > 1 and not dense]
         used.append(bool(groups["ep"]) and groups["ep"] != groups["tp"])
-        return sum(used)
+        used.append(par.cp > 1)
+        modules = {groups[f"{one}+"] for one in MODULES} - {(), groups["dp"] if not dense else ()}
+        return sum(used) + len(modules)
 
     def kv_bytes_per_token(self, stage: Stage, kv_dtype: str) -> float:
-        """Cache bytes that one token of one sequence takes on one rank of a stage."""
+        """Cache bytes that one token of one sequence takes on a rank of a stage, on average."""
         elements = self._known("kv", stage, lambda: state_elements_per_token(self.graph, stage))
         return elements * kv_element_bytes(kv_dtype)
 
@@ -176,16 +199,18 @@ class Ledger:
         for alive in self.peaks.values():
             elements = sum((np.ceil(step / ways) * each for each, ways in alive), np.zeros(()))
             peak = np.maximum(peak, elements)
-        return peak * _ACTIVATION_BYTES + self._workspace(
+        own = peak * _ACTIVATION_BYTES + self._workspace(
             machine, as_array(tokens), as_array(context), attention
         )
+        gathered = gathered_elements(self.graph) if self.graph.parallel.cp > 1 else 0.0
+        return own + as_array(context) * gathered * _ACTIVATION_BYTES
 
     def _workspace(
         self, machine: Machine, tokens: Array, context: Array, attention: AttentionKernel
     ) -> Array:
         """Scratch of the attention kernel over the prompts that fill one step."""
         spec, par = self.graph.model.spec, self.graph.parallel
-        new = np.minimum(tokens, context)
+        new = np.minimum(tokens, context) / par.cp
         return attention_workspace_bytes(
             machine,
             np.maximum(tokens / np.maximum(context, 1.0), 1.0),
@@ -210,7 +235,8 @@ class Ledger:
         context: ArrayLike,
     ) -> dict[str, Array]:
         """What every stage holds alike: `cached_tokens`, `activations_bytes`, `logits_bytes`."""
-        block, ahead = float(self.engine.kv_block_tokens), self.graph.parallel.mtp
+        par = self.graph.parallel
+        block, ahead = float(self.engine.kv_block_tokens * par.cp), par.mtp
         blocks = np.ceil((as_array(context) + ahead) / block)
         return {
             "cached_tokens": as_array(batch) * blocks * block,

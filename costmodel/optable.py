@@ -5,7 +5,8 @@ dims (batch, tokens, context) enter, so a table is made once a layout and priced
 length and dtype. Rows fall into groups by what they depend on:
 
     token      the tokens of a step (matmuls, norms, expert kernels, most collectives)
-    attention  batch, new tokens and context (attention, MLA's up-projections)
+    attention  batch, new tokens and context (attention, MLA's up-projections, the gathers of keys
+               and of partial results where contexts are split)
     logits     the tokens whose logits are wanted (LM head, its gather, sampling)
 
 and where a prediction layer drafts tokens ahead (its first pass has token and attention rows)
@@ -18,6 +19,8 @@ Engine fusion is decided here: projections that share an input become one matmul
 joins the norm that follows it, query/key norms join the rotary embedding; `rowfusion` marks what
 depends on the order of the kernels (quantization inside a norm, prefetch, a fused all_reduce).
 An engine that does not sample does not gather the logits either.
+What ranks of a step wait for one another is charged to the gather of logits over tp, not to what
+data-parallel groups that share a head exchange.
 Left out: kernels under a microsecond that real engines hide (reshapes, casts).
 """
 
@@ -70,6 +73,9 @@ _AGAIN: Mapping[Group, Group] = {"attention": "draft_attention"}
 """Groups of a further draft; all others are `draft`."""
 
 
+_ATTENTION = ("attention", "mla_attention", "mla_absorbed")
+
+
 def _ways(graph: ShardedGraph, node: ShardedOp, layout: tuple[tuple[str, str], ...]) -> int:
     return math.prod(graph.split(d, layout) for d in set(node.dims) & {"B", "T"})
 
@@ -88,7 +94,7 @@ def _group(op: Op, phase: str) -> Group:
         return "logits"
     if "S" in op.dims and op.kind != "cache":
         return "attention"
-    if op.kind in ("attention", "mla_attention", "mla_absorbed"):
+    if op.kind in (*_ATTENTION, "context_merge"):
         return "attention"
     if phase == "decode" and op.weight_class == "absorbed":
         return "attention"
@@ -143,7 +149,14 @@ def _attention(graph: ShardedGraph, node: ShardedOp, op: Op) -> Row:
         value_dim=float(value),
         rope_dim=float(rope),
         window=op.attrs.get("window", 0.0),
+        parts=float(graph.split("W" if "W" in node.dims else "T", node.layout)),
     )
+
+
+def _merge(graph: ShardedGraph, node: ShardedOp) -> Row:
+    """The merge of partial results: it reads those of all parts."""
+    row, sizes = _pointwise(graph, node, "context_merge"), graph.model.sizes
+    return replace(row, width=row.width / sizes[node.dims[-1]] * sizes["W"] * sizes["P"])
 
 
 def _pointwise(graph: ShardedGraph, node: ShardedOp, kind: str) -> Row:
@@ -177,11 +190,15 @@ def _collective(
     free = dict(one.elements.free)
     last = block == "head" and (graph.model.phase == "decode" or "T" not in free)
     ahead = block == "mtp_head" and "T" not in free
+    whole: Group = "logits" if last else "draft_logits" if ahead else "token"
     return Row(
         kind=one.kind,
-        group="logits" if last else "draft_logits" if ahead else "token",
+        group="attention" if one.attention else whole,
         ways=math.prod(free.values()),
         n=one.elements.factor,
+        context="S" in free,
+        element_bytes=one.element_bytes,
+        settled=block == "head" and set(one.axes) <= set(graph.mesh.groups["dp"]),
         spans=spans_of(cluster, one, algorithm),
     )
 
@@ -210,10 +227,13 @@ def _node_row(graph: ShardedGraph, node: ShardedOp, op: Op, engine: EngineProfil
     """The row of an operator that is one kernel; None where it is part of another."""
     if op.kind == "matmul":
         return _matmul(graph, node, op)
-    if op.kind in ("attention", "mla_attention", "mla_absorbed"):
+    if op.kind in _ATTENTION:
         return _attention(graph, node, op)
+    if op.kind == "context_merge":
+        return _merge(graph, node)
     if op.kind == "cache":
-        return replace(_pointwise(graph, node, "kv_append"), group="token")
+        row = replace(_pointwise(graph, node, "kv_append"), group="token")
+        return replace(row, ways=row.ways * graph.split("S", node.layout)) if op.cut_as else row
     if op.kind == "topk":
         return _pointwise(graph, node, "topk_router")
     if op.kind == "bias" and op.role != "token":

@@ -81,8 +81,8 @@ def prefetched_bytes(model: StepModel, row: Row, load: Load) -> Array:
     spilled = sum((np.maximum(one - device.l2_bytes, 0.0) for one in moved), np.zeros(()))
     resident = device.l2_bytes - sum(moved, np.zeros(())) - _operand_bytes(model, row, load)
     rule = precision_of(kernel_dtype(row, load.weight_dtype))
-    weights = row.n * row.k * max(row.experts, 1.0) * rule.weight_bytes
-    most = min(weights, engine.weight_prefetch_bytes)
+    weights = row.n * row.k * np.maximum(row.experts, 1.0) * rule.weight_bytes
+    most = np.minimum(weights, engine.weight_prefetch_bytes)
     warm = np.clip(np.minimum(hidden_s * rate - spilled, resident), 0.0, most)
     few = load.tokens * model.groups / row.ways <= engine.weight_prefetch_tokens
     return np.asarray(np.where(few, warm, 0.0), dtype=np.float64)

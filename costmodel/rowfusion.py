@@ -202,4 +202,5 @@ def _before(order: Sequence[Placed], index: int, *, wraps: bool) -> Iterator[Row
 
 
 def _counts(row: Row, engine: EngineProfile) -> bool:
-    return ("collective" if row.is_collective else "vector") in engine.weight_prefetch_behind
+    kind = "collective" if row.is_collective else "vector"
+    return row.group != "attention" and kind in engine.weight_prefetch_behind

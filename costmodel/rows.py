@@ -47,11 +47,13 @@ _POINTWISE_BYTES: Mapping[str, float] = {
     "dispatch": 4.0,
     "combine": 4.0,
     "concat": 4.0,
+    "context_merge": 5.0,
     "select": 4.0,
     "softmax_sample": 4.0,
 }
 """Bytes that one element of the output (routed element for dispatch and combine) makes a kernel
-move: 16-bit reads of its inputs and writes of its outputs."""
+move: 16-bit reads of its inputs and writes of its outputs. Of `context_merge`, one element of
+its input: a 32-bit read, and at most half a 16-bit write (two parts or more make one)."""
 
 _KIND_OF_POINTWISE: Mapping[str, str] = {
     "add": "add",
@@ -64,6 +66,7 @@ _KIND_OF_POINTWISE: Mapping[str, str] = {
     "dispatch": "slice",
     "combine": "add",
     "concat": "slice",
+    "context_merge": "add",
 }
 """Which fitted pointwise kernel stands for an operator that has none of its own."""
 
@@ -81,7 +84,7 @@ class Row:
     width: float = 0.0
     """Pointwise: elements a token."""
     context: bool = False
-    """The rows are the context's tokens, not the new ones."""
+    """The rows are the context's tokens, not the new ones (attention's rows only)."""
     weight_class: WeightClass = "none"
     weight_group: WeightGroup = "attention"
     """Of its weights, which may have a type of their own; of a norm, those of its readers."""
@@ -97,6 +100,12 @@ class Row:
     value_dim: float = 0.0
     rope_dim: float = 0.0
     window: float = 0.0
+    parts: float = 1.0
+    """Attention: ranks that share the queries of a prompt or, in decode, the cache."""
+    element_bytes: float = 2.0
+    """Collective: bytes of one element."""
+    settled: bool = False
+    """Collective of logits: it waits for no rank that a step has not waited for anyway."""
     spans: tuple[TierSpan, ...] = ()
     fuse: str = ""
     quantized: bool = False

@@ -42,6 +42,8 @@ A pipeline of p stages runs p microbatches at once, each scheduled by itself wit
 tokens a step (at most as many microbatches as slots): the formulas hold with b / p for b, their
 rate p times over, and a step takes max(sum of stages, p * slowest stage). Where prompts come first,
 a prompt of several chunks flows through all stages with (chunks - 1) bubbles of the slowest.
+Ranks that share a context (c) split a prompt's tokens and each compute the decoding ones, so that a
+mixed step's e + u tokens count as c e + u of those that are split.
 With `offered` requests a second, slots fill by Little's law: b = rate * latency.
 
 Left out: length distributions, bursts, preemption, the start and end of a run (`run_out` adds
@@ -237,7 +239,7 @@ def prompt_stages(
     """
     engine = model.engine
     kept = as_array(given.input_len) - prompt
-    decoding, dtype = sequences * given.width, given.weight_dtype
+    decoding, dtype = sequences * given.width * as_array(model.context_ranks), given.weight_dtype
     tokens = Load.of("prefill", engine, tokens=decoding + piece, weight_dtype=dtype)
     many, new = np.maximum(piece / prompt, 1.0), np.minimum(piece, prompt)
     chunk = Load.of(

@@ -33,6 +33,7 @@ from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_r
 from shardplan.costmodel.overlap import fused_parts, prefetched
 from shardplan.models.apply import ShardedGraph
 from shardplan.models.graph import Phase
+from shardplan.models.modules import data_widths
 from shardplan.models.parallel import Parallelism
 
 __all__ = ["FORMULAS", "Load", "Parts", "StepModel", "kernel_dtype"]
@@ -91,9 +92,13 @@ class StepModel:
 
     @property
     def locked(self) -> int:
-        """Data-parallel groups whose steps run together: those that share experts."""
-        par = self._parallel
-        return max(par.ep // par.tp, 1)
+        """Data-parallel groups whose steps run together: those that share experts or modules."""
+        return max((1, *data_widths(self._parallel)))
+
+    @property
+    def context_ranks(self) -> int:
+        """Ranks that share a context: a decoding token is computed by each of them."""
+        return self._parallel.cp
 
     @property
     def stages(self) -> int:
@@ -182,7 +187,8 @@ class StepModel:
         """Price of one row under a load."""
         if row.is_collective:
             time = self.collective_time(row, load)
-            once = row.group == "logits"  # the last rank of a step is waited for once
+            # the last rank of a step is waited for once
+            once = row.group == "logits" and not row.settled
             late_s = self.engine.skew_s(load.phase, group_size(row.spans)) if once else 0.0
             return Parts(np.zeros(()), np.zeros(()), time.total_s + late_s, np.zeros(()), 1.0)
         if row.fused is not None:
@@ -198,7 +204,7 @@ class StepModel:
         return collective(
             cast("CollectiveKind", row.kind),
             row.spans,
-            2.0 * row.n * local_tokens(row, load, self.groups),
+            row.element_bytes * row.n * local_tokens(row, load, self.groups),
             self.machine.calibration,
             launch=load.launch,
             in_service=True,

@@ -24,6 +24,7 @@ __all__ = [
     "local_product",
     "predict_communication",
     "stage_weights",
+    "state_elements",
     "state_elements_per_token",
     "transfers",
 ]
@@ -57,6 +58,9 @@ class Transfer:
     elements: Product
     logits: bool = False
     """It gathers the logits of a vocabulary that is split, for sampling."""
+    attention: bool = False
+    """It moves what attention reads or gives: keys of a context, results of its parts."""
+    element_bytes: float = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +105,9 @@ def _transfer(graph: ShardedGraph, node: ShardedOp) -> Transfer:
         ranks=ranks,
         lies=extents(graph.mesh, graph.parallel, axes),
         elements=Product(factor, held.free),
-        logits=node.kind == "all_gather" and "V" in node.dims,
+        logits=node.kind in ("all_gather", "all_to_all") and "V" in node.dims,
+        attention=bool({"S", "W"}.intersection(node.dims)),
+        element_bytes=node.element_bytes,
     )
 
 
@@ -164,12 +170,31 @@ def stage_weights(graph: ShardedGraph, stage: Stage) -> Iterator[HeldWeight]:
             )
 
 
-def state_elements_per_token(graph: ShardedGraph, stage: Stage) -> float:
-    """KV elements that one cached token of one sequence adds on one rank of a stage."""
-    total = 0.0
+def _states(graph: ShardedGraph, stage: Stage) -> Iterator[tuple[int, ShardedOp]]:
+    """(times it runs in a stage, cache) of every cache."""
     for name, count in stage.counts.items():
         for node in graph.blocks[name].ops():
             if node.op is not None and node.op.state:
-                dims = tuple(d for d in node.dims if d not in FREE_DIMS)
-                total += count * local_product(graph, dims, node.layout).factor
+                yield count, node
+
+
+def state_elements_per_token(graph: ShardedGraph, stage: Stage) -> float:
+    """KV elements that one cached token of one sequence adds on one rank of a stage.
+
+    The mean over the ranks that share a context.
+    """
+    total = 0.0
+    for count, node in _states(graph, stage):
+        dims = tuple(d for d in node.dims if d not in FREE_DIMS)
+        held = local_product(graph, dims, node.layout).factor
+        total += count * held / graph.split("S", node.layout)
     return total
+
+
+def state_elements(graph: ShardedGraph, stage: Stage, batch: int, context: int) -> float:
+    """KV elements on one rank of a stage, for `batch` sequences of all dp groups."""
+    sizes = {"B": batch, "S": context}
+    return sum(
+        count * local_product(graph, node.dims, node.layout).at(sizes)
+        for count, node in _states(graph, stage)
+    )

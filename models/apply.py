@@ -25,6 +25,7 @@ from types import MappingProxyType
 
 import networkx as nx
 
+from shardplan.models.context import in_parts
 from shardplan.models.errors import LayoutError
 from shardplan.models.graph import Block, ModelGraph, Op
 from shardplan.models.parallel import (
@@ -73,6 +74,7 @@ class ShardedOp:
     axes: tuple[str, ...] = ()
     before: Layout = ()
     density: float = 1.0
+    element_bytes: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,17 +183,26 @@ class _Sharder:
         last = self.block.exit
         if self.block.name in ("head", "mtp_head"):
             ends = dict.fromkeys(self.mesh.groups["dp"], "B")
+            last = self.whole_vocabulary(last)
         else:
             ends = carry(self.mesh, self.par, self.model.phase)
         exit_name = self.redistribute(last, self.key(ends))
         return ShardedBlock(self.block.name, self.out, "x", exit_name, tuple(self.out))
+
+    def whole_vocabulary(self, last: str) -> str:
+        """Logits of a head over several dp groups, gathered over tp before those exchange them."""
+        groups = self.mesh.groups
+        if not groups["head+"]:
+            return last
+        lies = dict.fromkeys(groups["dp"], "B") | dict.fromkeys(groups["head+"], "V")
+        return self.redistribute(last, self.key(lies))
 
     def place(self, op: Op) -> None:
         """One operator: its inputs redistributed as it needs them, its output's layout derived."""
         if op.kind == "input":
             lies = carry(self.mesh, self.par, self.model.phase)
             if "H" not in op.dims:
-                lies = dict.fromkeys(self.mesh.groups["dp"], "B")
+                lies = {a: d for a, d in lies.items() if a not in self.mesh.groups["tp"]}
             key = self.key(lies)
             self.put(
                 ShardedOp(name=op.name, kind="input", inputs=(), dims=op.dims, layout=key, op=op)
@@ -199,10 +210,12 @@ class _Sharder:
             return
         chosen = assignment(op, self.mesh, self.par, self.model.phase)
         passing = self.passing(op, chosen)
+        alike = dict(op.cut_as)
         inputs = []
         for slot, source in enumerate(op.inputs):
             dims = set(self.op(source).dims)
-            want = {a: d for a, d in chosen.items() if d in dims}
+            cut = {a: d if d in dims else alike.get(d, d) for a, d in chosen.items()}
+            want = {a: d for a, d in cut.items() if d in dims}
             if slot in op.linear:
                 want |= dict.fromkeys(passing, PARTIAL)
             inputs.append(self.redistribute(source, self.key(want)))
@@ -219,6 +232,7 @@ class _Sharder:
                 op=op,
                 weight_layout=self.key(weight),
                 density=op.density,
+                element_bytes=op.element_bytes,
             )
         )
 
@@ -257,6 +271,7 @@ class _Sharder:
                     axes=axes,
                     before=before.layout,
                     density=before.density,
+                    element_bytes=before.element_bytes,
                 )
             )
             self.ready[source, after] = name
@@ -388,6 +403,7 @@ def apply(graph: ModelGraph, par: Parallelism) -> ShardedGraph:
     """
     key = replace(par, pp=1, stage_layers=(), order=AXES, mtp=min(par.mtp, 1))
     check_pipeline(graph.spec, par)
+    graph = in_parts(graph, par.cp)
     mesh, blocks = _blocks(graph, key)
     if par.mtp and not graph.predicts:
         raise LayoutError(

@@ -112,7 +112,14 @@ def _normed_heads(block: _Template, spec: ModelSpec, name: str, source: str, rol
     return block.add(name, "scale", role, (source, stat), dims, weight=heads, weight_class="small")
 
 
-def _gqa(block: _Template, spec: ModelSpec, source: str, window: bool) -> str:
+def _cache(block: _Template, name: str, role: str, source: str, dims: str, phase: Phase) -> str:
+    """A cache that takes the new tokens of `source`; those of a prompt stay where they lie."""
+    cut_as = (("S", "T"),) if phase == "prefill" else ()
+    state = name.removesuffix("_cache")
+    return block.add(name, "cache", role, (source,), dims, whole="T", state=state, cut_as=cut_as)
+
+
+def _gqa(block: _Template, spec: ModelSpec, source: str, window: bool, phase: Phase) -> str:
     q = block.linear("q", "heads", source, "BTKGD", "HKGD", fuse="qkv")
     k = block.linear("k", "kv_heads", source, "BTKD", "HKD", fuse="qkv")
     v = block.linear("v", "kv_heads", source, "BTKD", "HKD", fuse="qkv")
@@ -122,13 +129,13 @@ def _gqa(block: _Template, spec: ModelSpec, source: str, window: bool) -> str:
     k = _normed_heads(block, spec, "k_norm", k, "kv_heads")
     q = block.add("q_rope", "rope", "heads", (q,), "BTKGD", whole="D")
     k = block.add("k_rope", "rope", "kv_heads", (k,), "BTKD", whole="D")
-    keys = block.add("k_cache", "cache", "kv_heads", (k,), "BSKD", whole="T", state="k")
-    values = block.add("v_cache", "cache", "kv_heads", (v,), "BSKD", whole="T", state="v")
+    keys = _cache(block, "k_cache", "kv_heads", k, "BSKD", phase)
+    values = _cache(block, "v_cache", "kv_heads", v, "BSKD", phase)
     attrs = MappingProxyType({"window": float(spec.sliding_window or 0) if window else 0.0})
     out = block.add(
-        "attention", "attention", "heads", (q, keys, values), "BTKGD", whole="TSD", attrs=attrs
+        "attention", "attention", "heads", (q, keys, values), "BTKGD", whole="SD", attrs=attrs
     )
-    return block.linear("o", "heads", out, "BTH", "KGDH")
+    return block.linear("o", "o", out, "BTH", "KGDH")
 
 
 def _mla(block: _Template, spec: ModelSpec, source: str, phase: Phase) -> str:
@@ -144,20 +151,20 @@ def _mla(block: _Template, spec: ModelSpec, source: str, phase: Phase) -> str:
     r = block.linear("k_pe", "latent", source, "BTR", "HR", fuse="qkv_a")
     qr = block.add("q_pe_rope", "rope", "heads", (qr,), "BTKR", whole="R")
     r = block.add("k_pe_rope", "rope", "latent", (r,), "BTR", whole="R")
-    latent = block.add("latent_cache", "cache", "latent", (c,), "BSC", whole="T", state="latent")
-    rotary = block.add("rotary_cache", "cache", "latent", (r,), "BSR", whole="T", state="rotary")
+    latent = _cache(block, "latent_cache", "latent", c, "BSC", phase)
+    rotary = _cache(block, "rotary_cache", "latent", r, "BSR", phase)
     absorbed = {"weight_class": "absorbed"}
     if phase == "prefill":
         keys = block.linear("k_up", "heads", latent, "BSKN", "CKN", fuse="kv_b", **absorbed)
         values = block.linear("v_up", "heads", latent, "BSKD", "CKD", fuse="kv_b", **absorbed)
         read = (qn, qr, keys, rotary, values)
-        out = block.add("attention", "mla_attention", "heads", read, "BTKD", whole="TSNRD")
+        out = block.add("attention", "mla_attention", "heads", read, "BTKD", whole="SNRD")
     else:
         ql = block.linear("q_absorb", "heads", qn, "BTKC", "CKN", param="k_up", **absorbed)
         seen = (ql, qr, latent, rotary)
-        ol = block.add("attention", "mla_absorbed", "heads", seen, "BTKC", whole="TSCR")
+        ol = block.add("attention", "mla_absorbed", "heads", seen, "BTKC", whole="SCR")
         out = block.linear("o_absorb", "heads", ol, "BTKD", "CKD", param="v_up", **absorbed)
-    return block.linear("o", "heads", out, "BTH", "KDH")
+    return block.linear("o", "o", out, "BTH", "KDH")
 
 
 def _ffn(block: _Template, source: str, *, role: str, prefix: str, width: str, bias: bool) -> str:
@@ -209,7 +216,10 @@ def _decoder(block: _Template, spec: ModelSpec, name: str, phase: Phase, source:
     """One decoder layer of kind `name` on `source`."""
     normed = block.norm("norm1", "token", source, "H")
     window = name.startswith("sliding_")
-    mixed = _mla(block, spec, normed, phase) if spec.mla else _gqa(block, spec, normed, window)
+    if spec.mla:
+        mixed = _mla(block, spec, normed, phase)
+    else:
+        mixed = _gqa(block, spec, normed, window, phase)
     if spec.o_bias:
         mixed = block.bias("token", mixed)
     if spec.sandwich_norms:

@@ -38,6 +38,7 @@ Role = Literal[
     "heads",
     "kv_heads",
     "latent",
+    "o",
     "ffn",
     "router",
     "dispatch",
@@ -80,6 +81,10 @@ class Op:
     """Inputs through which a partial sum may pass unreduced (all of them together)."""
     state: str = ""
     """Name of the cache it appends to and reads."""
+    cut_as: tuple[tuple[str, str], ...] = ()
+    """(output dim, input dim): an axis that cuts the one cuts the other, where an input has it."""
+    element_bytes: float = 2.0
+    """Bytes of one element of the output where it crosses ranks."""
     density: float = 1.0
     """Share of the output's elements that carry data (routed tokens: topk / experts)."""
     attrs: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))

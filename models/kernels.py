@@ -12,13 +12,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardplan.models.apply import ShardedOp
+from shardplan.models.apply import Layout, ShardedOp
 from shardplan.models.errors import ProofError
 from shardplan.models.graph import ModelGraph, Op
+from shardplan.models.kvcache import Places
 from shardplan.models.parallel import Mesh
 from shardplan.models.weights import Array
 
-__all__ = ["KERNELS", "Call"]
+__all__ = ["KERNELS", "Call", "own_part"]
+
+
+def own_part(layout: Layout, dim: str, mesh: Mesh) -> Places:
+    """Which part of a dim each rank holds, `[*mesh]` with 1 for axes that do not cut it."""
+    own = np.zeros([1] * len(mesh.shape), dtype=np.int64)
+    for axis, where in layout:
+        if where == dim:
+            lead = mesh.axes.index(axis)
+            ways = mesh.shape[lead]
+            steps = np.arange(ways).reshape([-1 if i == lead else 1 for i in range(own.ndim)])
+            own = own * ways + steps
+    return own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +49,10 @@ class Call:
     """Tokens cached before this call."""
     held: Array | None
     """The operator's own cache, before this call."""
+    source: Places | None = None
+    """Of a cache: where each slot's entry comes from, `[*mesh, slots]` (`kvcache.Slots`)."""
+    keys_at: Places | None = None
+    """Of attention: positions of the keys, `[*mesh, keys]`, -1 where there is none."""
 
     @property
     def lead(self) -> int:
@@ -44,11 +61,16 @@ class Call:
 
     def ein(self, expression: str, *arrays: Array) -> Array:
         """An einsum over named dims; the mesh axes are put in front of every term."""
-        mesh = "abcdefgh"[: self.lead]
+        mesh = "abcdefghijklmnop"[: self.lead]
         left, right = expression.split("->")
         terms = ",".join(mesh + term for term in left.split(","))
         result: Array = np.einsum(f"{terms}->{mesh}{right}", *arrays, optimize=True)
         return result
+
+    def tokens_at(self, tokens: int) -> Places:
+        """Positions of this operator's new tokens, `[*mesh, tokens]`."""
+        first = own_part(self.node.layout, "T", self.mesh)[..., None] * tokens
+        return np.asarray(self.past + first + np.arange(tokens))
 
     def own_weight(self) -> Array:
         """The parameter; `ProofError` where the operator has none."""
@@ -60,15 +82,8 @@ class Call:
 def _embedding(call: Call) -> Array:
     weight = call.own_weight()
     mesh, rows = call.mesh, weight.shape[call.lead]
-    own = np.zeros(mesh.shape, dtype=np.int64)
-    for axis, dim in call.node.weight_layout:
-        if dim == "V":
-            lead = mesh.axes.index(axis)
-            steps = np.arange(mesh.shape[lead]).reshape(
-                [-1 if i == lead else 1 for i in range(call.lead)]
-            )
-            own = own * mesh.shape[lead] + steps
-    offset = (own * rows).reshape(*mesh.shape, 1, 1, 1)
+    own = own_part(call.node.weight_layout, "V", mesh)
+    offset = (own * rows)[..., None, None, None]
     hot = call.inputs[0][..., None] == np.arange(rows) + offset
     return call.ein("BTV,VH->BTH", hot.astype(np.float64), weight)
 
@@ -119,42 +134,68 @@ def _rope(call: Call) -> Array:
     x = call.inputs[0]
     tokens = x.shape[call.lead + 1]
     half = x.shape[-1] // 2
-    angle = np.outer(
-        call.past + np.arange(tokens), call.graph.spec.rope_theta ** (-np.arange(half) / half)
-    )
-    shape = [tokens, *[1] * (x.ndim - call.lead - 3), half]
+    at = call.tokens_at(tokens)[..., None]
+    angle = at * call.graph.spec.rope_theta ** (-np.arange(half) / half)
+    shape = [*at.shape[: call.lead], 1, tokens, *[1] * (x.ndim - call.lead - 3), half]
     cos, sin = np.cos(angle).reshape(shape), np.sin(angle).reshape(shape)
     left, right = x[..., :half], x[..., half:]
     return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
 def _cache(call: Call) -> Array:
-    new = call.inputs[0]
-    if call.held is None:
-        return np.array(new)
-    return np.concatenate([call.held, new], axis=call.lead + 1)
+    new, where = call.inputs[0], call.lead + 1
+    if call.source is None:
+        raise ProofError("a cache has slots", got=call.op.name)
+    none = np.zeros_like(np.take(new, [0], where))
+    entries = [*([] if call.held is None else [call.held]), new, none]
+    source = call.source.reshape(*call.source.shape[:-1], 1, -1, *[1] * (new.ndim - where - 1))
+    return np.take_along_axis(np.concatenate(entries, axis=where), source, axis=where)
 
 
-def _masked_softmax(call: Call, scores: Array) -> Array:
-    """Scores [..., S] with dims B T first; a token sees the cache and the tokens before it."""
-    tokens, context = scores.shape[call.lead + 1], scores.shape[-1]
-    query = call.past + np.arange(tokens)[:, None]
-    key = np.arange(context)[None, :]
-    seen = key <= query
+def _masked_scores(call: Call, scores: Array) -> Array:
+    """Scores [..., S] with dims B T first; a token sees the tokens before it and itself."""
+    if call.keys_at is None:
+        raise ProofError("attention knows where its keys lie", got=call.op.name)
+    tokens, keys = scores.shape[call.lead + 1], scores.shape[-1]
+    query, key = call.tokens_at(tokens)[..., None], call.keys_at[..., None, :]
+    seen = (key >= 0) & (key <= query)
     window = int(call.op.attrs.get("window", 0))
     if window:
         seen &= key > query - window
-    shape = [tokens, *[1] * (scores.ndim - call.lead - 3), context]
-    scores = np.where(seen.reshape(shape), scores, -np.inf)
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights: Array = scores / scores.sum(axis=-1, keepdims=True)
-    return weights
+    shape = [*seen.shape[: call.lead], 1, tokens, *[1] * (scores.ndim - call.lead - 3), keys]
+    return np.where(seen.reshape(shape), scores, -np.inf)
+
+
+def _attend(call: Call, scores: Array, values: str, held: Array) -> Array:
+    """Softmax over the keys and their weighted values; of a part, its log-sum-exp beside it.
+
+    `values` is the product's expression; a part that holds no key that is seen gives nought and
+    a log-sum-exp of minus infinity.
+    """
+    scores = _masked_scores(call, scores)
+    peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    peak = np.where(np.isfinite(peak), peak, 0.0)
+    weights = np.exp(scores - peak)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = call.ein(values, weights / np.where(total > 0.0, total, 1.0), held)
+    if "W" not in call.op.dims:
+        return out
+    with np.errstate(divide="ignore"):
+        together = peak + np.log(total)
+    return np.concatenate([out, together], axis=-1)[..., None, :]
+
+
+def _context_merge(call: Call) -> Array:
+    parts, together = call.inputs[0][..., :-1], call.inputs[0][..., -1:]
+    weights = np.exp(together - together.max(axis=-2, keepdims=True))
+    merged: Array = (weights * parts).sum(axis=-2) / weights.sum(axis=-2)
+    return merged
 
 
 def _attention(call: Call) -> Array:
     q, k, v = call.inputs
     scores = call.ein("BTKGD,BSKD->BTKGS", q, k) / np.sqrt(q.shape[-1])
-    return call.ein("BTKGS,BSKD->BTKGD", _masked_softmax(call, scores), v)
+    return _attend(call, scores, "BTKGS,BSKD->BTKGD", v)
 
 
 def _mla_scale(call: Call) -> float:
@@ -165,13 +206,13 @@ def _mla_scale(call: Call) -> float:
 def _mla_attention(call: Call) -> Array:
     q, q_pe, k, k_pe, v = call.inputs
     scores = call.ein("BTKN,BSKN->BTKS", q, k) + call.ein("BTKR,BSR->BTKS", q_pe, k_pe)
-    return call.ein("BTKS,BSKD->BTKD", _masked_softmax(call, scores * _mla_scale(call)), v)
+    return _attend(call, scores * _mla_scale(call), "BTKS,BSKD->BTKD", v)
 
 
 def _mla_absorbed(call: Call) -> Array:
     q, q_pe, latent, k_pe = call.inputs
     scores = call.ein("BTKC,BSC->BTKS", q, latent) + call.ein("BTKR,BSR->BTKS", q_pe, k_pe)
-    return call.ein("BTKS,BSC->BTKC", _masked_softmax(call, scores * _mla_scale(call)), latent)
+    return _attend(call, scores * _mla_scale(call), "BTKS,BSC->BTKC", latent)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -230,6 +271,7 @@ def _select(call: Call) -> Array:
 KERNELS: Mapping[str, Callable[[Call], Array]] = {
     "add": _add,
     "attention": _attention,
+    "context_merge": _context_merge,
     "bias": _bias,
     "cache": _cache,
     "combine": _combine,

@@ -3,7 +3,8 @@
 A tensor is one array [*mesh, *local dims], so one operator runs on all ranks at once and a
 collective is an operation over the leading axes. Pipeline stages run one after another and hand
 the hidden state over through a mailbox that only `send` fills and only `recv` empties. KV caches
-are per-rank state: appended by `cache` operators, cleared by `reset`.
+are per-rank state: appended by `cache` operators, cleared by `reset`; `shardplan.models.kvcache`
+keeps which token lies where.
 
 The executor also writes down what it did (`log`): each collective with the elements that it
 really moved, so that the cost model's prediction can be held against it.
@@ -23,7 +24,8 @@ import numpy as np
 
 from shardplan.models.apply import ShardedGraph, ShardedOp, Stage
 from shardplan.models.errors import ProofError
-from shardplan.models.kernels import KERNELS, Call
+from shardplan.models.kernels import KERNELS, Call, own_part
+from shardplan.models.kvcache import Places, Slots
 from shardplan.models.parallel import Mesh
 from shardplan.models.weights import Array, Weight, local_weight, param_key, place
 
@@ -59,6 +61,7 @@ class LockStep:
     weight_bytes: dict[int, int] = field(default_factory=dict)
     """Bytes of weights that one rank of each stage holds."""
     _cache: dict[tuple[int, str], Array] = field(default_factory=dict)
+    _slots: dict[tuple[int, str], Slots] = field(default_factory=dict)
     _mail: dict[int, Array] = field(default_factory=dict)
     _local: dict[tuple[int, str, int, str], Array] = field(default_factory=dict)
     _counted: set[tuple[int, str]] = field(default_factory=set)
@@ -77,6 +80,7 @@ class LockStep:
     def reset(self) -> None:
         """Forget every cached token."""
         self._cache.clear()
+        self._slots.clear()
 
     def cached_elements(self, stage: Stage) -> int:
         """KV elements that one rank of a stage holds now."""
@@ -97,8 +101,8 @@ class LockStep:
         return np.concatenate(logits, axis=1)
 
     def _past(self) -> int:
-        for array in self._cache.values():
-            return int(array.shape[len(self.decode_graph.mesh.shape) + 1])
+        for key in self._cache:
+            return self._slots[key].tokens
         return 0
 
     def _run_stage(
@@ -131,7 +135,8 @@ class LockStep:
             raise ProofError("a prediction layer is told the tokens that follow")
         where, length = len(graph.mesh.shape) + 1, past + ids.shape[1]
         tokens = np.concatenate([ids[:, 1:], self.ahead[:, :1]], axis=1)
-        logits = []
+        logits: list[Array] = []
+        kept: dict[tuple[int, str], tuple[Array, Slots]] = {}
         for turn in range(1 + graph.runs(stage).get("draft", 0)):
             if turn:
                 past, tokens = length + turn - 1, self.ahead[:, turn : turn + 1]
@@ -139,14 +144,19 @@ class LockStep:
             hidden = self._run_block(graph, stage, "mtp", stage.last, hidden, past, tokens)
             ahead = self._run_block(graph, stage, "mtp_head", -1, hidden, past)
             logits.append(self._logits(graph, "mtp_head", ahead))
-        self._forget(stage.last, length, where)
+            if not turn:
+                kept = {
+                    key: (array, self._slots[key])
+                    for key, array in self._cache.items()
+                    if key[0] == stage.last
+                }
+        self._forget(kept)
         return logits
 
-    def _forget(self, layer: int, length: int, where: int) -> None:
-        """Drop what a layer cached beyond `length` tokens, along axis `where`."""
-        for key, array in self._cache.items():
-            if key[0] == layer:
-                self._cache[key] = np.take(array, range(length), axis=where)
+    def _forget(self, kept: Mapping[tuple[int, str], tuple[Array, Slots]]) -> None:
+        """Drop what only further drafts cached: back to the caches after the first."""
+        for key, (array, slots) in kept.items():
+            self._cache[key], self._slots[key] = array, slots
 
     def _run_block(
         self,
@@ -210,6 +220,8 @@ class LockStep:
         op = node.op
         if op is None:
             raise ProofError("an operator lost its definition", got=node.name)
+        key = (layer, op.state)
+        slots, source = self._append(node, graph, layer, given[0]) if op.state else (None, None)
         call = Call(
             node=node,
             op=op,
@@ -219,7 +231,9 @@ class LockStep:
             input_dims=given[1],
             weight=self.weight(node, graph, stage, layer),
             past=past,
-            held=self._cache.get((layer, op.state)),
+            held=self._cache.get(key),
+            source=source,
+            keys_at=self._keys_at(node, graph, layer) if "S" in op.whole else None,
         )
         try:
             out = KERNELS[op.kind](call)
@@ -227,9 +241,29 @@ class LockStep:
             raise ProofError(
                 "an operator cannot run on the shards it is given", got=f"{node.name}: {error}"
             ) from error
-        if op.state:
-            self._cache[layer, op.state] = out
+        if slots is not None:
+            self._cache[key], self._slots[key] = out, slots
         return out
+
+    def _append(
+        self, node: ShardedOp, graph: ShardedGraph, layer: int, inputs: tuple[Array, ...]
+    ) -> tuple[Slots, Places]:
+        """Slots of a cache after this call, and where their entries come from, `[*mesh, slots]`."""
+        op = node.op
+        key = (layer, op.state if op is not None else "")
+        held = (
+            self._slots[key] if key in self._cache else Slots.empty(graph.split("S", node.layout))
+        )
+        tokens = inputs[0].shape[len(graph.mesh.shape) + 1]
+        slots, source = held.appended(tokens, dealt=op is not None and bool(op.cut_as))
+        return slots, source[own_part(node.layout, "S", graph.mesh)]
+
+    def _keys_at(self, node: ShardedOp, graph: ShardedGraph, layer: int) -> Places:
+        """Positions of the keys that each rank attends to: its own part's, or those of all."""
+        slots = next(one for (where, _), one in self._slots.items() if where == layer)
+        if "W" in node.dims:
+            return slots.at[own_part(node.layout, "W", graph.mesh)]
+        return slots.at.reshape([1] * len(graph.mesh.shape) + [-1])
 
     def weight(
         self, node: ShardedOp, graph: ShardedGraph, stage: Stage, layer: int

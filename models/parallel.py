@@ -2,12 +2,20 @@
 
 A `Parallelism` names axis sizes; a `Mesh` factors them into sub-axes, major to minor:
 
-    dp = dp0 * dp1            dp1: the data-parallel ranks that share experts
+    dp = dp0 * dp1 * ...      cut at each number of groups that share experts or modules
+    cp = cp0 * cp1            cp1: the context-parallel ranks that share experts
     tp = tp0 * tp1 * tp2      cut where kv heads run out and where experts run out
 
 so that "K on the first part of tp, G on the rest" (tensor parallelism beyond the kv heads) and
 "E on dp1 and part of tp, I on the rest of tp" (expert parallelism) are plain assignments
 {sub-axis: dim}. `assignment` is the whole strategy of an operator.
+
+Context parallelism cuts the new tokens of a prompt in prefill, where attention gathers the keys
+and values (or the latent) of all, and the cache in both phases. In decode every rank of a context
+has the step's tokens, attends to its part of the cache, and the parts are merged by their
+log-sum-exp (`shardplan.models.context`). Pieces of a prompt are runs of tokens here; engines deal
+head and tail pieces to a rank (zig-zag), which balances the causal half, moves and holds the same,
+and is what the price assumes.
 """
 
 from __future__ import annotations
@@ -18,6 +26,16 @@ from typing import Literal
 
 from shardplan.models.errors import LayoutError
 from shardplan.models.graph import Op, Phase
+from shardplan.models.modules import (
+    MODULES,
+    check_expert_groups,
+    check_modules,
+    data_widths,
+    expert_groups,
+    groups_of,
+    module_is_whole,
+    o_dim,
+)
 from shardplan.models.spec import ModelSpec
 
 __all__ = [
@@ -38,8 +56,6 @@ Exchange = Literal["allgather", "alltoall"]
 Axis = Literal["pp", "dp", "cp", "tp"]
 AXES: tuple[Axis, ...] = ("pp", "dp", "cp", "tp")
 """Axes that ranks are numbered by, in the order of `Parallelism.order` unless told."""
-MODULES = ("o", "ffn", "shared", "head", "embed")
-"""Modules that may be split over other ranks than tp (`Parallelism.o_tp`, ...)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,26 +153,23 @@ def _check_sizes(spec: ModelSpec, par: Parallelism) -> None:
             got=f"mtp={par.mtp}, model={spec.name}, mtp_layers={spec.mtp_layers}",
             hint="use mtp=0",
         )
-    for name in (f"{one}_tp" for one in MODULES):
-        if getattr(par, name):
-            raise LayoutError(
-                f"`{name}` cannot be applied to this graph",
-                got=f"{name}={getattr(par, name)}",
-                hint="use 0",
-            )
     if par.order != AXES and sorted(par.order) != sorted(AXES):
         raise LayoutError(
             "order names every axis once", got=f"order={par.order}", hint="try " + ",".join(AXES)
         )
-    if par.cp > 1:
+    if par.cp > 1 and spec.sliding_layers:
         raise LayoutError(
-            "context parallelism cannot be applied to this graph", got=f"cp={par.cp}", hint="use 1"
+            "context parallelism needs layers that see the whole context",
+            got=f"cp={par.cp}, layers with a sliding window: {spec.sliding_layers}",
+            hint="use cp=1",
         )
     _divides("tp must divide num_attention_heads", par.tp, spec.heads, "tp", "heads")
-    _divides("tp must divide vocab_size", par.tp, spec.vocab, "tp", "vocab_size")
-    if spec.dense_layers:
+    if not (par.embed_tp and par.head_tp):
+        _divides("tp must divide vocab_size", par.tp, spec.vocab, "tp", "vocab_size")
+    if spec.dense_layers and not par.ffn_tp:
         _divides("tp must divide intermediate_size", par.tp, spec.ffn, "tp", "intermediate_size")
     _check_experts(spec, par)
+    check_modules(spec, par)
 
 
 def check_pipeline(spec: ModelSpec, par: Parallelism) -> None:
@@ -189,17 +202,12 @@ def _check_experts(spec: ModelSpec, par: Parallelism) -> None:
         return
     _divides("ep must divide the number of experts", par.ep, spec.moe.experts, "ep", "experts")
     if par.ep > par.tp:
-        if par.ep % par.tp or par.dp % (par.ep // par.tp):
-            raise LayoutError(
-                "ep above tp takes whole tp groups of a stage: tp divides ep and ep divides tp*dp",
-                got=f"ep={par.ep}, tp={par.tp}, dp={par.dp}",
-                hint=f"try ep={par.tp} or ep={par.tp * par.dp}",
-            )
+        check_expert_groups(par)
     else:
         _divides("ep up to tp must divide tp", par.ep, par.tp, "ep", "tp")
     split = par.tp // min(par.ep, par.tp)
     _divides("tp/ep must divide the expert width", split, spec.moe.ffn, "tp/ep", "expert width")
-    if spec.moe.shared_ffn:
+    if spec.moe.shared_ffn and not par.shared_tp:
         _divides(
             "tp must divide the shared experts' width",
             par.tp,
@@ -228,70 +236,108 @@ def make_mesh(spec: ModelSpec, par: Parallelism) -> Mesh:
             got=f"tp={par.tp}, kv split={kv}, expert split={ep}",
             hint="try an ep that divides the kv split, or is a multiple of it",
         )
-    dp1 = max(par.ep // par.tp, 1) if spec.moe else 1
     shape = {
-        "dp0": par.dp // dp1,
-        "dp1": dp1,
+        **_factors("dp", par.dp, data_widths(par)),
+        **_factors("cp", par.cp, expert_groups(par)[:1]),
         "tp0": low,
         "tp1": high // low,
         "tp2": par.tp // high,
     }
-    axes = tuple(name for name, size in shape.items() if size > 1)
-
-    def live(*names: str) -> tuple[str, ...]:
-        return tuple(n for n in names if n in axes)
-
     cut = {low: ("tp0",), high: ("tp0", "tp1"), par.tp: ("tp0", "tp1", "tp2")}
-    groups = {
-        "dp": live("dp0", "dp1"),
-        "dp0": live("dp0"),
-        "dp1": live("dp1"),
-        "tp": live("tp0", "tp1", "tp2"),
-        "kv": live(*cut[kv]),
-        "tpe": live(*cut[ep]) if par.ep > 1 else (),
-    }
+    axes = tuple(name for name, size in shape.items() if size > 1)
+    groups = _groups(spec, par, shape, axes)
+    groups["kv"] = tuple(a for a in cut[kv] if a in axes)
+    groups["tpe"] = tuple(a for a in cut[ep] if a in axes) if par.ep > 1 else ()
     groups["q"] = tuple(a for a in groups["tp"] if a not in groups["kv"])
     groups["tpf"] = tuple(a for a in groups["tp"] if a not in groups["tpe"])
-    groups["ep"] = groups["dp1"] + groups["tpe"]
+    groups["ep"] = groups["dp1"] + groups["cp1"] + groups["tpe"]
     return Mesh(axes, tuple(shape[a] for a in axes), groups)
+
+
+def _groups(
+    spec: ModelSpec, par: Parallelism, shape: dict[str, int], axes: tuple[str, ...]
+) -> dict[str, tuple[str, ...]]:
+    """Sub-axes of dp, cp and tp, and of what neighbouring groups share."""
+    data, context, tensor = (
+        tuple(a for a in axes if a.startswith(kind)) for kind in ("dp", "cp", "tp")
+    )
+    within, among = expert_groups(par)
+    groups = {"dp": data, "cp": context, "tp": tensor, "oK": (), "oD": ()}
+    groups["dp1"] = _minor(data, among, shape)
+    groups["dp0"] = tuple(a for a in data if a not in groups["dp1"])
+    groups["cp1"] = _minor(context, within, shape)
+    groups["o" + o_dim(spec, par)] = _minor(data, groups_of(par, "o"), shape)
+    for module in MODULES:
+        shared = _minor(data, groups_of(par, module), shape)
+        groups[f"{module}+"] = shared
+        groups[module] = () if module_is_whole(par, module) else shared + tensor
+    return groups
+
+
+def _factors(kind: str, size: int, widths: tuple[int, ...]) -> dict[str, int]:
+    """Sub-axes of one axis, major to minor, cut at the widths (the narrowest first)."""
+    outer = (size, *reversed(widths))
+    inner = (*reversed(widths), 1)
+    return {f"{kind}{i}": a // b for i, (a, b) in enumerate(zip(outer, inner, strict=True))}
+
+
+def _minor(axes: tuple[str, ...], width: int, shape: dict[str, int]) -> tuple[str, ...]:
+    """The minor sub-axes whose ranks number `width`."""
+    first = len(axes)
+    while width > 1:
+        first -= 1
+        width //= shape[axes[first]]
+    return axes[first:]
 
 
 _TOKEN_DIM: dict[Phase, str] = {"prefill": "T", "decode": "B"}
 
 
 def _roles(mesh: Mesh, par: Parallelism, token: str) -> dict[str, list[tuple[str, str]]]:
-    """Role -> [(group, dim)] beyond the batch split: the strategy in one table."""
+    """Role -> [(group, dim)] beyond the split of batch and prompt: the strategy in one table."""
     tokens = [("tp", token)] if par.sp else []
     sent = par.exchange == "alltoall" and par.ep > 1
-    exchange = [("dp1", "B"), ("tpe", token)] if sent else [("ep", "E")]
+    home = [("cp1", token), ("tpe", token)] if sent else []
+    exchange = home if sent else [("ep", "E")]
+    heads = [("kv", "K"), ("q", "G")]
     return {
         "input": [],
-        "embedding": [("dp1", "B"), ("tp", "V")],
-        "token": [("dp1", "B"), *tokens],
-        "stat": [("dp1", "B"), ("kv", "K"), ("q", "G")],
-        "heads": [("dp1", "B"), ("kv", "K"), ("q", "G")],
-        "kv_heads": [("dp1", "B"), ("kv", "K")],
-        "latent": [("dp1", "B")],
-        "ffn": [("dp1", "B"), ("tp", "F")],
-        "shared": [("dp1", "B"), ("tp", "X")],
-        "router": [("dp1", "B"), *tokens],
+        "embedding": _module(par, "embed", "V", tokens),
+        "token": tokens,
+        "stat": heads,
+        "heads": [*heads, ("cp", "W")],
+        "kv_heads": [("kv", "K"), ("cp", "S")],
+        "latent": [("cp", "S")],
+        "o": tokens if module_is_whole(par, "o") else [*heads, ("oK", "K"), ("oD", "D")],
+        "ffn": _module(par, "ffn", "F", tokens),
+        "shared": _module(par, "shared", "X", home or tokens),
+        "router": tokens,
         "dispatch": exchange,
         "expert": [("ep", "E"), ("tpf", "I")],
         "combine": exchange,
-        "moe_sum": [("dp1", "B"), *([("tpe", token)] if sent else [])],
-        "select": [("dp1", "B")],
-        "head": [("dp1", "B"), ("tp", "V")],
+        "moe_sum": home,
+        "select": [],
+        "head": _module(par, "head", "V", []),
     }
+
+
+def _module(
+    par: Parallelism, module: str, dim: str, tokens: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """A module's weights cut over its ranks; held whole, it takes the tokens as they lie."""
+    return tokens if module_is_whole(par, module) else [(module, dim)]
 
 
 def assignment(op: Op, mesh: Mesh, par: Parallelism, phase: Phase) -> dict[str, str]:
     """{sub-axis: named dim} of one operator: its whole strategy.
 
     Only dims that the operator has (kept or contracted) are assigned; the rest of the mesh
-    computes the operator replicated.
+    computes the operator replicated. Sequences are cut over dp and, in prefill, their tokens over
+    cp, unless the operator's role says otherwise.
     """
     has = set(op.dims) | set(op.contract)
-    wanted = [("dp0", "B"), *_roles(mesh, par, _TOKEN_DIM[phase])[op.role]]
+    wanted = [("dp", "B"), *([("cp", "T")] if phase == "prefill" else [])]
+    wanted += _roles(mesh, par, _TOKEN_DIM[phase])[op.role]
     chosen: dict[str, str] = {}
     for group, dim in wanted:
         if dim in has and dim not in op.whole:
@@ -302,6 +348,8 @@ def assignment(op: Op, mesh: Mesh, par: Parallelism, phase: Phase) -> dict[str, 
 def carry(mesh: Mesh, par: Parallelism, phase: Phase) -> dict[str, str]:
     """Layout of the hidden state between layers."""
     chosen = dict.fromkeys(mesh.groups["dp"], "B")
+    if phase == "prefill":
+        chosen |= dict.fromkeys(mesh.groups["cp"], "T")
     if par.sp:
         chosen |= dict.fromkeys(mesh.groups["tp"], _TOKEN_DIM[phase])
     return chosen

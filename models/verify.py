@@ -27,7 +27,7 @@ import numpy as np
 from shardplan.models.accounting import (
     predict_communication,
     stage_weights,
-    state_elements_per_token,
+    state_elements,
 )
 from shardplan.models.apply import Layout, ShardedGraph, ShardedOp, apply
 from shardplan.models.build import build_graph
@@ -250,8 +250,7 @@ def _check_held(pair: _Pair, quantized: bool) -> str:
             raise ProofError(
                 "weights are held as accounted", got=f"stage {stage.index}: {got} for {want} bytes"
             )
-        local = pair.case.batch // pair.case.parallel.dp
-        expected = state_elements_per_token(graph, stage) * local * pair.context
+        expected = state_elements(graph, stage, pair.case.batch, pair.context)
         if pair.cut.cached_elements(stage) != expected:
             raise ProofError(
                 "the cache is held as accounted",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "MODULE_RANKS",
     "Cluster",
     "Device",
     "EngineProfile",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 WIDTH = 100
+MODULE_RANKS = "0 as tp, 1 whole, or tp times dp groups."
 _MAX_SHOWN = 60
 
 

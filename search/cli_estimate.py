@@ -13,6 +13,7 @@ import typer
 
 from shardplan.models.errors import InputError
 from shardplan.search.cli_common import (
+    MODULE_RANKS,
     Device,
     EngineProfile,
     Json,
@@ -53,6 +54,11 @@ def estimate(
     ep: Annotated[Text, _cell("ep", "Ranks that share the experts.")] = None,
     cp: Annotated[Text, _cell("cp", "Context-parallel ranks.")] = None,
     mtp: Annotated[Text, _cell("mtp", "Tokens predicted ahead in a decode step.")] = None,
+    o_tp: Annotated[Text, _cell("o_tp", f"Attention output: {MODULE_RANKS}")] = None,
+    ffn_tp: Annotated[Text, _cell("ffn_tp", f"Dense feed-forward: {MODULE_RANKS}")] = None,
+    shared_tp: Annotated[Text, _cell("shared_tp", f"Shared experts: {MODULE_RANKS}")] = None,
+    head_tp: Annotated[Text, _cell("head_tp", f"LM head: {MODULE_RANKS}")] = None,
+    embed_tp: Annotated[Text, _cell("embed_tp", f"Embedding: {MODULE_RANKS}")] = None,
     weight_prefetch: Annotated[Text, _cell("weight_prefetch", "Into L2: off or on.")] = None,
     fused_collectives: Annotated[
         Text, _cell("fused_collectives", "Product and all_reduce in one kernel: off or on.")

@@ -9,6 +9,7 @@ import typer
 
 from shardplan.models.errors import InputError, ProofError
 from shardplan.search.cli_common import (
+    MODULE_RANKS,
     Force,
     Json,
     OptionalModel,
@@ -33,6 +34,11 @@ def verify(
     dp: Annotated[int, whole("--dp", "Data-parallel groups.")] = 1,
     ep: Annotated[int, whole("--ep", "Ranks that share the experts.")] = 1,
     cp: Annotated[int, whole("--cp", "Context-parallel ranks.")] = 1,
+    o_tp: Annotated[int, whole("--o-tp", f"Attention output: {MODULE_RANKS}")] = 0,
+    ffn_tp: Annotated[int, whole("--ffn-tp", f"Dense feed-forward: {MODULE_RANKS}")] = 0,
+    shared_tp: Annotated[int, whole("--shared-tp", f"Shared experts: {MODULE_RANKS}")] = 0,
+    head_tp: Annotated[int, whole("--head-tp", f"LM head: {MODULE_RANKS}")] = 0,
+    embed_tp: Annotated[int, whole("--embed-tp", f"Embedding: {MODULE_RANKS}")] = 0,
     sp: Annotated[bool, typer.Option("--sp", help="Tokens split over tp between matmuls.")] = False,
     exchange: Annotated[
         str, typer.Option("--exchange", help="allgather or alltoall, for experts over ranks.")
@@ -53,6 +59,8 @@ def verify(
         proof, what = _prove_plan(plan, model, level)
     elif model is not None:
         strategy = {"tp": tp, "pp": pp, "dp": dp, "ep": ep, "cp": cp, "sp": sp, "mtp": mtp}
+        strategy |= {"o_tp": o_tp, "ffn_tp": ffn_tp, "shared_tp": shared_tp}
+        strategy |= {"head_tp": head_tp, "embed_tp": embed_tp}
         strategy |= _graph_options(exchange, stage_layers)
         proof, what = _prove_strategy(model, strategy, level)
     else:

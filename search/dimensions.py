@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dimensions", "Point"]
 
-_FOLLOWS = ("dp", "stage_layers", "order")
+_FOLLOWS = ("dp", "stage_layers")
 """Fields of a layout that are no dimension of their own."""
 _WORD_DISTANCE = 0.5
 _T = TypeVar("_T", bound=Hashable)

@@ -45,6 +45,7 @@ from shardplan.models.build import build_graph
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, LayoutError, UnknownNameError
 from shardplan.models.graph import Phase
+from shardplan.models.modules import MODULES
 from shardplan.models.parallel import Parallelism
 from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
@@ -65,6 +66,7 @@ __all__ = [
     "weight_dtype_for",
 ]
 
+_MODULE_RANKS = tuple(f"{module}_tp" for module in MODULES)
 LAYOUT_COLUMNS = (
     "model",
     "cluster",
@@ -77,12 +79,13 @@ LAYOUT_COLUMNS = (
     "ep",
     "cp",
     "mtp",
+    *_MODULE_RANKS,
     "weight_prefetch",
     "fused_collectives",
 )
 """What fixes a layout and its op tables."""
 
-_AXES = ("tp", "pp", "dp", "ep", "cp", "mtp")
+_AXES = ("tp", "pp", "dp", "ep", "cp", "mtp", *_MODULE_RANKS)
 _SWITCHES = ("weight_prefetch", "fused_collectives")
 _SIXTEEN_BIT = ("bf16", "fp16")
 _NATIVE = {"fp32": "bf16"}
@@ -269,7 +272,8 @@ class LayoutMaker:
         `columns` are `LAYOUT_COLUMNS`. Raises the `InputError` of whatever does not resolve,
         `LayoutError` where the strategy cannot be laid.
         """
-        first = self._one(Parallelism(**{name: columns[name] for name in _AXES}), columns)
+        sizes = {name: columns[name] for name in _AXES if columns.get(name) is not None}
+        first = self._one(Parallelism(**sizes), columns)
         if first.parallel.ep == 1:
             return (first,)
         note = "exchange: the faster of allgather and alltoall"

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
+from shardplan.models.modules import MODULES
 from shardplan.search.workload import DEFAULT_INPUT, DEFAULT_OUTPUT
 
 __all__ = [
@@ -164,6 +165,7 @@ INPUT_COLUMNS: Mapping[str, Column] = _columns(
     ("ep", _whole(1), 1),
     ("cp", _whole(1), 1),
     ("mtp", _whole(0, 64), 0),
+    *((f"{module}_tp", _whole(0), 0) for module in MODULES),
     ("weight_prefetch", _one_of("off", "on"), "off"),
     ("fused_collectives", _one_of("off", "on"), "off"),
     ("phase", _one_of(*PHASES), ""),
@@ -299,7 +301,7 @@ def grouped(points: Points, names: Sequence[str], rows: Indices) -> list[Indices
     if not len(rows):
         return []
     key = np.zeros(len(rows), dtype=np.int64)
-    for name in names:
+    for name in (one for one in names if len(points.values[one]) > 1):
         _, key = np.unique(
             key * len(points.values[name]) + points.codes[name][rows], return_inverse=True
         )

@@ -23,6 +23,7 @@ from typing import Any
 
 from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
+from shardplan.models.modules import MODULES, module_ranks
 from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
@@ -150,6 +151,12 @@ def _check_strategy(plan: Plan, family: str) -> None:
         rule = "a compiled graph has no loop that drafts tokens"
         raise refuse(_TARGET, rule, got=f"mtp={way.mtp}", hint="search with mtp off")
     check_algorithm(_TARGET, plan)
+    for module in MODULES:
+        ranks = module_ranks(way.parallelism(), module)
+        if ranks != way.tp:
+            rule = "the compiler splits all modules over the same ranks"
+            hint = f"search with {module}_tp=0{_or_elsewhere(family)}"
+            raise refuse(_TARGET, rule, got=f"{module}_tp={ranks}, tp={way.tp}", hint=hint)
 
 
 def _or_elsewhere(family: str) -> str:

@@ -7,8 +7,9 @@
 
 Flags, environment and quantization schemes are those of `search/data/vllm_ascend.toml`, which
 names the releases they were read from; how ranks become servers is in `vllm_layout`. Lengths are
-rounded up to the KV block. Left out, and refused: context parallelism (vLLM's differs from the
-plan's), unfused attention, dtypes without a scheme.
+rounded up to the KV block; modules split over data-parallel ranks are in `vllm_modules`. Left out,
+and refused: context parallelism (the plugin has it for prefill and decode apart, for some models
+and runners), unfused attention, dtypes without a scheme.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from shardplan.search.emit.common import (
     table,
 )
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
+from shardplan.search.emit.vllm_modules import module_rules, module_sizes
 from shardplan.search.emit.vllm_readme import balancer, bench, readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
@@ -104,6 +106,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
         ),
         *_switch_rules(plan, family),
         *_ahead_rules(plan),
+        *module_rules(plan),
         (
             0 < plan.model.max_context < longest,
             "requests must fit the model's context",
@@ -358,6 +361,8 @@ def _additional(plan: Plan, family: str) -> list[Flag]:
         on[names["fused_collectives"]] = True
     if _sent_across_roce(plan, family):
         on[names["sent_across_roce"]] = True
+    if modules := module_sizes(plan):
+        on[names["module_ranks"]] = modules
     return [("--additional-config", json.dumps(on))] if on else []
 
 

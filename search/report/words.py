@@ -116,6 +116,15 @@ def _attention(kernel: str) -> str:
     return "FlashAttention" if kernel == "flash" else "unfused (scores are written to memory)"
 
 
+_MODULE_NAMES = {
+    "o": "attention output",
+    "ffn": "dense feed-forward network",
+    "shared": "shared expert",
+    "head": "LM head",
+    "embed": "embedding table",
+}
+
+
 def _split_sentences(strategy: StrategyInfo, group: int) -> list[str]:
     """Each axis that is larger than one, and what it means."""
     sentences = []
@@ -148,6 +157,11 @@ def _split_sentences(strategy: StrategyInfo, group: int) -> list[str]:
             f"Each decode step verifies {_plural(strategy.mtp, 'token')} that the model's"
             f" prediction layer drafted, beside its own (mtp {strategy.mtp})."
         )
+    sentences += [
+        f"The {name} is split over {_plural(ranks, 'rank')} ({module}_tp {ranks})."
+        for module, name in _MODULE_NAMES.items()
+        if (ranks := int(getattr(strategy, f"{module}_tp"))) not in (0, strategy.tp)
+    ]
     return sentences or ["Nothing is split: one rank holds the whole model."]
 
 

@@ -45,6 +45,21 @@ CASES: Mapping[str, tuple[str, Parallelism]] = {
     "mla tp8": ("deepseek-v3", Parallelism(tp=8, pp=2)),
     "mla dp16 ep16 a2a": ("deepseek-v3", Parallelism(dp=16, ep=16, exchange="alltoall")),
     "mla lite tp4 sp": ("deepseek-v2-lite", Parallelism(tp=4, sp=True)),
+    "dense tp2 cp4": ("llama-3.1-8b", Parallelism(tp=2, cp=4)),
+    "dense tp2 cp2 pp2 sp": ("llama-3.1-8b", Parallelism(tp=2, cp=2, pp=2, sp=True)),
+    "moe tp2 cp4 ep4": ("qwen3-30b-a3b", Parallelism(tp=2, cp=4, ep=4)),
+    "mla tp2 cp2 dp4 ep16 a2a": (
+        "deepseek-v3",
+        Parallelism(tp=2, cp=2, dp=4, ep=16, exchange="alltoall"),
+    ),
+    "modules over dp16": (
+        "deepseek-v3",
+        Parallelism(dp=16, ep=16, exchange="alltoall", o_tp=8, ffn_tp=4, head_tp=16, embed_tp=16),
+    ),
+    "modules whole and wide": (
+        "glm-4.5",
+        Parallelism(tp=4, dp=2, sp=True, shared_tp=1, head_tp=8, o_tp=8, embed_tp=1),
+    ),
 }
 """One line for each way of splitting that a served model meets."""
 

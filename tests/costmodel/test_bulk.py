@@ -145,7 +145,7 @@ def test_memory_is_that_of_each_ledger(batch: int, step: int, context: int) -> N
         stages = ledger.stages(batch=batch, **CHOICES[choice[point]]._asdict(), **held)
         want = max(float(one.total_bytes) for one in stages)
         assert found[point] == pytest.approx(want, rel=1e-12)
-        block = float(ledger.engine.kv_block_tokens)
+        block = float(ledger.engine.kv_block_tokens * ledger.graph.parallel.cp)
         empty = ledger.stages(batch=0, **CHOICES[choice[point]]._asdict(), **held)
         fit = [
             (ledger.capacity_bytes - float(one.total_bytes))

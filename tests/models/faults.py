@@ -18,7 +18,7 @@ from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp, Stage
 from shardplan.models.lockstep import Communication, LockStep
 from shardplan.models.weights import Array, Weight, local_weight, param_key, place
 
-__all__ = ["EXECUTORS", "Fault", "edited", "rebuilt"]
+__all__ = ["EXECUTORS", "Computes", "Fault", "edited", "rebuilt"]
 
 Edit = Callable[[ShardedOp], Iterable[ShardedOp]]
 
@@ -215,7 +215,7 @@ class WrongCutScale(_Scales):
         return np.moveaxis(dealt, -2, lead)
 
 
-class _Computes(Fault):
+class Computes(Fault):
     """Changes how operators of one kind compute."""
 
     kinds: ClassVar[tuple[str, ...]]
@@ -242,7 +242,7 @@ class _Computes(Fault):
         return self.instead(compute, call)
 
 
-class AppendDropped(_Computes):
+class AppendDropped(Computes):
     """The cache gives what it held and forgets the new token."""
 
     kinds = ("cache",)
@@ -255,7 +255,7 @@ class AppendDropped(_Computes):
         return held
 
 
-class StaleEntry(_Computes):
+class StaleEntry(Computes):
     """A decode step writes the entry of the step before it again."""
 
     kinds = ("cache",)
@@ -271,7 +271,7 @@ class StaleEntry(_Computes):
         return out
 
 
-class SecondCopy(_Computes):
+class SecondCopy(Computes):
     """Right numbers, but the cache is kept twice."""
 
     kinds = ("cache",)
@@ -283,7 +283,7 @@ class SecondCopy(_Computes):
         return out
 
 
-class PositionIgnored(_Computes):
+class PositionIgnored(Computes):
     """Rotary positions start at nought in every step."""
 
     kinds = ("rope",)
@@ -294,7 +294,7 @@ class PositionIgnored(_Computes):
         return compute(call["node"], 0)
 
 
-class NoVocabularyOffset(_Computes):
+class NoVocabularyOffset(Computes):
     """Every rank takes its rows of the embedding for the first ones."""
 
     kinds = ("embedding",)

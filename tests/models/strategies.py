@@ -154,17 +154,33 @@ def models(draw: st.DrawFn) -> ModelSpec:
 def parallelisms(draw: st.DrawFn, spec: ModelSpec) -> Parallelism:
     """Axis sizes that often, not always, fit the model; stages of any lengths."""
     tp, dp = draw(st.sampled_from([1, 2, 2, 3, 4, 4, 6, 8])), draw(st.sampled_from([1, 2, 4]))
-    shares = [1, 2, 4, tp, tp * dp] if spec.moe else [1]
+    cp = draw(st.sampled_from([1, 1, 2, 4] if tp * dp <= 8 else [1]))
+    shares = [1, 2, 4, tp, tp * cp, tp * cp * dp] if spec.moe else [1]
     pp = draw(st.integers(1, spec.layers))
     cuts = sorted(draw(st.permutations(range(1, spec.layers)))[: pp - 1])
     stages = tuple(b - a for a, b in zip([0, *cuts], [*cuts, spec.layers], strict=True))
     exchange: Exchange = draw(st.sampled_from(["allgather", "alltoall"]))
-    return Parallelism(
+    par = Parallelism(
         tp=tp,
         pp=pp,
         dp=dp,
         ep=draw(st.sampled_from(shares)),
+        cp=cp,
         sp=draw(st.booleans()),
         exchange=exchange,
         stage_layers=draw(st.sampled_from([(), stages])),
     )
+    return replace(par, **draw(_module_widths(spec, par))) if draw(st.booleans()) else par
+
+
+@st.composite
+def _module_widths(draw: st.DrawFn, spec: ModelSpec, par: Parallelism) -> dict[str, Any]:
+    """Ranks of single modules: as tp, whole, or over some dp groups where contexts are whole."""
+    groups = {par.dp, draw(st.sampled_from([1, 2]))} if par.cp == 1 else {1}
+    widths = st.sampled_from([0, 1, *(par.tp * m for m in sorted(groups))])
+    had = {"o": True, "embed": True, "head": True, "ffn": spec.dense_layers > 0}
+    had["shared"] = spec.moe is not None and spec.moe.shared_ffn > 0
+    found = {f"{one}_tp": draw(widths) for one, there in had.items() if there}
+    if spec.tied_embeddings:
+        found["head_tp"] = found["embed_tp"]
+    return found

@@ -12,9 +12,11 @@ from tests.models.faults import edited
 from tests.models.reference import Real, forward
 from tests.models.strategies import SPECS, tiny, tiny_moe
 
+from shardplan.models.accounting import state_elements_per_token
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import ProofError
+from shardplan.models.kvcache import Slots
 from shardplan.models.lockstep import Communication, LockStep
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
@@ -76,6 +78,11 @@ def test_chunks_of_a_prompt_equal_the_prompt(spec: ModelSpec) -> None:
 
 
 SPLITS = {
+    "mha": Parallelism(tp=2, cp=2, pp=2),
+    "mla": Parallelism(tp=2, cp=2, dp=2, sp=True),
+    "moe, shared": Parallelism(tp=2, cp=2, ep=4, exchange="alltoall"),
+    "moe": Parallelism(cp=2, dp=2, ep=4),
+    "tied": Parallelism(tp=2, dp=4, o_tp=4, ffn_tp=4, head_tp=8, embed_tp=8),
     "gqa": Parallelism(tp=2, pp=2, dp=2, sp=True),
     "mqa": Parallelism(tp=4, pp=2),
     "norm over all heads": Parallelism(tp=4, dp=2),
@@ -94,7 +101,39 @@ def test_a_sharded_run_equals_the_reference_itself(name: str) -> None:
     assert_equal(run.prefill(ids[:, :4]), want[:, 3:4])
     for step in (4, 5):
         assert_equal(run.decode(ids[:, step : step + 1]), want[:, step : step + 1])
-    assert run.cached_elements(run.decode_graph.stages[0]) % (batch * 6 // SPLITS[name].dp) == 0
+    held = batch * 6 // (SPLITS[name].dp * SPLITS[name].cp)
+    assert run.cached_elements(run.decode_graph.stages[0]) % held == 0
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla", "moe, dense prefix"])
+def test_chunks_and_turns_of_split_contexts_equal_the_whole_sequence(name: str) -> None:
+    """Chunks of a prompt, single tokens, a second prompt behind them, on four ranks a context.
+
+    11 tokens: three slots on each of four ranks, one of them empty.
+    """
+    spec = SPECS[name]
+    run, ids = run_of(spec, Parallelism(cp=4)), draw_ids(spec, 2, 20)
+    want = oracle(run, spec, ids)
+    assert_equal(run.prefill(ids[:, :4]), want[:, 3:4])
+    assert_equal(run.prefill(ids[:, 4:8]), want[:, 7:8])
+    for step in (8, 9, 10):
+        assert_equal(run.decode(ids[:, step : step + 1]), want[:, step : step + 1])
+    stage = run.decode_graph.stages[0]
+    a_token = 4 * state_elements_per_token(run.decode_graph, stage)
+    assert run.cached_elements(stage) == a_token * 2 * 3
+    assert_equal(run.prefill(ids[:, 11:19]), want[:, 18:19])
+    assert_equal(run.decode(ids[:, 19:]), want[:, 19:])
+
+
+def test_a_split_cache_deals_new_tokens_out_in_turn() -> None:
+    """Five tokens of a prompt's halves, then single ones: each goes to the emptier rank."""
+    slots, _ = Slots.empty(2).appended(2, dealt=True)
+    assert slots.at.tolist() == [[0, 1], [2, 3]]
+    for _ in range(3):
+        slots, source = slots.appended(1, dealt=False)
+    assert slots.at.tolist() == [[0, 1, 4, 6], [2, 3, 5, -1]]
+    assert source.tolist() == [[0, 1, 2, 3], [0, 1, 2, 4]]
+    assert slots.tokens == 7
 
 
 def test_the_log_holds_what_moved_between_ranks() -> None:

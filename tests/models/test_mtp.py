@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,7 +197,7 @@ def test_a_fault_in_the_layer_is_caught(name: str) -> None:
 class _Stale(Fault):
     """What later drafts cached is read again in the next step."""
 
-    def _forget(self, layer: int, length: int, where: int) -> None:
+    def _forget(self, kept: Any) -> None:
         self.hit()
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pytest
-from tests.models.faults import EXECUTORS, Edit, edited
+from tests.models.faults import EXECUTORS, Edit, Fault, edited
+from tests.models.faults_context import CONTEXT_EXECUTORS
 from tests.models.strategies import tiny, tiny_moe
 
 from shardplan.models.apply import PARTIAL, ShardedGraph, ShardedOp
@@ -35,6 +36,14 @@ CASES = {
         spec=tiny_moe(),
         parallel=Parallelism(tp=2, dp=2, ep=4, exchange="alltoall"),
         batch=8,
+        tokens=4,
+    ),
+    "cp": Case(spec=tiny(), parallel=Parallelism(cp=2, dp=2), batch=4, tokens=4),
+    "cp ep": Case(spec=tiny_moe(), parallel=Parallelism(tp=2, cp=2, ep=4), batch=4, tokens=4),
+    "modules": Case(
+        spec=tiny(kv_heads=4),
+        parallel=Parallelism(dp=4, o_tp=2, ffn_tp=4, head_tp=4, embed_tp=2),
+        batch=4,
         tokens=4,
     ),
 }
@@ -139,6 +148,62 @@ MUTANTS = {
     "query heads cut by the wrong axes": Mutant(
         "kv", _weight_layout(("q",), (("tp0", "G"), ("tp1", "K")))
     ),
+    "keys of other ranks not gathered": Mutant(
+        "cp", lambda node: () if node.name.startswith(("k_cache>", "v_cache>")) else (node,), MISFIT
+    ),
+    "partial results of a context not gathered": Mutant(
+        "cp",
+        lambda node: () if node.name.startswith("attention_part>") else (node,),
+        f"{DIFFERS}|{UNEQUAL}",
+    ),
+    "merge left out": Mutant(
+        "cp", lambda node: () if node.kind == "context_merge" else (node,), f"{DIFFERS}|{MISFIT}"
+    ),
+    "keys gathered over the data-parallel ranks": Mutant(
+        "cp",
+        lambda node: (
+            (replace(node, axes=("dp0",)),) if node.name.startswith("k_cache>") else (node,)
+        ),
+        f"{DIFFERS}|{MISFIT}|{UNEQUAL}",
+    ),
+    "experts of a context's ranks not summed": Mutant(
+        "cp ep",
+        lambda node: (
+            (replace(node, axes=("tp0",)),)
+            if node.kind == "all_reduce" and node.name.startswith("combine>")
+            else (node,)
+        ),
+        f"{DIFFERS}|{UNEQUAL}|{MISFIT}",
+    ),
+    "module reduced over the wrong groups": Mutant(
+        "modules",
+        lambda node: (
+            (replace(node, axes=("dp1",)),) if node.name.startswith("o>reduce_scatter") else (node,)
+        ),
+        f"{DIFFERS}|{UNEQUAL}|{MISFIT}",
+    ),
+    "module's sum dropped": Mutant(
+        "modules",
+        lambda node: () if node.name.startswith("down>") else (node,),
+        f"{DIFFERS}|{UNEQUAL}|{MISFIT}",
+    ),
+    "module's tokens not gathered": Mutant(
+        "modules", lambda node: () if node.name.startswith("norm2>") else (node,), "must divide"
+    ),
+    "heads not exchanged for tokens": Mutant(
+        "modules",
+        lambda node: () if node.name.startswith("attention>") else (node,),
+        f"{DIFFERS}|{MISFIT}",
+    ),
+    "logits of another group": Mutant(
+        "modules",
+        lambda node: (
+            (replace(node, kind="all_gather", layout=()),)
+            if node.kind == "all_to_all" and node.name.startswith("lm_head>")
+            else (node,)
+        ),
+        "lies as its reader|wrong shape|collectives differ",
+    ),
     "expert gates not sliced": Mutant(
         "ep", lambda node: () if node.name.startswith("topk>slice") else (node,), MISFIT
     ),
@@ -188,6 +253,12 @@ RUNS = {
     "int8 scale cut wrong": ("tp", DIFFERS),
     "cache append dropped": ("tp", DIFFERS),
     "cache entry stale": ("tp", DIFFERS),
+    "cache entry on the wrong rank": ("cp", DIFFERS),
+    "new entries all on one rank": ("cp", "the cache is held as accounted"),
+    "empty slots attended to": ("cp", DIFFERS),
+    "parts of a context averaged": ("cp", DIFFERS),
+    "one part for the whole context": ("cp", DIFFERS),
+    "positions of the rank beside": ("cp", DIFFERS),
     "cache kept twice": ("tp", "the cache is held as accounted"),
     "position offset ignored": ("tp", DIFFERS),
     "vocabulary offset missing": ("tp", DIFFERS),
@@ -199,13 +270,16 @@ RUNS = {
 }
 
 
+MACHINES: dict[str, type[Fault]] = {**EXECUTORS, **CONTEXT_EXECUTORS}
+
+
 def test_every_faulty_machine_is_tried() -> None:
-    assert RUNS.keys() == EXECUTORS.keys()
+    assert RUNS.keys() == MACHINES.keys()
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_fault_of_the_machine_is_caught(name: str) -> None:
-    executor, (case, says) = EXECUTORS[name], RUNS[name]
+    executor, (case, says) = MACHINES[name], RUNS[name]
     executor.hits = 0
     failed = _failed(prove_case(CASES[case], quantized="int8" in name, executor=executor))
     assert executor.hits > 0

@@ -12,6 +12,7 @@ from tests.models.strategies import models, parallelisms, tiny, tiny_mla, tiny_m
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
+from shardplan.models.modules import MODULES, module_ranks
 from shardplan.models.parallel import (
     Parallelism,
     assignment,
@@ -19,6 +20,7 @@ from shardplan.models.parallel import (
     check_pipeline,
     make_mesh,
 )
+from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
 
 WIDE = tiny(heads=16, kv_heads=4, ffn=48)
@@ -51,6 +53,33 @@ def test_experts_over_a_part_of_tp_leave_the_rest_to_their_width() -> None:
     mesh = make_mesh(tiny_moe(), Parallelism(tp=4, ep=2))
     assert (mesh.axes, mesh.shape) == (("tp0", "tp2"), (2, 2))
     assert (mesh.groups["ep"], mesh.groups["tpf"]) == (("tp0",), ("tp2",))
+
+
+def test_contexts_lie_between_data_and_tensor_ranks() -> None:
+    """ep=4 of tp=2 cp=4: two of the context's ranks share experts, before any other dp group."""
+    par = Parallelism(tp=2, cp=4, dp=3, ep=4)
+    mesh = make_mesh(tiny_moe(experts=8), par)
+    assert (mesh.axes, mesh.shape) == (("dp0", "cp0", "cp1", "tp0"), (3, 2, 2, 2))
+    assert mesh.groups["ep"] == ("cp1", "tp0")
+    assert extents(mesh, par, mesh.groups["cp"]) == ((4, 2),)
+    assert extents(mesh, par, mesh.groups["dp"]) == ((3, 8),)
+
+
+def test_experts_over_whole_contexts_take_data_parallel_ranks() -> None:
+    mesh = make_mesh(tiny_moe(experts=16), Parallelism(tp=2, cp=2, dp=4, ep=8))
+    assert (mesh.axes, mesh.shape) == (("dp0", "dp1", "cp1", "tp0"), (2, 2, 2, 2))
+    assert mesh.groups["ep"] == ("dp1", "cp1", "tp0")
+
+
+def test_modules_over_data_parallel_groups_nest_by_hand() -> None:
+    """16 groups of one rank: experts over 16, head over 8, output projection over 2."""
+    spec = replace(tiny_moe(experts=16), vocab=64)
+    mesh = make_mesh(spec, Parallelism(dp=16, ep=16, head_tp=8, o_tp=2))
+    assert (mesh.axes, mesh.shape) == (("dp1", "dp2", "dp3"), (2, 4, 2))
+    assert mesh.groups["ep"] == ("dp1", "dp2", "dp3")
+    assert mesh.groups["head"] == ("dp2", "dp3")
+    assert mesh.groups["o"] == mesh.groups["oK"] == ("dp3",)
+    assert mesh.groups["embed"] == ()
 
 
 def test_the_strategy_of_an_operator_is_axis_to_dim() -> None:
@@ -146,9 +175,60 @@ def test_a_strategy_has_a_short_name_and_a_count_of_ranks() -> None:
             "tp must divide the shared experts' width (tp=2, shared width=5); try 1, 5",
         ),
         (
-            tiny(),
+            tiny(sliding_window=3, sliding_layers=1),
             Parallelism(cp=2),
-            "context parallelism cannot be applied to this graph (cp=2); use 1",
+            "context parallelism needs layers that see the whole context "
+            "(cp=2, layers with a sliding window: 1); use cp=1",
+        ),
+        (
+            tiny_moe(),
+            Parallelism(cp=4, dp=2, ep=2, tp=2, o_tp=3),
+            "o_tp is 0 (as tp), 1 (whole on every rank) or tp times a divisor of dp "
+            "(o_tp=3, tp=2, dp=2); try 0, 1 or 4",
+        ),
+        (
+            tiny(vocab=32),
+            Parallelism(cp=2, dp=2, head_tp=2),
+            "a module over several data-parallel groups needs contexts that are not split "
+            "(head_tp=2, tp=1, cp=2); use cp=1 or head_tp=0",
+        ),
+        (
+            tiny_moe(experts=8),
+            Parallelism(cp=4, tp=2, dp=2, ep=8, sp=True, exchange="alltoall"),
+            "tokens split over tp (sp) are not also split over cp to be sent to experts "
+            "(ep=8, tp=2, cp=4, sp, exchange=alltoall); gather them (exchange allgather), "
+            "leave sp off, or use an ep of at most tp",
+        ),
+        (
+            tiny_moe(experts=12),
+            Parallelism(cp=2, dp=4, ep=3),
+            "ep above tp is tp times a divisor of cp, or tp*cp times a divisor of dp "
+            "(ep=3, tp=1, cp=2, dp=4); try ep=1, ep=2 or ep=8",
+        ),
+        (
+            tiny(),
+            Parallelism(dp=2, shared_tp=2),
+            "shared_tp needs a model that has such a module (shared_tp=2, model=tiny); "
+            "use shared_tp=0",
+        ),
+        (
+            tiny(ffn=9),
+            Parallelism(dp=2, ffn_tp=2),
+            "ffn_tp must divide intermediate_size (ffn_tp=2, tp=1, intermediate_size=9); "
+            "use ffn_tp=0",
+        ),
+        (
+            tiny(tied_embeddings=True),
+            Parallelism(dp=2, head_tp=2),
+            "the LM head and the embedding share one table, so they are split alike "
+            "(head_tp=2, embed_tp=0, tp=1); use the same number for both",
+        ),
+        (
+            tiny(vocab=48),
+            Parallelism(dp=6, head_tp=2, ffn_tp=3),
+            "data-parallel groups that share modules or experts nest: each number of them divides "
+            "the next larger one (groups that share: 2, 3; dp=6, tp=1, ep=1, ffn_tp=3, head_tp=2); "
+            "use the same number for both, or one that divides the other",
         ),
         (
             tiny(),
@@ -186,7 +266,7 @@ def test_latent_attention_splits_all_its_heads() -> None:
 
 @given(st.data())
 def test_a_mesh_holds_each_rank_once(data: st.DataObject) -> None:
-    """Sub-axes multiply to tp*dp, and the groups of an axis are its sub-axes in order."""
+    """Sub-axes multiply to dp*cp*tp, and the groups of an axis are its sub-axes in order."""
     spec = data.draw(models())
     par = data.draw(parallelisms(spec))
     try:
@@ -194,8 +274,10 @@ def test_a_mesh_holds_each_rank_once(data: st.DataObject) -> None:
     except LayoutError:
         return
     groups = mesh.groups
-    assert mesh.ranks == par.tp * par.dp
-    assert (mesh.size(groups["tp"]), mesh.size(groups["dp"])) == (par.tp, par.dp)
-    assert groups["dp"] + groups["tp"] == mesh.axes
+    assert mesh.ranks == par.tp * par.dp * par.cp
+    assert [mesh.size(groups[name]) for name in ("tp", "dp", "cp")] == [par.tp, par.dp, par.cp]
+    assert groups["dp"] + groups["cp"] + groups["tp"] == mesh.axes
     assert groups["kv"] + groups["q"] == groups["tp"] == groups["tpe"] + groups["tpf"]
     assert mesh.size(groups["ep"]) == par.ep
+    for module in MODULES:
+        assert mesh.size(groups[module]) == module_ranks(par, module)

@@ -36,6 +36,14 @@ PLANS = [
     ("kimi-k2", Parallelism(tp=16, dp=2, ep=32)),
     ("minimax-m2.5", Parallelism(tp=8, ep=8)),
     ("pangu-pro-moe", Parallelism(tp=4, dp=2, ep=8)),
+    ("llama-3.1-70b", Parallelism(tp=8, cp=4, pp=2, sp=True)),
+    ("qwen3-235b-a22b", Parallelism(tp=4, cp=4, dp=2, ep=16, exchange="alltoall")),
+    ("deepseek-v3", Parallelism(tp=2, cp=8, dp=4, ep=64)),
+    (
+        "deepseek-r1",
+        Parallelism(dp=256, ep=256, exchange="alltoall", o_tp=8, ffn_tp=8, head_tp=16, embed_tp=4),
+    ),
+    ("glm-4.5", Parallelism(tp=8, dp=2, ep=16, sp=True, shared_tp=1, head_tp=16, o_tp=1)),
 ]
 
 
@@ -131,7 +139,7 @@ def test_the_small_case_keeps_what_a_plan_can_get_wrong(name: str, par: Parallel
     assert case.parallel.pp == par.pp == len(case.parallel.stage_layers)
     kept = {kind.removeprefix("sliding_") for kind in build_graph(case.spec, "decode").layers}
     assert kept == set(build_graph(spec, "decode").layers)
-    for group in ("kv", "q", "tpe", "tpf"):
+    for group in ("kv", "q", "tpe", "tpf", "o+", "ffn+", "head+"):
         assert small.size(small.groups[group]) == real.size(real.groups[group])
 
 
@@ -161,7 +169,8 @@ def test_every_legal_strategy_is_proven(data: st.DataObject) -> None:
         return
     cuts_tokens = par.sp or (par.ep > 1 and par.exchange == "alltoall")
     ways = par.tp if cuts_tokens else 1
-    drawn = Case(spec=spec, parallel=par, batch=2 * par.dp * ways, tokens=2 * ways)
+    batch, tokens = 2 * par.dp * ways * par.cp, 2 * ways * par.cp
+    drawn = Case(spec=spec, parallel=par, batch=batch, tokens=tokens)
     for case in (drawn, shrink(spec, par)):
         checks = prove_case(case) + prove_case(case, quantized=True)
         assert [check for check in checks if not check.passed] == []

@@ -215,6 +215,9 @@ def test_verify_of_a_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     """Each check is printed; level 0 has fewer."""
     assert run(["verify", "--model", "llama-3.1-8b", "--tp", "2", "--pp", "2"]) == 0
     both = capsys.readouterr().out
+    assert run(["verify", "--model", "llama-3.1-8b", "--cp", "2", "--tp", "2"]) == 0
+    assert run(["verify", "--model", "llama-3.1-8b", "--dp", "4", "--head-tp", "4"]) == 0
+    assert "head4, level 1" in capsys.readouterr().out
     assert run(["verify", "--model", "llama-3.1-8b", "--tp", "2", "--level", "0", "--json"]) == 0
     shapes = json.loads(capsys.readouterr().out)
     assert shapes["passed"]

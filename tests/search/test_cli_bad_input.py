@@ -100,7 +100,8 @@ def test_estimate_sizes(name: str, value: str, capsys: pytest.CaptureFixture[str
     ("arguments", "words"),
     [
         (["--tp", "3"], ("tp must divide", "tp=3")),
-        (["--cp", "2"], ("context parallelism", "cp=2")),
+        (["--head-tp", "3"], ("head_tp", "tp times a divisor of dp")),
+        (["--cp", "2", "--dp", "2", "--ffn-tp", "2"], ("contexts that are not split", "cp=2")),
         (["--ep", "2"], ("expert parallelism", "ep=2")),
         (["--tp", "8", "--pp", "2", "--nodes", "1"], ("ranks=16", "nodes=2")),
         (["--weight-dtype", "fp8"], ("fp8", "910b2")),

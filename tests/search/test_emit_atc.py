@@ -174,6 +174,7 @@ REFUSED = [
     ({"tp": 4, "pp": 2}, "no key for pipeline stages", "pp=1, for example tp=8"),
     ({"tp": 8, "dp": 2, "ep": 16, "model": moe()}, "does not split experts", "ep=1"),
     ({"cp": 2}, "does not split contexts", "cp=1"),
+    ({"dp": 2, "head_tp": 16}, "all modules over the same ranks", "head_tp=0"),
     ({"tp": 8, "pp": 2}, "no key for pipeline stages", "pp=1, or use target vllm-ascend"),
     ({"tp": 16, "dp": 2}, "replicas of one node each", "dp=1"),
     ({"tp": 3, "dp": 3}, "fit inside one node", "1, 2, 4, 8"),

@@ -38,6 +38,25 @@ def test_switches_of_the_plugin_are_set_as_the_plan_has_them(tmp_path: Path) -> 
     }
 
 
+def test_modules_over_data_parallel_ranks_are_set_where_the_plugin_has_them(
+    tmp_path: Path,
+) -> None:
+    """The LM head over 8 of 16 ranks, dense layers over all; the sizes count dp ranks."""
+    sizes: dict[str, Any] = {
+        "tp": 1,
+        "dp": 16,
+        "ep": 16,
+        "head_tp": 8,
+        "ffn_tp": 16,
+        "shared_tp": 1,
+    }
+    plan = emit_plan(model=moe(), soc="Ascend910_9382", **sizes)
+    assert additional_config(plan, tmp_path / "out")["finegrained_tp_config"] == {
+        "lmhead_tensor_parallel_size": 8,
+        "mlp_tensor_parallel_size": 16,
+    }
+
+
 def test_a_switch_that_is_off_is_not_written() -> None:
     assert "--additional-config" not in files(emit_plan())["serve_node0.sh"]
 

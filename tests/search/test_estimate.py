@@ -205,7 +205,8 @@ def test_a_bad_row_gets_its_own_status_and_stops_no_other() -> None:
         ("unknown_name", {"weight_dtype": "fp8"}),
         ("illegal_strategy", {"tp": 3}),
         ("illegal_strategy", {"ep": 2}),
-        ("illegal_strategy", {"cp": 2}),
+        ("illegal_strategy", {"shared_tp": 1}),
+        ("illegal_strategy", {"o_tp": 3}),
         ("illegal_strategy", {"nodes": 1, "tp": 8, "pp": 2}),
         ("bad_input", {"batch": 0}),
         ("bad_input", {"batch": -1}),
@@ -338,18 +339,15 @@ def test_a_rate_that_is_offered_is_also_the_most_that_is_served() -> None:
 def test_op_tables_move_between_clusters_as_they_are_made_anew() -> None:
     """Layouts share what does not depend on the cluster; collectives get its tiers."""
     maker = LayoutMaker()
-    columns: dict[str, Any] = {
-        "nodes": None,
-        "device": None,
-        "engine_profile": "vllm-ascend",
-        "cp": 1,
-    }
+    columns: dict[str, Any] = {"nodes": None, "device": None, "engine_profile": "vllm-ascend"}
     drafts = {"tp": 2, "pp": 1, "dp": 4, "ep": 8, "mtp": 2}
     for model, axes in (
         ("llama-3.1-8b", {"tp": 4, "pp": 1, "dp": 2, "ep": 1}),
         ("llama-3.1-8b", {"tp": 4, "pp": 2, "dp": 1, "ep": 1}),
         ("qwen3-30b-a3b", {"tp": 2, "pp": 2, "dp": 4, "ep": 8}),
         ("glm-4.5", drafts),
+        ("llama-3.1-8b", {"tp": 2, "pp": 1, "dp": 4, "ep": 1, "head_tp": 8, "o_tp": 4}),
+        ("llama-3.1-8b", {"tp": 4, "pp": 1, "dp": 1, "ep": 1, "cp": 2}),
     ):
         for cluster in ("atlas-800t-a2", "atlas-800i-a3", "atlas-800i-a2"):
             for layout in maker.make(model=model, cluster=cluster, **{"mtp": 0, **axes}, **columns):

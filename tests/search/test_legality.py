@@ -29,6 +29,7 @@ from shardplan.costmodel.engines import engine_names, load_engine
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
+from shardplan.models.modules import MODULES
 from shardplan.models.parallel import Parallelism, make_mesh
 from shardplan.models.spec import ModelSpec
 from shardplan.search.families import family_names
@@ -157,11 +158,14 @@ def _applies(spec: ModelSpec, par: Parallelism) -> bool:
     return True
 
 
+_AS_TP: dict[str, Any] = {f"{module}_tp": 0 for module in MODULES}
+
+
 @settings(max_examples=150)
 @given(specs() | models(), st.data())
 def test_legal_means_applicable(spec: ModelSpec, data: st.DataObject) -> None:
     """A layout that passes the rules can be applied; one that a model rule refuses cannot be."""
-    par = replace(data.draw(parallelisms(spec)), stage_layers=())
+    par = replace(data.draw(parallelisms(spec)), stage_layers=(), cp=1, **_AS_TP)
     subject = Subject(
         spec=spec,
         cluster=load_cluster("cloudmatrix-384"),

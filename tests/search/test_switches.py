@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from shardplan.models.errors import InputError
 from shardplan.search.api import estimate, search
+from shardplan.search.estimate import estimate_one, price_points
 from shardplan.search.plan import Plan
 from shardplan.search.proof import verify_plan
 
@@ -122,3 +124,23 @@ def test_a_plan_of_an_older_release_has_its_switches_off(usual: Plan) -> None:
     again = Plan.model_validate(data)
     assert again.strategy == usual.strategy
     assert not again.switches
+
+
+def test_experts_are_prefetched_alike_alone_and_in_a_table() -> None:
+    """Layouts that hold different numbers of experts are priced in one go."""
+    points: list[dict[str, Any]] = [
+        {
+            "model": "glm-4.5",
+            "cluster": "atlas-800t-a2",
+            "phase": "decode",
+            "tp": tp,
+            "dp": 4,
+            "ep": ep,
+            "weight_prefetch": "on",
+        }
+        for tp, ep in ((1, 4), (8, 1))
+    ]
+    table = price_points(pd.DataFrame(points))
+    assert list(table["status"]) == ["ok"] * 2
+    alone = [estimate_one(**point)["step_s"] for point in points]
+    assert list(table["step_s"]) == pytest.approx(alone, rel=1e-12)
