@@ -186,7 +186,7 @@ def space_of(resolved: Resolved, cards: int) -> Space:
         choices=resolved.choices,
         batches=batch_grid(work.concurrency or _MOST_SLOTS),
         chunks=chunk_grid(resolved.engine, work.input_len, work.output_len),
-        depths=resolved.mtp,
+        reach=resolved.reach,
     )
 
 
@@ -305,7 +305,12 @@ def _search_beside(
         ranked = dict.fromkeys(layout_of(one.parallel) for one in outcome.kept if one.feasible)
         layouts = tuple(ranked)[:_BESIDE_LAYOUTS]
     space = replace(
-        outcome.space, choices=choices, layouts=layouts, broken={}, broken_ways={}, wide=False
+        outcome.space,
+        choices=choices,
+        layouts=layouts,
+        broken={},
+        broken_ways={},
+        reach=replace(outcome.space.reach, ways=False),
     )
     left_s = _time_left(resolved, [outcome])
     return search_exact(question, space, time_limit_s=left_s, memo=memo)

@@ -109,6 +109,14 @@ def search(
     prefill_device: Annotated[
         str | None, typer.Option("--prefill-device", help="Replaces its device.")
     ] = None,
+    cp: Annotated[
+        str,
+        typer.Option("--cp", help="Ranks that share a context: off, auto (any number) or one."),
+    ] = "off",
+    module_tp: Annotated[
+        str,
+        typer.Option("--module-tp", help="Modules over other ranks than tp: off or auto."),
+    ] = "off",
     mtp: Annotated[
         str, typer.Option("--mtp", help="Tokens predicted ahead: off, auto or a number.")
     ] = "off",

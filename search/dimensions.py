@@ -162,7 +162,7 @@ class Dimensions:
     def cuts(self, par: Parallelism) -> Sequence[tuple[int, ...]]:
         """Stage lengths that a layout may have; () is balanced."""
         written = self._cuts[replace(par, stage_layers=())]
-        if written == [()] and self.space.wide:
+        if written == [()] and self.space.reach.ways:
             return near_even_cuts(self.space.spec, replace(par, stage_layers=()))
         return written
 

@@ -25,9 +25,10 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
+from shardplan.search.layouts import base_order, divisors
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import Workload
-from shardplan.search.space import Choice, base_order, divisors
+from shardplan.search.space import Choice
 
 __all__ = [
     "PairKey",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from shardplan.costmodel.hardware import Cluster
+from shardplan.models.errors import LayoutError
+from shardplan.models.parallel import MODULES, Parallelism, make_mesh
 from shardplan.models.ranks import axis_stride
 from shardplan.search.mtp import most_depth
 from shardplan.search.rulebook import Subject, value
@@ -19,12 +21,35 @@ __all__ = ["LAYOUT_RULES", "fast_ranks", "is_sent", "replica_ranks"]
 
 
 def _width(s: Subject) -> bool:
-    tp, moe = s.parallel.tp, s.spec.moe
-    dense = s.spec.dense_layers == 0 or s.spec.ffn % tp == 0
+    par, moe = s.parallel, s.spec.moe
+    tp = par.tp
+    dense = s.spec.dense_layers == 0 or par.ffn_tp > 0 or s.spec.ffn % tp == 0
     if moe is None:
         return dense
-    split = tp // math.gcd(tp, s.parallel.ep)
-    return dense and moe.ffn % split == 0 and moe.shared_ffn % tp == 0
+    split = tp // math.gcd(tp, par.ep)
+    shared = par.shared_tp > 0 or moe.shared_ffn % tp == 0
+    return dense and moe.ffn % split == 0 and shared
+
+
+def _vocabulary(s: Subject) -> bool:
+    own = s.parallel.head_tp > 0 and s.parallel.embed_tp > 0
+    return own or s.spec.vocab % s.parallel.tp == 0
+
+
+def _plain(par: Parallelism) -> bool:
+    """Whether contexts lie on one rank and every module over tp."""
+    return par.cp == 1 and not any(getattr(par, f"{module}_tp") for module in MODULES)
+
+
+def _nests(s: Subject) -> bool:
+    """Whether contexts, experts and modules find places in one mesh."""
+    if _plain(s.parallel):
+        return True
+    try:
+        make_mesh(s.spec, s.parallel)
+    except LayoutError:
+        return False
+    return True
 
 
 def _ep_experts(s: Subject) -> bool:
@@ -34,6 +59,8 @@ def _ep_experts(s: Subject) -> bool:
 
 def _ep_shape(s: Subject) -> bool:
     tp, dp, ep = s.parallel.tp, s.parallel.dp, s.parallel.ep
+    if s.parallel.cp > 1:
+        return True  # `mesh` says
     if ep > tp:
         return ep % tp == 0 and dp % (ep // tp) == 0
     if tp % ep:
@@ -72,12 +99,13 @@ def _rings(s: Subject) -> bool:
 LAYOUT_RULES: Mapping[str, Callable[[Subject], bool]] = MappingProxyType(
     {
         "tp-heads": lambda s: s.spec.heads % s.parallel.tp == 0,
-        "tp-vocabulary": lambda s: s.spec.vocab % s.parallel.tp == 0,
+        "tp-vocabulary": _vocabulary,
         "pp-layers": lambda s: s.parallel.pp <= s.spec.layers,
         "sp-tp": lambda s: s.parallel.tp > 1 or not s.parallel.sp,
         "ep-experts": _ep_experts,
         "ep-shape": _ep_shape,
         "tp-width": _width,
+        "mesh": _nests,
         "mtp-layers": lambda s: s.parallel.mtp == 0 or s.spec.mtp_layers > 0,
         "mtp-engine": lambda s: (
             not s.spec.mtp_layers or s.parallel.mtp <= most_depth(s.spec, s.engine)

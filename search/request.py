@@ -28,6 +28,7 @@ from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 from shardplan.models.weight_groups import groups_of
 from shardplan.search.algorithms import asked_algorithms
+from shardplan.search.layouts import Reach
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
 from shardplan.search.mtp import acceptance_note, mtp_depths
 from shardplan.search.plan import Limits, Request, Workload
@@ -96,6 +97,10 @@ class Asked:
     mtp: str | int = "off"
     """Tokens to predict ahead: off, auto (every depth of the engine is searched) or a depth."""
     mtp_acceptance: float | None = None
+    cp: str | int = "off"
+    """Ranks that share a context: off, auto (any number) or one."""
+    module_tp: str = "off"
+    """auto: modules may be split over other ranks than tp (`search.layouts`)."""
     collectives: str = "auto"
     """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
     robust: bool = False
@@ -117,8 +122,8 @@ class Resolved:
     notes: tuple[str, ...]
     time_limit_s: float | None
     """When the exact engine stops; None: when it is done."""
-    mtp: tuple[int, ...]
-    """Depths to search: tokens predicted ahead in a decode step."""
+    reach: Reach
+    """What is searched beyond the plain axes."""
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
@@ -354,6 +359,22 @@ def _seed_trials(asked: Asked, notes: list[str]) -> int:
     return count
 
 
+def _reach(asked: Asked, depths: tuple[int, ...]) -> Reach:
+    """The dimensions beyond the plain axes, as asked."""
+    word = str(asked.cp).strip().lower()
+    contexts: tuple[int, ...] | None = {"off": (1,), "auto": None}.get(word, ())
+    if contexts == ():
+        if isinstance(asked.cp, bool) or not (word.isascii() and word.isdigit()) or not int(word):
+            raise InputError(
+                "`cp` is off, auto or the ranks that share a context",
+                got=f"cp={shown(asked.cp)}",
+                hint="try auto",
+            )
+        contexts = (int(word),)
+    one_of("module_tp", asked.module_tp, ("off", "auto"))
+    return Reach(depths=depths, contexts=contexts, modules=asked.module_tp == "auto")
+
+
 def _time_limit(asked: Asked) -> float | None:
     limit = asked.time_limit
     if limit is None:
@@ -454,6 +475,8 @@ def _request(
         attention=asked.attention,
         **settings,  # type: ignore[arg-type]  # names of switches
         mtp=str(asked.mtp).strip().lower(),
+        cp=str(asked.cp).strip().lower(),
+        module_tp=asked.module_tp,
         collectives=asked.collectives,
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
@@ -508,6 +531,6 @@ def resolve(asked: Asked) -> Resolved:
         beside=beside,
         notes=(*notes, *spec.extra),
         time_limit_s=_time_limit(asked),
-        mtp=depths,
+        reach=_reach(asked, depths),
         soft_limits=soft,
     )

@@ -45,7 +45,7 @@ def seeds_of(question: Question, dimensions: Dimensions, count: int) -> list[Poi
         layouts=_thinned(space.layouts, LAYOUTS),
         batches=_thinned(space.batches, GRID),
         chunks=_thinned(space.chunks, GRID),
-        wide=False,
+        reach=replace(space.reach, ways=False),
     )
     best: dict[Parallelism, Point] = {}
     for one in search_exact(question, coarse).kept:

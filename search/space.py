@@ -1,7 +1,7 @@
 """The strategy space: every combination of the searched dimensions, and which of them are legal.
 
-    layout    tp * pp * dp = cards; ep divides tp * dp; sp; exchange of tokens among experts; tokens
-              predicted ahead
+    layout    tp * pp * dp * cp = cards; ep; sp; exchange of tokens among experts; where asked also
+              contexts over ranks, modules over their own ranks, tokens predicted ahead (`layouts`)
     cut       layers of each of pp stages, any positive numbers that sum to the layers
     order     which axis neighbouring ranks lie on, of the axes that have ranks
     choices   attention kernel, weight dtype, KV dtype, switches of the engine, algorithm of the
@@ -16,12 +16,10 @@ whose switches a layout does not allow is left out of that layout (`broken_switc
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import permutations
 
 import numpy as np
 
@@ -29,24 +27,31 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.optable import Overlap
-from shardplan.models.parallel import AXES, Axis, Parallelism, balanced_stages
+from shardplan.models.parallel import Axis, Parallelism, balanced_stages
 from shardplan.models.spec import ModelSpec
 from shardplan.search.cuts import cut_count
-from shardplan.search.legal_engine import engine_order, live_axes
+from shardplan.search.layouts import (
+    Reach,
+    base_order,
+    module_splits,
+    orders_of,
+    raw_layouts,
+)
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import StrategyInfo
 
 __all__ = [
     "Choice",
     "Space",
-    "base_order",
     "batch_grid",
     "build_space",
     "chunk_grid",
-    "divisors",
-    "raw_layouts",
 ]
 
+_DIMENSIONS = (
+    *("tp", "pp", "dp", "ep", "cp", "sp", "exchange", "mtp"),
+    *("o_tp", "ffn_tp", "shared_tp", "head_tp", "embed_tp"),
+)
 _FINE = 16
 _PER_OCTAVE = 16
 _MAX_BATCH = 1024
@@ -104,10 +109,8 @@ class Space:
     """The same, each counted once for every way to cut its layers and to order its ranks."""
     raw_ways: int
     """All layouts, legal or not, counted likewise."""
-    wide: bool
-    """Layers may be cut and ranks be ordered in any way; otherwise evenly, as the engine does."""
-    depths: tuple[int, ...]
-    """Tokens predicted ahead."""
+    reach: Reach
+    """What is searched beyond the plain axes."""
     choices: tuple[Choice, ...]
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -128,8 +131,11 @@ class Space:
         return {rule: count * self.per_layout for rule, count in self.broken_ways.items()}
 
     def raw(self) -> Iterator[Parallelism]:
-        """Every layout, legal or not, in a fixed order."""
-        return raw_layouts(self.spec, self.engine, self.cards, self.depths)
+        """Every layout in a fixed order, legal or not; modules are split where one is legal."""
+        for par in raw_layouts(self.spec, self.engine, self.cards, self.reach):
+            yield par
+            if self.reach.modules and self.broken_rule(par) is None:
+                yield from module_splits(self.spec, par)
 
     def judged(self) -> Iterator[tuple[Parallelism, str | None, dict[str, int]]]:
         """(layout, first rule that it breaks, its cuts and orders by their rule, "" for none)."""
@@ -144,20 +150,20 @@ class Space:
 
     def cuts_of(self, par: Parallelism) -> int:
         """Ways to cut the layers into the stages of a layout."""
-        return _cuts(self.spec, par) if self.wide else 1
+        return _cuts(self.spec, par) if self.reach.ways else 1
 
     def orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
         """Legal orders of a layout's axes, its own first."""
-        if not self.wide:
+        if not self.reach.ways:
             return (par.order,)
         every = self.raw_orders_of(par)
         return tuple(one for one in every if self.broken_rule(replace(par, order=one)) is None)
 
     def raw_orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
         """Orders of a layout's axes, legal or not, its own first."""
-        if not self.wide:
+        if not self.reach.ways:
             return (par.order,)
-        return (par.order, *(one for one in _orders(par) if one != par.order))
+        return (par.order, *(one for one in orders_of(par) if one != par.order))
 
     def broken_rule(self, par: Parallelism) -> str | None:
         """Id of the first rule that a layout breaks; None when it is legal."""
@@ -180,7 +186,9 @@ class Space:
             return sorted({getattr(layout, name) for layout in self.layouts})
 
         return {
-            **{name: values(name) for name in ("tp", "pp", "dp", "ep", "sp", "exchange", "mtp")},
+            **{name: values(name) for name in _DIMENSIONS},
+            "order": [*sorted({"-".join(o) for par in self.layouts for o in self.orders_of(par)})],
+            "stage_layers": ["any" if self.reach.ways else "even"],
             "attention": [*sorted({c.attention for c in self.choices})],
             "weight_dtype": [*sorted({c.weight_dtype for c in self.choices})],
             "kv_dtype": [*sorted({c.kv_dtype for c in self.choices})],
@@ -217,12 +225,6 @@ class Space:
         return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
 
 
-def divisors(n: int) -> tuple[int, ...]:
-    """Divisors of n, ascending."""
-    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return tuple(sorted({*low, *(n // d for d in low)}))
-
-
 def batch_grid(limit: int) -> tuple[int, ...]:
     """Slots to try: every number to 16, then sixteen an octave, and the limit itself."""
     limit = min(limit, _MAX_BATCH)
@@ -245,50 +247,6 @@ def chunk_grid(engine: EngineProfile, input_len: int, output_len: int) -> tuple[
     return tuple(sorted(size for size in found if size <= limit))
 
 
-def raw_layouts(
-    spec: ModelSpec, engine: EngineProfile, cards: int, depths: tuple[int, ...] = (0,)
-) -> Iterator[Parallelism]:
-    """Every combination of axis sizes over `cards` ranks, legal or not, in a fixed order.
-
-    Layers are cut evenly and ranks numbered as the engine does. `depths`: tokens predicted ahead.
-    """
-    for one in _splits(spec, cards):
-        order = base_order(engine, one)
-        yield from (replace(one, order=order, mtp=depth) for depth in depths)
-
-
-@functools.cache
-def _alike(live: frozenset[Axis]) -> Mapping[tuple[Axis, ...], tuple[Axis, ...]]:
-    """Order of the axes that have ranks -> the first order of all axes that has them so."""
-    found: dict[tuple[Axis, ...], tuple[Axis, ...]] = {}
-    for order in permutations(AXES):
-        found.setdefault(tuple(axis for axis in order if axis in live), order)
-    return found
-
-
-def _orders(par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
-    """Orders that differ in the axes that have ranks."""
-    return tuple(_alike(frozenset(live_axes(par, AXES))).values())
-
-
-def base_order(engine: EngineProfile, par: Parallelism) -> tuple[Axis, ...]:
-    """The engine's own order, spelled as the first that is alike."""
-    own = live_axes(par, engine_order(engine.name))
-    return _alike(frozenset(own))[own]
-
-
-def _splits(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
-    for tp in divisors(cards):
-        for pp in divisors(cards // tp):
-            dp = cards // (tp * pp)
-            for ep in divisors(tp * dp) if spec.moe is not None else (1,):
-                one = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep)
-                for sp in (False, True):
-                    yield replace(one, sp=sp)
-                    if ep > 1:
-                        yield replace(one, sp=sp, exchange="alltoall")
-
-
 def _cuts(spec: ModelSpec, par: Parallelism) -> int:
     """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
     return max(cut_count(spec.layers, par.pp), 1)
@@ -303,14 +261,9 @@ def build_space(
     choices: tuple[Choice, ...],
     batches: tuple[int, ...],
     chunks: tuple[int, ...],
-    wide: bool = True,
-    depths: tuple[int, ...] = (0,),
+    reach: Reach | None = None,
 ) -> Space:
-    """The space over `cards` ranks, with the rules applied to every layout.
-
-    `wide`: every cut of the layers and every order of the ranks, else one of each. `depths`:
-    tokens predicted ahead, of each layout.
-    """
+    """The space over `cards` ranks, with the rules applied to every layout."""
     space = Space(
         spec=spec,
         cluster=cluster,
@@ -321,8 +274,7 @@ def build_space(
         broken={},
         broken_ways={},
         raw_ways=0,
-        wide=wide,
-        depths=depths,
+        reach=reach or Reach(),
         choices=choices,
         batches=batches,
         chunks=chunks,

@@ -98,6 +98,7 @@ LAYOUTS: dict[str, Case] = {
     "ep-experts": layout(P(dp=4, ep=4), P(dp=4, ep=2), spec=sparse(experts=6)),
     "ep-shape": layout(P(dp=2, ep=4), P(tp=2, dp=2, ep=4), spec=sparse()),
     "tp-width": layout(P(tp=8), P(tp=4), spec=dense(ffn=516)),
+    "mesh": layout(P(tp=2, dp=2, head_tp=3), P(tp=2, dp=2, head_tp=4)),
     "mtp-layers": case({"spec": dense()}, {"spec": deep(dense())}, parallel=P(mtp=1), engine=VLLM),
     "mtp-engine": layout(P(mtp=4), P(mtp=3), spec=deep(dense()), engine=VLLM),
     "tp-tier": layout(P(tp=16), P(tp=8, dp=2), spec=dense(heads=16, kv_heads=16), nodes=2),

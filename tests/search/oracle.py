@@ -31,6 +31,7 @@ from shardplan.models.parallel import (
 )
 from shardplan.models.spec import MlaSpec, ModelSpec, MoeSpec
 from shardplan.search.evaluate import LayoutScorer, Question
+from shardplan.search.layouts import Reach
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice, Space, build_space
 
@@ -69,7 +70,7 @@ class Case:
             choices=self.choices,
             batches=self.batches,
             chunks=self.chunks,
-            depths=self.depths,
+            reach=Reach(depths=self.depths),
         )
 
 

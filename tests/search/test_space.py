@@ -11,13 +11,12 @@ from tests.search.oracle import Case, cases, dense, sparse
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
+from shardplan.search.layouts import divisors, raw_layouts
 from shardplan.search.space import (
     Choice,
     batch_grid,
     build_space,
     chunk_grid,
-    divisors,
-    raw_layouts,
 )
 
 CHOICES = (

@@ -1,0 +1,113 @@
+"""Layouts of a space, one after another: how the cards are split, before any rule.
+
+    tp * pp * dp * cp = cards      ep divides tp * cp * dp      sp, exchange of tokens among experts
+    modules                        each of a set of modules over tp * m ranks, m > 1 dividing dp,
+                                   the same m for all of the set; shared experts whole (shared_tp 1)
+    mtp                            tokens predicted ahead
+
+Layers are cut evenly and ranks numbered as the engine does; other cuts and orders of a layout are
+ways of it (`space`). Contexts, modules and predictions are tried where asked (`Reach`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
+from typing import Any
+
+from shardplan.costmodel.engines import EngineProfile
+from shardplan.models.parallel import AXES, Axis, Parallelism
+from shardplan.models.spec import ModelSpec
+from shardplan.search.legal_engine import engine_order, live_axes
+
+__all__ = ["Reach", "base_order", "divisors", "module_splits", "orders_of", "raw_layouts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """How far a space reaches beyond the plain axes."""
+
+    depths: tuple[int, ...] = (0,)
+    """Tokens predicted ahead."""
+    contexts: tuple[int, ...] | None = (1,)
+    """Ranks that may share a context; None: any number."""
+    modules: bool = False
+    """Modules may be split over other ranks than tp."""
+    ways: bool = True
+    """Layers may be cut and ranks be ordered in any way; otherwise evenly, as the engine does."""
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    """Divisors of n, ascending."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*low, *(n // d for d in low)}))
+
+
+def raw_layouts(
+    spec: ModelSpec, engine: EngineProfile, cards: int, reach: Reach | None = None
+) -> Iterator[Parallelism]:
+    """Every layout over `cards` ranks, modules over tp, legal or not, in a fixed order."""
+    reach = reach or Reach()
+    for one in _splits(spec, cards, reach.contexts):
+        order = base_order(engine, one)
+        yield from (replace(one, order=order, mtp=depth) for depth in reach.depths)
+
+
+def _splits(spec: ModelSpec, cards: int, contexts: tuple[int, ...] | None) -> Iterator[Parallelism]:
+    for tp in divisors(cards):
+        for pp in divisors(cards // tp):
+            for cp in divisors(cards // (tp * pp)):
+                if contexts is not None and cp not in contexts:
+                    continue
+                dp = cards // (tp * pp * cp)
+                for ep in divisors(tp * cp * dp) if spec.moe is not None else (1,):
+                    one = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp)
+                    for sp in (False, True):
+                        yield replace(one, sp=sp)
+                        if ep > 1:
+                            yield replace(one, sp=sp, exchange="alltoall")
+
+
+def module_splits(spec: ModelSpec, par: Parallelism) -> Iterator[Parallelism]:
+    """A layout with modules split otherwise, legal or not; the layout itself is left out.
+
+    A tied LM head is split as its embedding is.
+    """
+    groups = [("o_tp",)]
+    groups += [("ffn_tp",)] if spec.dense_layers else []
+    groups += [("head_tp", "embed_tp")] if spec.tied_embeddings else [("head_tp",), ("embed_tp",)]
+    shared = spec.moe is not None and spec.moe.shared_ffn > 0
+    groups += [("shared_tp",)] if shared else []
+    sets = [one for count in range(len(groups) + 1) for one in combinations(groups, count)]
+    for many in divisors(par.dp):
+        for chosen in sets if many > 1 else sets[:1]:
+            names = [name for group in chosen for name in group]
+            sizes: dict[str, Any] = dict.fromkeys(names, par.tp * many)
+            one = replace(par, **sizes)
+            if names:
+                yield one
+            if shared and par.tp > 1 and "shared_tp" not in names:
+                yield replace(one, shared_tp=1)
+
+
+@functools.cache
+def _alike(live: frozenset[Axis]) -> Mapping[tuple[Axis, ...], tuple[Axis, ...]]:
+    """Order of the axes that have ranks -> the first order of all axes that has them so."""
+    found: dict[tuple[Axis, ...], tuple[Axis, ...]] = {}
+    for order in permutations(AXES):
+        found.setdefault(tuple(axis for axis in order if axis in live), order)
+    return found
+
+
+def orders_of(par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
+    """Orders that differ in the axes that have ranks."""
+    return tuple(_alike(frozenset(live_axes(par, AXES))).values())
+
+
+def base_order(engine: EngineProfile, par: Parallelism) -> tuple[Axis, ...]:
+    """The engine's own order, spelled as the first that is alike."""
+    own = live_axes(par, engine_order(engine.name))
+    return _alike(frozenset(own))[own]
