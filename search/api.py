@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["SearchResult", "estimate", "search", "space_of", "subject_of"]
 
 Progress = Callable[[int, int], None]
-_BESIDE_LAYOUTS = 8
+_BESIDE_LAYOUTS = 4
 _MOST_SLOTS = 1024
 _MOST_ALTERNATIVES = 1000
 

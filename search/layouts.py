@@ -76,7 +76,7 @@ def module_splits(spec: ModelSpec, par: Parallelism) -> Iterator[Parallelism]:
 
     A tied LM head is split as its embedding is.
     """
-    groups = [("o_tp",)]
+    groups: list[tuple[str, ...]] = [("o_tp",)]
     groups += [("ffn_tp",)] if spec.dense_layers else []
     groups += [("head_tp", "embed_tp")] if spec.tied_embeddings else [("head_tp",), ("embed_tp",)]
     shared = spec.moe is not None and spec.moe.shared_ffn > 0

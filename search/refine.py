@@ -112,9 +112,7 @@ class Open:
     def tightened(self, best: float) -> Open | None:
         """The points that may beat `best` with the least slowest stages of any cut."""
         scorer, question = self.scorer, self.scorer.question
-        spans = [
-            self._least(row, phase) for row, phase in zip((DECODE, MIXED), _PHASES, strict=True)
-        ]
+        spans = [self._least(row) for row in (DECODE, MIXED)]
         model = scorer.model_for(self.choice)
         given = scorer.serving_input(self.choice, self.batch, self.chunk)
         timed = serve_spans(model, given, *spans)
@@ -126,7 +124,7 @@ class Open:
             found.tight = True
         return found
 
-    def _least(self, row: int, phase: Phase) -> Span:
+    def _least(self, row: int) -> Span:
         """The least that all stages and the slowest one take, of any cut, at every point."""
         parts = self.costs.seconds(row, self.batch.size)
         total = functools.reduce(

@@ -182,7 +182,7 @@ def test_a_compiler_drafts_nothing() -> None:
 
 def test_nothing_is_predicted_unless_asked() -> None:
     usual = resolve(Asked(model="glm-4.5", cluster="atlas-800i-a3", concurrency=64))
-    assert usual.mtp == (0,)
+    assert usual.reach.depths == (0,)
     assert usual.request.mtp == "off"
     assert usual.request.workload.mtp_acceptance is None
     assert not any("mtp" in note for note in usual.notes)
