@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import heapq
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -111,33 +112,43 @@ class Open:
 
     def tightened(self, best: float) -> Open | None:
         """The points that may beat `best` with the least slowest stages of any cut."""
-        scorer, question = self.scorer, self.scorer.question
-        spans = [self._least(row) for row in (DECODE, MIXED)]
-        model = scorer.model_for(self.choice)
+        rough = self._with_steps(best, self._even_span)
+        found = None if rough is None else rough._with_steps(best, rough._least_span)
+        if found is not None:
+            found.tight = True
+        return found
+
+    def _with_steps(self, best: float, step: Callable[[int], Span]) -> Open | None:
+        """The points that may beat `best` and keep the limits, were steps these; their bounds."""
+        scorer = self.scorer
         given = scorer.serving_input(self.choice, self.batch, self.chunk)
-        timed = serve_spans(model, given, *spans)
-        limits = keeps_limits(question, timed.ttft_s, timed.tpot_s, timed.requests_per_s)
+        timed = serve_spans(scorer.model_for(self.choice), given, step(DECODE), step(MIXED))
+        limits = keeps_limits(scorer.question, timed.ttft_s, timed.tpot_s, timed.requests_per_s)
         bound = scorer.objective(timed.end_to_end_s, timed.requests_per_s) / _ROUNDING
         found = _only(self, np.flatnonzero((bound > best) & limits))
         if found is not None:
             found.bound = bound[(bound > best) & limits]
-            found.tight = True
         return found
 
-    def _least(self, row: int) -> Span:
-        """The least that all stages and the slowest one take, of any cut, at every point."""
+    def _total(self, row: int) -> Array:
+        """Seconds of all stages at least, however the layers are cut."""
+        return self.costs.total(row) * _ROUNDING
+
+    def _even_span(self, row: int) -> Span:
+        """A step whose stages are equal."""
+        total = self._total(row)
+        return Span(total, total / len(self.even))
+
+    def _least_span(self, row: int) -> Span:
+        """The least that the slowest stage takes, of any cut, at every point."""
         parts = self.costs.seconds(row, self.batch.size)
-        total = functools.reduce(
-            np.maximum, (each.sum(axis=1) + ends.sum(axis=1) for each, ends in parts)
-        )
         first, now = 0, np.zeros(self.batch.size)
         for index, count in enumerate(self.even):
             last = first + count
             for each, ends in parts:
                 now = np.maximum(now, each[:, first:last].sum(axis=1) + ends[:, index])
             first = last
-        slowest = least_of_many(parts, now)
-        return Span(total * _ROUNDING, slowest * _ROUNDING)
+        return Span(self._total(row), least_of_many(parts, now) * _ROUNDING)
 
 
 def keeps_limits(

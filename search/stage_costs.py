@@ -14,6 +14,8 @@ last stage holds the logits where those are larger than the activations.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -100,6 +102,18 @@ class TemplateCosts:
             room=ledger.capacity_bytes - fixed - activations,
             logits=np.maximum(memory["logits_bytes"] - activations, 0.0),
         )
+
+    def total(self, row: int) -> Array:
+        """Row DECODE or MIXED summed over all stages, at every point: the larger of its parts."""
+        phase: Phase = "decode" if row == DECODE else "prefill"
+        runs = Counter(self.layers)
+        for end in self.ends[phase]:
+            runs.update(end)
+        sums = (
+            sum((count * costs[name] for name, count in runs.items()), np.zeros(()))
+            for costs in self.times[row]
+        )
+        return functools.reduce(np.maximum, sums)
 
     def seconds(self, row: int, points: int) -> list[tuple[Array, Array]]:
         """Row DECODE or MIXED of all points: layers `[n, L]` and ends `[n, p]` of each part."""
