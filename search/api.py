@@ -19,6 +19,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.step import Parts
 from shardplan.models.errors import InputError, ProofError
+from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.evaluate import LayoutScorer, Question
@@ -36,7 +37,7 @@ from shardplan.search.request import (
     without_limits,
 )
 from shardplan.search.robust_plan import study, with_study
-from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
+from shardplan.search.space import Choice, Space, batch_grid, build_space, chunk_grid
 from shardplan.search.trial_table import TrialTable
 from shardplan.search.workload import whole
 
@@ -299,11 +300,7 @@ def _search_beside(
     choices = (*resolved.beside, *resolved.switches)
     if not choices:
         return None
-    layouts = outcome.space.layouts
-    if len(layouts) > _BESIDE_LAYOUTS:
-        layout_of = outcome.space.layout_of
-        ranked = dict.fromkeys(layout_of(one.parallel) for one in outcome.kept if one.feasible)
-        layouts = tuple(ranked)[:_BESIDE_LAYOUTS]
+    layouts = _beside_layouts(outcome, choices)
     space = replace(
         outcome.space,
         choices=choices,
@@ -314,6 +311,21 @@ def _search_beside(
     )
     left_s = _time_left(resolved, [outcome])
     return search_exact(question, space, time_limit_s=left_s, memo=memo)
+
+
+def _beside_layouts(outcome: Outcome, choices: tuple[Choice, ...]) -> tuple[Parallelism, ...]:
+    """The layouts that did best, of all and of those that allow each switch."""
+    space = outcome.space
+    if len(space.layouts) <= _BESIDE_LAYOUTS:
+        return space.layouts
+    ranked = tuple(
+        dict.fromkeys(space.layout_of(one.parallel) for one in outcome.kept if one.feasible)
+    )
+    found = dict.fromkeys(ranked[:_BESIDE_LAYOUTS])
+    for choice in (one for one in choices if one.switched):
+        able = [par for par in ranked if space.broken_switch(par, choice) is None]
+        found |= dict.fromkeys(able[:_BESIDE_LAYOUTS])
+    return tuple(found)
 
 
 def _notes(resolved: Resolved, outcome: Outcome, beside: Outcome | None) -> tuple[str, ...]:

@@ -191,7 +191,8 @@ def _explain_space(asked: dict[str, Any], as_json: bool) -> None:
     from shardplan.search.explain_space import explain_space, print_space
     from shardplan.search.request import Asked
 
-    question = {name: value for name, value in asked.items() if name not in ("top", "storage")}
+    apart = ("top", "storage", "study", "resume")
+    question = {name: value for name, value in asked.items() if name not in apart}
     found = explain_space(Asked(**question))
     if as_json:
         print_json(found.to_json())

@@ -81,6 +81,13 @@ def wide(hidden: int = 2048, experts: int = 64, **moe: Any) -> ModelSpec:
     return replace(sparse(experts=experts, **moe), hidden=hidden)
 
 
+def shared() -> ModelSpec:
+    """With a shared expert beside the routed ones."""
+    spec = wide()
+    assert spec.moe is not None
+    return replace(spec, moe=replace(spec.moe, shared_ffn=256))
+
+
 def deep(spec: ModelSpec, mtp_layers: int = 1) -> ModelSpec:
     """The same with layers that predict ahead."""
     return replace(spec, mtp_layers=mtp_layers, architecture="DeepseekV3ForCausalLM")
@@ -186,7 +193,7 @@ LAYOUTS: dict[str, Case] = {
     "fine-experts": case(
         {"spec": dense()}, {"spec": wide()}, parallel=P(tp=2, head_tp=1), engine=VLLM
     ),
-    "fine-dp": layout(P(dp=4, ep=4, head_tp=8), P(dp=4, ep=4, head_tp=2), spec=wide(), engine=VLLM),
+    "fine-dp": layout(P(dp=8, ep=4, head_tp=8), P(dp=8, ep=4, head_tp=2), spec=wide(), engine=VLLM),
     "fine-o": layout(
         P(tp=2, dp=4, ep=8, o_tp=4),
         P(dp=4, ep=4, o_tp=4),
@@ -211,7 +218,7 @@ LAYOUTS: dict[str, Case] = {
     "fine-shared": layout(
         P(tp=4, ep=4, shared_tp=1),
         P(tp=4, ep=4, sp=True, shared_tp=1),
-        spec=wide(),
+        spec=shared(),
         engine=VLLM,
     ),
     "pp-engine": layout(P(pp=2), P(tp=2), engine=MINDIE),

@@ -92,7 +92,7 @@ def test_sampling_draws_depths_too() -> None:
     space = case.space()
     found = search_sampled(case.question, space, engine="random", trials=40, seed=1)
     assert {one.parallel.mtp for one in found.kept} == {0, 1, 2}
-    assert {one.parallel for one in found.kept} <= set(space.layouts)
+    assert {space.layout_of(one.parallel) for one in found.kept} <= set(space.layouts)
 
 
 def test_without_drafts_a_layout_scores_as_if_it_had_none() -> None:
