@@ -17,108 +17,36 @@ The numbers are `StepModel`'s own to rounding (sums are added in another order).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
-from typing import Any, NamedTuple, cast, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.bulk_tables import (
+    ATTENTION,
+    Dtypes,
+    Indices,
+    Kernels,
+    Tables,
+    depends,
+    tables_of,
+)
 from shardplan.costmodel.engines import EngineProfile
-from shardplan.costmodel.formulas import FORMULAS
-from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.load import Load, Parts, kernel_dtype
-from shardplan.costmodel.optable import Group, Row
+from shardplan.costmodel.load import Load, Parts
+from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.weight_types import is_mixed
 from shardplan.models.graph import Phase
 
 __all__ = ["Call", "Dtypes", "Fleet", "Indices", "Watch"]
 
-Indices = NDArray[np.int64]
-Rows = Mapping[str, tuple[Row, ...]]
-
-_SIZES = (
-    "ways",
-    "n",
-    "k",
-    "width",
-    "experts",
-    "spread",
-    "share",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "value_dim",
-    "rope_dim",
-    "parts",
-)
-"""Numbers of a row: stacked."""
-_PLAIN = (
-    "kind",
-    "group",
-    "context",
-    "weight_class",
-    "window",
-    "spans",
-    "quantized",
-    "element_bytes",
-    "settled",
-)
-"""What else a formula reads."""
-_UNREAD = ("fuse",)
-_BY_GROUP = "weight_group"
-"""Read where weight types differ between groups; else it would only cut the stacks."""
-_NAMES = tuple(one.name for one in fields(Row) if one.name not in (*_SIZES, *_UNREAD, _BY_GROUP))
-"""The same for all that are stacked."""
-_SPECIAL = tuple(name for name in _NAMES if name not in _PLAIN)
-"""Fields that this module does not know: a row that has one may depend on every dtype."""
-_GROUPS: tuple[Group, ...] = get_args(Group)
-_ATTENTION: tuple[Group, ...] = ("attention", "draft_attention")
-_sizes_of, _names_of = attrgetter(*_SIZES), attrgetter(*_NAMES)
-
-
-class Dtypes(NamedTuple):
-    """The choices of a point that are not numbers."""
-
-    weight_dtype: str
-    kv_dtype: str
-    attention: AttentionKernel
-
-
-class _Kernels(NamedTuple):
-    """Kernels of one formula, those of one table of rows side by side."""
-
-    row: Row
-    """Its names, and the sizes that are the same for all."""
-    sizes: Mapping[str, Array]
-    """The other sizes `[kernels]`."""
-    start: Indices
-    """First kernel of each table of rows."""
-    counts: Indices
-    template: Indices
-    """Of each kernel, numbered over the phase."""
-
-
-class _Tables(NamedTuple):
-    """The op tables of one phase, stacked."""
-
-    of_model: Indices
-    """Which table of rows a model has; models that differ in their stages alone share one."""
-    kernels: Mapping[Group, tuple[_Kernels, ...]]
-    launches: Mapping[Group, Array]
-    """Kernels of each table and template `[tables, templates]`."""
-    runs: Array
-    """Times that a template runs `[models, stages, templates]`."""
-    times: Array
-    """The same over all stages `[models, templates]`."""
-
 
 class Call(NamedTuple):
     """One call of a formula: which kernels of which points, under which dtypes."""
 
-    kernels: _Kernels
+    kernels: Kernels
     dtypes: Dtypes
     point: Indices
     kernel: Indices
@@ -142,75 +70,6 @@ class _Stacked(StepModel):
         return cast("int", self.dp)
 
 
-def _depends(row: Row) -> tuple[str, ...]:
-    """The dtypes that the price of a row depends on; attention rows do not know the weights'."""
-    if any(getattr(row, name) for name in _SPECIAL):
-        return Dtypes._fields
-    if row.is_collective or row.kind not in FORMULAS:
-        return ()
-    if row.group in _ATTENTION:
-        return () if row.kind == "matmul" else ("kv_dtype", "attention")
-    return ("weight_dtype",) if kernel_dtype(row, "") == "" else ()
-
-
-def _kernels(found: Sequence[tuple[int, int, Row]], tables: int) -> _Kernels:
-    """Stack (table, template, row) of one formula, sorted by table."""
-    row = found[0][2]
-    stacked = np.asarray([_sizes_of(one) for _, _, one in found], dtype=np.float64).T
-    same = (stacked == stacked[:, :1]).all(axis=1)
-    sizes = {name: stacked[i] for i, name in enumerate(_SIZES) if not same[i]}
-    count = np.bincount([table for table, _, _ in found], minlength=tables).astype(np.int64)
-    return _Kernels(
-        row=row,
-        sizes=sizes,
-        start=np.cumsum(count) - count,
-        counts=count,
-        template=np.asarray([template for _, template, _ in found], dtype=np.int64),
-    )
-
-
-def _tables(models: Sequence[StepModel], phase: Phase, by_group: bool) -> _Tables:
-    """Stack the op tables of one phase; weights of different groups apart where that matters."""
-    numbers: dict[int, int] = {}
-    kept: list[Rows] = []
-    of_model = np.empty(len(models), dtype=np.int64)
-    for place, model in enumerate(models):
-        rows = model.rows[phase]
-        number = of_model[place] = numbers.setdefault(id(rows), len(kept))
-        if number == len(kept):
-            kept.append(rows)
-    templates = {name: i for i, name in enumerate(dict.fromkeys(n for r in kept for n in r))}
-    found: dict[tuple[Any, ...], list[tuple[int, int, Row]]] = {}
-    launches = {group: np.zeros((len(kept), len(templates))) for group in _GROUPS}
-    for table, rows in enumerate(kept):
-        for name, ones in rows.items():
-            for row in ones:
-                names = (*_names_of(row), row.weight_group if by_group else "")
-                found.setdefault(names, []).append((table, templates[name], row))
-                launches[row.group][table, templates[name]] += 1.0
-    stacked = [_kernels(ones, len(kept)) for ones in found.values()]
-    runs = _runs(models, phase, templates)
-    return _Tables(
-        of_model=of_model,
-        kernels={
-            group: tuple(one for one in stacked if one.row.group == group) for group in _GROUPS
-        },
-        launches=launches,
-        runs=runs,
-        times=runs.sum(axis=1),
-    )
-
-
-def _runs(models: Sequence[StepModel], phase: Phase, templates: Mapping[str, int]) -> Array:
-    graphs = [model.graphs[phase] for model in models]
-    runs = np.zeros((len(models), max(len(one.stages) for one in graphs), len(templates)))
-    for model, graph in enumerate(graphs):
-        for index, stage in enumerate(graph.stages):
-            for name, count in graph.runs(stage).items():
-                runs[model, index, templates[name]] = count
-    return runs
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """Points of many layouts of one machine under one engine, priced like those of one model.
@@ -226,7 +85,7 @@ class Fleet:
     choices: tuple[Dtypes, ...]
     choice: Indices
     """Dtypes of each point."""
-    tables: Mapping[Phase, _Tables]
+    tables: Mapping[Phase, Tables]
     model_groups: Array
     """Data-parallel groups of each model."""
     model_locked: Array
@@ -260,7 +119,7 @@ class Fleet:
             which=which,
             choices=tuple(choices),
             choice=choice,
-            tables={phase: _tables(models, phase, by_group) for phase in phases},
+            tables={phase: tables_of(models, phase, by_group) for phase in phases},
             model_groups=np.asarray([model.groups for model in models], dtype=np.float64),
             model_locked=np.asarray([model.locked for model in models], dtype=np.float64),
             model_contexts=np.asarray([one.context_ranks for one in models], dtype=np.float64),
@@ -369,7 +228,7 @@ class Fleet:
             ahead = np.repeat(np.cumsum(each) - each, each)
             kernel = kernels.start[table][point] + np.arange(point.size) - ahead
             place = kernels.template[kernel] * table.size + point
-            for dtypes, chosen in self._by_dtypes(_depends(kernels.row)):
+            for dtypes, chosen in self._by_dtypes(depends(kernels.row)):
                 if chosen is None:
                     some: Any = slice(None)
                 else:
@@ -406,7 +265,7 @@ def _at(load: Load, call: Call) -> Load:
         batch=spread(load.batch),
         new=spread(load.new),
         prefix=spread(load.prefix),
-        weight_dtype=load.weight_dtype if call.kernels.row.group in _ATTENTION else weight_dtype,
+        weight_dtype=load.weight_dtype if call.kernels.row.group in ATTENTION else weight_dtype,
         kv_dtype=kv_dtype,
         attention=attention,
     )

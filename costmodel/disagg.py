@@ -59,7 +59,7 @@ from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Parts
-from shardplan.costmodel.serving import stage_times
+from shardplan.costmodel.pace import stage_times
 from shardplan.models.errors import InputError
 
 __all__ = [

@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.serving import Span, Steps, serve_spans
+from shardplan.costmodel.pace import Span, serve_spans
+from shardplan.costmodel.serving import Steps
 from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import balanced_stages

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
@@ -28,6 +28,15 @@ from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 from shardplan.models.weight_groups import groups_of
 from shardplan.search.algorithms import asked_algorithms
+from shardplan.search.asked import (
+    DEFAULT_TRIALS,
+    SWITCHES,
+    Asked,
+    check_words,
+    reach_of,
+    seed_trials_of,
+    time_limit_of,
+)
 from shardplan.search.layouts import Reach
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
 from shardplan.search.mtp import acceptance_note, mtp_depths
@@ -36,74 +45,14 @@ from shardplan.search.space import Choice
 from shardplan.search.workload import (
     DEFAULT_TPOT_S,
     DEFAULT_TTFT_S,
-    one_of,
     read_workload,
     shown,
-    whole,
 )
 
 __all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
-Objective = Literal["throughput", "latency", "cards"]
-SWITCHES = ("weight_prefetch", "fused_collectives")
-SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
-DEFAULT_TRIALS = 200
-DEFAULT_SEED_TRIALS = 8
-_MOST_TRIALS = 10**7
-_MOST_SEED_TRIALS = 1000
-_MOST_SEED = 2**32 - 1
-_MOST_SECONDS = 1e7
 _NATIVE = {"fp32": "bf16", "fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}
 _SAME_WIDTH = {"bf16": "fp16", "fp16": "bf16", "fp8": "w8a8"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """The question as a user puts it; None where nothing was said. Times in milliseconds."""
-
-    model: str | ModelSpec
-    cluster: str | Cluster
-    nodes: int | None = None
-    cards: int | None = None
-    device: str | None = None
-    input_len: int | None = None
-    output_len: int | None = None
-    concurrency: int | None = None
-    rate: float | None = None
-    prefix_hit: float | None = None
-    workload: str | None = None
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    objective: str = "throughput"
-    weight_dtype: str = "auto"
-    kv_dtype: str = "auto"
-    attention: str = "auto"
-    engine: str = "auto"
-    trials: int | None = None
-    time_limit: float | None = None
-    """Seconds after which the exact engine stops with the best so far and its gap."""
-    seed: int = 0
-    seed_trials: int | None = None
-    engine_profile: str | None = None
-    serving: str = "agg"
-    prefill_cluster: str | Cluster | None = None
-    """Where prefill instances run; None: on `cluster`, beside the others. `serving`: not agg."""
-    prefill_nodes: int | None = None
-    prefill_cards: int | None = None
-    prefill_device: str | None = None
-    weight_prefetch: str | None = None
-    """off, on or auto (searched both ways); None: as the engine has it."""
-    fused_collectives: str | None = None
-    mtp: str | int = "off"
-    """Tokens to predict ahead: off, auto (every depth of the engine is searched) or a depth."""
-    mtp_acceptance: float | None = None
-    cp: str | int = "off"
-    """Ranks that share a context: off, auto (any number) or one."""
-    module_tp: str = "off"
-    """auto: modules may be split over other ranks than tp (`search.layouts`)."""
-    collectives: str = "auto"
-    """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
-    robust: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,101 +272,6 @@ def without_limits(resolved: Resolved) -> Resolved:
     return replace(resolved, request=request, soft_limits=False, notes=(*resolved.notes, note))
 
 
-def _check_words(asked: Asked) -> None:
-    """Everything that needs no file: choices and counts."""
-    one_of("objective", asked.objective, get_args(Objective))
-    one_of("engine", asked.engine, get_args(SearchEngine))
-    one_of("attention", asked.attention, ("auto", "flash", "naive"))
-    one_of("serving", asked.serving, ("auto", "agg", "disagg"))
-    for name in SWITCHES:
-        if getattr(asked, name) is not None:
-            one_of(name, getattr(asked, name), ("off", "on", "auto"))
-    _check_prefill(asked)
-    for name, most, good in (
-        ("nodes", 2**17, 1),
-        ("cards", 2**20, 8),
-        ("trials", _MOST_TRIALS, 200),
-    ):
-        if getattr(asked, name) is not None:
-            whole(name, getattr(asked, name), most, try_=good)
-    whole("seed", asked.seed, _MOST_SEED, try_=0, least=0)
-    if asked.seed_trials is not None:
-        whole("seed_trials", asked.seed_trials, _MOST_SEED_TRIALS, try_=8, least=0)
-
-
-def _seed_trials(asked: Asked, notes: list[str]) -> int:
-    """Strategies of a coarse exact pass that a sampled search starts with."""
-    if asked.engine in ("auto", "exact"):
-        return 0
-    count = DEFAULT_SEED_TRIALS if asked.seed_trials is None else asked.seed_trials
-    count = min(count, asked.trials or DEFAULT_TRIALS)
-    notes.append(
-        f"the first {count} trials are the best of a coarse exact pass (seed_trials)"
-        if count
-        else "no trial comes from an exact pass (seed_trials=0)"
-    )
-    return count
-
-
-def _reach(asked: Asked, depths: tuple[int, ...]) -> Reach:
-    """The dimensions beyond the plain axes, as asked."""
-    word = str(asked.cp).strip().lower()
-    contexts: tuple[int, ...] | None = {"off": (1,), "auto": None}.get(word, ())
-    if contexts == ():
-        if isinstance(asked.cp, bool) or not (word.isascii() and word.isdigit()) or not int(word):
-            raise InputError(
-                "`cp` is off, auto or the ranks that share a context",
-                got=f"cp={shown(asked.cp)}",
-                hint="try auto",
-            )
-        contexts = (int(word),)
-    one_of("module_tp", asked.module_tp, ("off", "auto"))
-    return Reach(depths=depths, contexts=contexts, modules=asked.module_tp == "auto")
-
-
-def _time_limit(asked: Asked) -> float | None:
-    limit = asked.time_limit
-    if limit is None:
-        return None
-    if not 0.0 <= limit <= _MOST_SECONDS:
-        raise InputError(
-            f"`time_limit` is from 0 to {_MOST_SECONDS:g} seconds",
-            got=f"time_limit={limit:g}",
-            hint="try 10",
-        )
-    if asked.engine not in ("auto", "exact"):
-        raise InputError(
-            "`time_limit` stops the exact engine; a sampling one stops after `trials`",
-            got=f"engine={asked.engine}, time_limit={limit:g}",
-            hint="leave one of them out",
-        )
-    return limit
-
-
-def _check_prefill(asked: Asked) -> None:
-    """Options of a prefill pool need that pool, and a cluster of its own."""
-    names = ("prefill_cluster", "prefill_nodes", "prefill_cards", "prefill_device")
-    given = [name for name in names if getattr(asked, name) is not None]
-    if given and asked.serving == "agg":
-        raise InputError(
-            "a prefill pool is part of disaggregated serving",
-            got=f"{', '.join(given)} with serving=agg",
-            hint="add --serving disagg",
-        )
-    if given and asked.prefill_cluster is None:
-        raise InputError(
-            "sizes of a prefill pool are those of its own cluster",
-            got=f"{', '.join(given)} without prefill_cluster",
-            hint="name it with --prefill-cluster",
-        )
-    if asked.serving != "agg" and asked.engine not in ("auto", "exact"):
-        raise InputError(
-            "disaggregated serving is searched by the exact engine",
-            got=f"engine={asked.engine}, serving={asked.serving}",
-            hint="use --engine exact",
-        )
-
-
 def _machine(asked: Asked, notes: list[str]) -> tuple[Cluster, int]:
     """(cluster, cards)."""
     cluster = (
@@ -491,7 +345,7 @@ def _request(
 def resolve(asked: Asked) -> Resolved:
     """Everything looked up and checked. Raises `InputError` for whatever cannot be."""
     notes: list[str] = []
-    _check_words(asked)
+    check_words(asked)
     spec = load_model(asked.model) if not isinstance(asked.model, ModelSpec) else asked.model
     cluster, cards = _machine(asked, notes)
     work, limits = read_workload(asked, notes)
@@ -521,8 +375,9 @@ def resolve(asked: Asked) -> Resolved:
         for one in choices
     )
     beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
+    seeds = seed_trials_of(asked, notes)
     return Resolved(
-        request=_request(asked, engine, cards, work, limits, settings, _seed_trials(asked, notes)),
+        request=_request(asked, engine, cards, work, limits, settings, seeds),
         spec=spec,
         cluster=cluster,
         engine=engine,
@@ -530,7 +385,7 @@ def resolve(asked: Asked) -> Resolved:
         switches=switches,
         beside=beside,
         notes=(*notes, *spec.extra),
-        time_limit_s=_time_limit(asked),
-        reach=_reach(asked, depths),
+        time_limit_s=time_limit_of(asked),
+        reach=reach_of(asked, depths),
         soft_limits=soft,
     )

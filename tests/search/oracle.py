@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from tests.search.small_models import dense, latent, sparse, specs
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
@@ -29,7 +30,7 @@ from shardplan.models.parallel import (
     balanced_stages,
     make_mesh,
 )
-from shardplan.models.spec import MlaSpec, ModelSpec, MoeSpec
+from shardplan.models.spec import ModelSpec
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.layouts import Reach
 from shardplan.search.plan import Limits, Workload
@@ -277,36 +278,6 @@ def best_of(found: list[Found]) -> Found | None:
     return best
 
 
-def dense(**changes: Any) -> ModelSpec:
-    """A dense model of four layers, eight heads on four kv heads."""
-    base = ModelSpec(
-        name="small",
-        architecture="SmallForCausalLM",
-        hidden=256,
-        layers=4,
-        heads=8,
-        kv_heads=4,
-        head_dim=32,
-        ffn=768,
-        vocab=1024,
-    )
-    return replace(base, **changes)
-
-
-def sparse(**changes: Any) -> ModelSpec:
-    """The same with eight experts, two a token."""
-    moe = MoeSpec(experts=8, experts_per_token=2, ffn=128)
-    return dense(name="small-moe", moe=replace(moe, **changes))
-
-
-def latent(**changes: Any) -> ModelSpec:
-    """The same with latent attention."""
-    mla = MlaSpec(
-        q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
-    )
-    return dense(name="small-mla", kv_heads=8, mla=mla, **changes)
-
-
 def small_case(spec: ModelSpec, *, cards: int = 4, hbm_bytes: float = 1e9, **asked: Any) -> Case:
     """A question on an Atlas 800T A2 of small cards; `asked` are fields of workload and limits."""
     cluster = load_cluster("atlas-800t-a2", cards=cards)
@@ -330,31 +301,6 @@ def small_case(spec: ModelSpec, *, cards: int = 4, hbm_bytes: float = 1e9, **ask
         batches=(1, 2, 3, 4, 6, 8, 12, 16, 32, 64),
         chunks=(16, 64, 256, 512, 1024, 2048, 4096, 8192),
     )
-
-
-@st.composite
-def specs(draw: st.DrawFn) -> ModelSpec:
-    """Small dense, expert and latent-attention models that some splits fit and some do not."""
-    kind = draw(st.sampled_from(["dense", "sparse", "latent", "both"]))
-    experts = MoeSpec(
-        experts=draw(st.sampled_from([4, 8, 6])),
-        experts_per_token=2,
-        ffn=draw(st.sampled_from([64, 96, 128])),
-        shared_ffn=draw(st.sampled_from([0, 128])),
-        dense_layers=draw(st.sampled_from([0, 1])),
-    )
-    layers, vocab = draw(st.sampled_from([2, 3, 4, 5, 7])), draw(st.sampled_from([1000, 1024]))
-    heads = draw(st.sampled_from([4, 8, 12]))
-    base = latent if kind in ("latent", "both") else dense
-    spec = base(
-        layers=layers,
-        vocab=vocab,
-        heads=heads,
-        ffn=draw(st.sampled_from([512, 768, 516])),
-        max_context=draw(st.sampled_from([0, 4096])),
-    )
-    kv_heads = heads if spec.mla else draw(st.sampled_from([1, 2, 4]))
-    return replace(spec, kv_heads=kv_heads, moe=experts if kind in ("sparse", "both") else None)
 
 
 _CLUSTERS = {

@@ -1,0 +1,142 @@
+"""How fast requests move when steps take so long: TTFT, TPOT and latency of a steady state.
+
+The formulas are those of `shardplan.costmodel.serving`; here they take the seconds of a decode step
+and of a mixed one, whoever priced them. TTFT, TPOT and latency grow with both, and scale with
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from shardplan.costmodel.forward import Pricer
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
+from shardplan.costmodel.load import Parts
+from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
+from shardplan.models.graph import Phase
+
+__all__ = ["Pace", "Span", "Timed", "flow_s", "serve_spans", "stage_times", "timed"]
+
+
+class Span(NamedTuple):
+    """Seconds of one step over the stages of a pipeline."""
+
+    total_s: Array
+    slowest_s: Array
+
+
+def stage_times(
+    model: Pricer, stages: list[Parts], phase: Phase, runs: Sequence[int] | None = None
+) -> Span:
+    """All stages together and the slowest, host time left out; `runs`: stages alike of each."""
+    times = model.step_s(stages, phase)
+    counts = [1] * len(times) if runs is None else runs
+    total = sum((one * n for one, n in zip(times, counts, strict=True)), np.zeros(()))
+    return Span(total, functools.reduce(np.maximum, times))
+
+
+def flow_s(model: Pricer, step: Span, phase: Phase, chunks: ArrayLike) -> Array:
+    """Seconds for `chunks` equal pieces through the pipeline, host time included."""
+    pieces = as_array(chunks)
+    return step.total_s + (pieces - 1.0) * step.slowest_s + model.host_s(phase) * pieces
+
+
+def _rotate(model: Pricer, step: Span, phase: Phase) -> Array:
+    """Seconds of one token of every slot when p microbatches share p stages."""
+    return np.maximum(step.total_s, step.slowest_s * model.stages) + model.host_s(phase)
+
+
+class Pace(NamedTuple):
+    """Seconds of one prompt, of its wait and of a request's average step, and what that holds."""
+
+    prefill_s: Array
+    wait_s: Array
+    step_s: Array
+    mixed: Array
+    """Mixed steps in an average step."""
+    pure: Array
+    """Decode steps in an average step; none where nothing is decoded."""
+
+
+def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array, locked: Array) -> Pace:
+    """Prompts share steps with decoding requests, of all groups that step together."""
+    prefill_s = shares.pieces * mixed_s
+    own = np.minimum(shares.mixed + shares.pieces / (shares.pieces + later), 1.0)
+    pure = (1.0 - shares.mixed) * (1.0 - own) ** (locked - 1.0)
+    step_s = (1.0 - pure) * mixed_s + pure * decode_s
+    service_s = shares.prompt / shares.room * mixed_s
+    wait_s = _wait(service_s, prefill_s - service_s + later * step_s, shares.slots)
+    return Pace(prefill_s, wait_s, step_s, 1.0 - pure, pure)
+
+
+def _prompts_first(shares: Shares, later: Array, decode_s: Array, prefill_s: Array) -> Pace:
+    """A prompt stops decoding until it is done."""
+    others_s = (shares.slots - 1.0) * prefill_s
+    wait_s = others_s / np.maximum(2.0 * later, 1.0)
+    met = (others_s - wait_s) / (np.maximum(later, 1.0) * prefill_s) * shares.pieces
+    mixed, pure = np.where(later > 0.0, met, 1.0), np.where(later > 0.0, 1.0, 0.0)
+    step_s = mixed * (prefill_s / shares.pieces) + pure * decode_s
+    return Pace(prefill_s, wait_s, step_s, mixed, pure)
+
+
+class Timed(NamedTuple):
+    """What requests see of the two kinds of step."""
+
+    ttft_s: Array
+    tpot_s: Array
+    end_to_end_s: Array
+    requests_per_s: Array
+    decode_s: Array
+    mixed_s: Array
+    pace: Pace
+
+
+def timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixed: Span) -> Timed:
+    decode_s, mixed_s = _rotate(model, decode, "decode"), _rotate(model, mixed, "prefill")
+    later = given.decode_steps
+    if model.engine.prefill_first:
+        pace = _prompts_first(
+            shares, later, decode_s, flow_s(model, mixed, "prefill", shares.pieces)
+        )
+    else:
+        pace = _chunked(shares, later, decode_s, mixed_s, as_array(model.locked))
+    latency = pace.wait_s + pace.prefill_s + later * pace.step_s
+    each = shares.slots * shares.apart / latency
+    outside = _outside_s(given, each)
+    return Timed(
+        ttft_s=pace.wait_s + pace.prefill_s + outside,
+        tpot_s=np.where(later > 0, pace.step_s * given.steps_per_token, 0.0),
+        end_to_end_s=latency + outside,
+        requests_per_s=model.groups * each,
+        decode_s=decode_s,
+        mixed_s=mixed_s,
+        pace=pace,
+    )
+
+
+def serve_spans(model: Pricer, given: ServingInput, decode: Span, mixed: Span) -> Timed:
+    """The steady state, were its steps these: all it depends on of how layers are cut.
+
+    TTFT, TPOT and latency grow with every span, and by a factor where all do.
+    """
+    shares = step_shares(given, model.engine.prefill_first, model.stages)
+    return timed(model, given, shares, decode, mixed)
+
+
+def _wait(service_s: Array, rest_s: Array, slots: Array) -> Array:
+    """Mean wait of a prompt behind the others', of a closed loop of `slots` requests."""
+    ahead = slots * service_s - rest_s
+    inside = ahead * ahead + service_s * (4.0 * rest_s - 2.0 * service_s * (slots - 1.0))
+    stay = np.maximum((ahead + np.sqrt(np.maximum(inside, 0.0))) / 2.0, ahead)
+    return np.maximum(stay - service_s, 0.0)
+
+
+def _outside_s(given: ServingInput, rate: Array) -> Array:
+    """Mean wait of a request for a slot, where more are in flight than slots (Little's law)."""
+    if given.in_flight is None:
+        return np.zeros(())
+    return np.maximum(as_array(given.in_flight) - given.batch, 0.0) / rate
