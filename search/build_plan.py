@@ -19,7 +19,6 @@ from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
-from shardplan.models.parallel import Parallelism
 from shardplan.search.build_confidence import plan_confidence
 from shardplan.search.evaluate import LayoutScorer, context_tokens
 from shardplan.search.kept import Kept, Outcome, pareto_mask
@@ -355,7 +354,6 @@ def build_plan(
     rows = memory_rows(scorer, best)
     model, cluster = plan_info(resolved)
     chosen = candidate(outcome, best)
-    others = [candidate(outcome, one) for one in outcome.kept if one.feasible and one is not best]
     return Plan(
         shardplan_version=version,
         request=resolved.request,
@@ -370,25 +368,22 @@ def build_plan(
         proof=proof,
         certificate=_certificate(resolved, outcomes),
         pareto=tuple(candidate(outcome, one) for one in pareto_front(outcome)[:_PARETO_KEPT]),
-        alternatives=tuple(_distinct(others, chosen, top)),
+        alternatives=tuple(_distinct(outcome, best, top)),
         quantization=_quantization(beside, best),
         switches=_switches(beside, best),
         notes=(*notes, _mean_note(best)),
     )
 
 
-def _distinct(others: list[Candidate], chosen: Candidate, top: int) -> list[Candidate]:
+def _distinct(outcome: Outcome, best: Kept, top: int) -> list[Candidate]:
     """The best strategy of each other layout: what else one might run."""
-    seen = {_layout(chosen)}
-    found = []
-    for one in others:
-        if _layout(one) not in seen:
-            seen.add(_layout(one))
-            found.append(one)
-        if len(found) == top:
+    seen = {replace(best.parallel, stage_layers=())}
+    found: list[Candidate] = []
+    for one in outcome.kept:
+        if len(found) == top or not one.feasible:  # the feasible ones stand first
             break
+        layout = replace(one.parallel, stage_layers=())
+        if layout not in seen:
+            seen.add(layout)
+            found.append(candidate(outcome, one))
     return found
-
-
-def _layout(one: Candidate) -> Parallelism:
-    return replace(one.strategy.parallelism(), stage_layers=())

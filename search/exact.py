@@ -201,9 +201,9 @@ def _orders(hunt: Hunt) -> None:
 def _outcome(hunt: Hunt, start: float) -> Outcome:
     """The kept strategies in order, and the bound that holds for all."""
     place = {par: index for index, par in enumerate(hunt.space.layouts)}
-    kept = sorted(
-        hunt.kept, key=lambda one: (*rank_key(one), place[hunt.space.layout_of(one.parallel)])
-    )
+    layouts = dict.fromkeys(one.parallel for one in hunt.kept)
+    at = {par: place[hunt.space.layout_of(par)] for par in layouts}
+    kept = sorted(hunt.kept, key=lambda one: (*rank_key(one), at[one.parallel]))
     best = kept[0] if kept and kept[0].feasible else None
     hunt.tally.pruned_by = +hunt.tally.pruned_by
     return Outcome(

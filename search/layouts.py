@@ -15,11 +15,11 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 from typing import Any
 
 from shardplan.costmodel.engines import EngineProfile
-from shardplan.models.parallel import AXES, Axis, Parallelism
+from shardplan.models.parallel import AXES, Axis, Exchange, Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.legal_engine import engine_order, live_axes
 
@@ -51,24 +51,23 @@ def raw_layouts(
 ) -> Iterator[Parallelism]:
     """Every layout over `cards` ranks, modules over tp, legal or not, in a fixed order."""
     reach = reach or Reach()
-    for one in _splits(spec, cards, reach.contexts):
+    sent: tuple[Exchange, ...] = ("allgather", "alltoall")
+    for one in _axes(cards, reach.contexts):
         order = base_order(engine, one)
-        yield from (replace(one, order=order, mtp=depth) for depth in reach.depths)
+        shared = divisors(one.tp * one.cp * one.dp) if spec.moe is not None else (1,)
+        sizes: dict[str, Any] = {"tp": one.tp, "pp": one.pp, "dp": one.dp, "cp": one.cp}
+        for ep, sp in product(shared, (False, True)):
+            for exchange, mtp in product(sent[: 1 + (ep > 1)], reach.depths):
+                yield Parallelism(**sizes, ep=ep, sp=sp, exchange=exchange, order=order, mtp=mtp)
 
 
-def _splits(spec: ModelSpec, cards: int, contexts: tuple[int, ...] | None) -> Iterator[Parallelism]:
+def _axes(cards: int, contexts: tuple[int, ...] | None) -> Iterator[Parallelism]:
+    """tp * pp * dp * cp = cards."""
     for tp in divisors(cards):
         for pp in divisors(cards // tp):
             for cp in divisors(cards // (tp * pp)):
-                if contexts is not None and cp not in contexts:
-                    continue
-                dp = cards // (tp * pp * cp)
-                for ep in divisors(tp * cp * dp) if spec.moe is not None else (1,):
-                    one = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, cp=cp)
-                    for sp in (False, True):
-                        yield replace(one, sp=sp)
-                        if ep > 1:
-                            yield replace(one, sp=sp, exchange="alltoall")
+                if contexts is None or cp in contexts:
+                    yield Parallelism(tp=tp, pp=pp, dp=cards // (tp * pp * cp), cp=cp)
 
 
 def module_splits(spec: ModelSpec, par: Parallelism) -> Iterator[Parallelism]:
