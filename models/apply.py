@@ -22,12 +22,11 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from shardplan.models.context import in_parts
 from shardplan.models.errors import LayoutError
-from shardplan.models.graph import Block, ModelGraph, Op
+from shardplan.models.graph import Block, ModelGraph, Op, digraph
 from shardplan.models.parallel import (
     AXES,
     Mesh,
@@ -38,6 +37,9 @@ from shardplan.models.parallel import (
     check_pipeline,
     make_mesh,
 )
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = [
     "COLLECTIVES",
@@ -77,25 +79,37 @@ class ShardedOp:
     element_bytes: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ShardedBlock:
     """A template with collectives inserted."""
 
     name: str
-    graph: nx.DiGraph[str]
+    nodes: Mapping[str, ShardedOp]
+    """Operators by name; each comes after what it reads."""
     entry: str
     exit: str
     order: tuple[str, ...]
 
     def op(self, name: str) -> ShardedOp:
         """The operator of that name."""
-        op: ShardedOp = self.graph.nodes[name]["op"]
-        return op
+        return self.nodes[name]
 
     def ops(self) -> Iterator[ShardedOp]:
         """Operators in computing order."""
-        for name in self.order:
-            yield self.op(name)
+        return map(self.nodes.__getitem__, self.order)
+
+    def readers(self) -> dict[str, list[str]]:
+        """Names of the operators that read each operator, in computing order."""
+        found: dict[str, list[str]] = {name: [] for name in self.nodes}
+        for name, op in self.nodes.items():
+            for source in dict.fromkeys(op.inputs):
+                found[source].append(name)
+        return found
+
+    @property
+    def graph(self) -> nx.DiGraph[str]:
+        """The template as a networkx DiGraph: attribute `op` on nodes, `slot` on edges."""
+        return digraph(self.nodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +171,7 @@ class _Sharder:
 
     def __init__(self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph) -> None:
         self.block, self.mesh, self.par, self.model = block, mesh, par, graph
-        self.out: nx.DiGraph[str] = nx.DiGraph()
+        self.out: dict[str, ShardedOp] = {}
         self.ready: dict[tuple[str, Layout], str] = {}
 
     def key(self, layout: Mapping[str, str]) -> Layout:
@@ -165,16 +179,13 @@ class _Sharder:
         return tuple((a, layout[a]) for a in self.mesh.axes if a in layout)
 
     def put(self, op: ShardedOp) -> str:
-        """Add a node with its edges, in computing order."""
-        self.out.add_node(op.name, op=op)
-        for slot, source in enumerate(op.inputs):
-            self.out.add_edge(source, op.name, slot=slot)
+        """Add a node, in computing order."""
+        self.out[op.name] = op
         return op.name
 
     def op(self, name: str) -> ShardedOp:
         """A node already placed."""
-        found: ShardedOp = self.out.nodes[name]["op"]
-        return found
+        return self.out[name]
 
     def run(self) -> ShardedBlock:
         """The sharded template; its exit lies as its successor's entry expects."""
@@ -361,15 +372,11 @@ def _check_nesting(
 
 def _wire(name: str, layout: Layout) -> ShardedBlock:
     """A pipeline boundary: the hidden state leaves for, or comes from, the neighbouring stage."""
-    graph: nx.DiGraph[str] = nx.DiGraph()
     entry = ShardedOp(name="x", kind="input", inputs=(), dims=tuple("BTH"), layout=layout)
     wire = ShardedOp(
         name=name, kind=name, inputs=("x",), dims=tuple("BTH"), layout=layout, before=layout
     )
-    graph.add_node("x", op=entry)
-    graph.add_node(name, op=wire)
-    graph.add_edge("x", name, slot=0)
-    return ShardedBlock(name, graph, "x", name, ("x", name))
+    return ShardedBlock(name, {"x": entry, name: wire}, "x", name, ("x", name))
 
 
 def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:
