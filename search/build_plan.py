@@ -355,7 +355,7 @@ def build_plan(
     rows = memory_rows(scorer, best)
     model, cluster = plan_info(resolved)
     chosen = candidate(outcome, best)
-    others = [candidate(outcome, one) for one in outcome.kept if one.feasible and one is not best]
+    others = [one for one in outcome.kept if one.feasible and one is not best]
     return Plan(
         shardplan_version=version,
         request=resolved.request,
@@ -370,14 +370,14 @@ def build_plan(
         proof=proof,
         certificate=_certificate(resolved, outcomes),
         pareto=tuple(candidate(outcome, one) for one in pareto_front(outcome)[:_PARETO_KEPT]),
-        alternatives=tuple(_distinct(others, chosen, top)),
+        alternatives=tuple(candidate(outcome, one) for one in _distinct(others, best, top)),
         quantization=_quantization(beside, best),
         switches=_switches(beside, best),
         notes=(*notes, _mean_note(best)),
     )
 
 
-def _distinct(others: list[Candidate], chosen: Candidate, top: int) -> list[Candidate]:
+def _distinct(others: list[Kept], chosen: Kept, top: int) -> list[Kept]:
     """The best strategy of each other layout: what else one might run."""
     seen = {_layout(chosen)}
     found = []
@@ -390,5 +390,5 @@ def _distinct(others: list[Candidate], chosen: Candidate, top: int) -> list[Cand
     return found
 
 
-def _layout(one: Candidate) -> Parallelism:
-    return replace(one.strategy.parallelism(), stage_layers=())
+def _layout(one: Kept) -> Parallelism:
+    return replace(one.parallel, stage_layers=())
