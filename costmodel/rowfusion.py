@@ -106,11 +106,13 @@ def mark(
     return placed
 
 
-def _readers(block: ShardedBlock, name: str) -> Iterator[ShardedOp]:
+def _readers(
+    block: ShardedBlock, read_by: Mapping[str, Sequence[str]], name: str
+) -> Iterator[ShardedOp]:
     """Operators that read a result, past the collectives that move it."""
-    for reader in map(block.op, block.graph.successors(name)):
+    for reader in map(block.op, read_by[name]):
         if reader.op is None:
-            yield from _readers(block, reader.name)
+            yield from _readers(block, read_by, reader.name)
         else:
             yield reader
 
@@ -123,9 +125,10 @@ def _quantized(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
     """Norms that only linear products read are marked as theirs, and the products as fed so."""
     fed: set[str] = set()
     norms: dict[str, WeightGroup] = {}
+    read_by = block.readers()
     for row, nodes in placed:
         if row.kind in _NORMS and len(nodes) == 1:
-            readers = list(_readers(block, nodes[0]))
+            readers = list(_readers(block, read_by, nodes[0]))
             groups = {group_of(one.op) for one in readers if one.op is not None}
             if readers and all(map(_linear, readers)) and len(groups) == 1:
                 norms[nodes[0]] = groups.pop()
@@ -149,9 +152,10 @@ def _fused(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
     }
     taken: set[str] = set()
     found = []
+    read_by = block.readers()
     for row, nodes in placed:
         last = nodes[-1] if nodes else ""
-        alone = last in sums and len(list(block.graph.successors(last))) == 1
+        alone = last in sums and len(read_by[last]) == 1
         if row.kind == "matmul" and len(nodes) == 1 and alone:
             name, collective = sums[last]
             taken.add(name)

@@ -22,12 +22,11 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from shardplan.models.context import in_parts
 from shardplan.models.errors import LayoutError
-from shardplan.models.graph import Block, ModelGraph, Op
+from shardplan.models.graph import Block, ModelGraph, Op, digraph
 from shardplan.models.parallel import (
     AXES,
     Mesh,
@@ -38,10 +37,13 @@ from shardplan.models.parallel import (
     check_pipeline,
     make_mesh,
 )
+from shardplan.models.redistribute import PARTIAL, redistributions
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = [
     "COLLECTIVES",
-    "PARTIAL",
     "Layout",
     "ShardedBlock",
     "ShardedGraph",
@@ -50,7 +52,6 @@ __all__ = [
     "apply",
 ]
 
-PARTIAL = "+"
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 Layout = tuple[tuple[str, str], ...]
 """(axis, dim or PARTIAL) in mesh order; an axis left out holds replicas."""
@@ -77,25 +78,37 @@ class ShardedOp:
     element_bytes: float = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ShardedBlock:
     """A template with collectives inserted."""
 
     name: str
-    graph: nx.DiGraph[str]
+    nodes: Mapping[str, ShardedOp]
+    """Operators by name; each comes after what it reads."""
     entry: str
     exit: str
     order: tuple[str, ...]
 
     def op(self, name: str) -> ShardedOp:
         """The operator of that name."""
-        op: ShardedOp = self.graph.nodes[name]["op"]
-        return op
+        return self.nodes[name]
 
     def ops(self) -> Iterator[ShardedOp]:
         """Operators in computing order."""
-        for name in self.order:
-            yield self.op(name)
+        return map(self.nodes.__getitem__, self.order)
+
+    def readers(self) -> dict[str, list[str]]:
+        """Names of the operators that read each operator, in computing order."""
+        found: dict[str, list[str]] = {name: [] for name in self.nodes}
+        for name, op in self.nodes.items():
+            for source in dict.fromkeys(op.inputs):
+                found[source].append(name)
+        return found
+
+    @property
+    def graph(self) -> nx.DiGraph[str]:
+        """The template as a networkx DiGraph: attribute `op` on nodes, `slot` on edges."""
+        return digraph(self.nodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +170,7 @@ class _Sharder:
 
     def __init__(self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph) -> None:
         self.block, self.mesh, self.par, self.model = block, mesh, par, graph
-        self.out: nx.DiGraph[str] = nx.DiGraph()
+        self.out: dict[str, ShardedOp] = {}
         self.ready: dict[tuple[str, Layout], str] = {}
 
     def key(self, layout: Mapping[str, str]) -> Layout:
@@ -165,16 +178,13 @@ class _Sharder:
         return tuple((a, layout[a]) for a in self.mesh.axes if a in layout)
 
     def put(self, op: ShardedOp) -> str:
-        """Add a node with its edges, in computing order."""
-        self.out.add_node(op.name, op=op)
-        for slot, source in enumerate(op.inputs):
-            self.out.add_edge(source, op.name, slot=slot)
+        """Add a node, in computing order."""
+        self.out[op.name] = op
         return op.name
 
     def op(self, name: str) -> ShardedOp:
         """A node already placed."""
-        found: ShardedOp = self.out.nodes[name]["op"]
-        return found
+        return self.out[name]
 
     def run(self) -> ShardedBlock:
         """The sharded template; its exit lies as its successor's entry expects."""
@@ -255,7 +265,7 @@ class _Sharder:
         if (source, want) in self.ready:
             return self.ready[source, want]
         name = source
-        for kind, axes, layout in _steps(dict(have), dict(want), self.mesh):
+        for kind, axes, layout in redistributions(dict(have), dict(want), self.mesh):
             before = self.op(name)
             after = self.key(layout)
             if (source, after) in self.ready:
@@ -278,98 +288,13 @@ class _Sharder:
         return name
 
 
-def _transition(have: str | None, want: str | None) -> str:
-    if have == PARTIAL:
-        return "all_reduce" if want is None else "reduce_scatter"
-    if have is None:
-        return "slice" if want != PARTIAL else "refused"
-    if want is None:
-        return "all_gather"
-    return "all_to_all" if want != PARTIAL else "refused"
-
-
-def _steps(
-    have: dict[str, str], want: dict[str, str], mesh: Mesh
-) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]:
-    """(kind, axes, layout after) of each redistribution, cheapest first.
-
-    Slices come first (less to move), then what reduces, exchanges and gathers. Axes that move
-    between the same pair of states, and reduce-scatters onto one dim, share a step.
-    """
-    through = _detour(have, want, mesh)
-    if through is not None:
-        yield from _steps(have, through, mesh)
-        yield from _steps(through, want, mesh)
-        return
-    moves: dict[tuple[str, str | None, str | None], list[str]] = {}
-    for axis in mesh.axes:
-        before, after = have.get(axis), want.get(axis)
-        if before != after:
-            kind = _transition(before, after)
-            if kind == "refused":
-                raise LayoutError(
-                    "a whole tensor cannot become a partial sum", got=f"axis={axis}, layout={have}"
-                )
-            pair = (None, None) if kind == "all_to_all" else (before, after)
-            moves.setdefault((kind, *pair), []).append(axis)
-    rank = ("slice", "reduce_scatter", "all_to_all", "all_reduce", "all_gather")
-    now = dict(have)
-    for (kind, _, _), axes in sorted(moves.items(), key=lambda item: rank.index(item[0][0])):
-        _check_nesting(now, want, axes, mesh)
-        for axis in axes:
-            if axis in want:
-                now[axis] = want[axis]
-            else:
-                now.pop(axis, None)
-        yield kind, tuple(axes), dict(now)
-
-
-def _detour(have: dict[str, str], want: dict[str, str], mesh: Mesh) -> dict[str, str] | None:
-    """A layout to pass through where an exchange cannot nest, None where all can.
-
-    A slice that joins the dim of an exchange would have to nest inside it, and an exchange cannot
-    take the major axis of a dim from under a minor one. Either way the axes concerned are
-    gathered first and sliced again.
-    """
-    moved = [a for a in mesh.axes if have.get(a) != want.get(a)]
-    kinds = {a: _transition(have.get(a), want.get(a)) for a in moved}
-    sliced = {want[a] for a in moved if kinds[a] == "slice"}
-    through = {a for a in moved if kinds[a] == "all_to_all" and want[a] in sliced}
-    for axis in (a for a in moved if kinds[a] == "all_to_all"):
-        under = mesh.axes[mesh.axes.index(axis) + 1 :]
-        minor = {a for a in under if have.get(a) == have[axis] and kinds.get(a) != "all_to_all"}
-        through |= {axis, *minor} if minor else set()
-    return {a: d for a, d in have.items() if a not in through} if through else None
-
-
-def _check_nesting(
-    now: Mapping[str, str], want: Mapping[str, str], axes: list[str], mesh: Mesh
-) -> None:
-    """Axes leave and join a dim at its minor end; `LayoutError` otherwise."""
-    place = mesh.axes.index
-    for state in (now, want):
-        for dim in {state[a] for a in axes if state.get(a, PARTIAL) != PARTIAL}:
-            moved = [place(a) for a in axes if state.get(a) == dim]
-            stays = [place(a) for a, d in now.items() if d == dim and a not in axes]
-            if stays and max(stays) > min(moved):
-                raise LayoutError(
-                    "axes that share a dim nest major to minor",
-                    got=f"dim={dim}, moving={', '.join(axes)}, layout={dict(now)}",
-                    hint="try another ep, or tokens not split over tp (sp)",
-                )
-
-
 def _wire(name: str, layout: Layout) -> ShardedBlock:
     """A pipeline boundary: the hidden state leaves for, or comes from, the neighbouring stage."""
-    graph: nx.DiGraph[str] = nx.DiGraph()
     entry = ShardedOp(name="x", kind="input", inputs=(), dims=tuple("BTH"), layout=layout)
     wire = ShardedOp(
         name=name, kind=name, inputs=("x",), dims=tuple("BTH"), layout=layout, before=layout
     )
-    graph.add_node("x", op=entry)
-    graph.add_node(name, op=wire)
-    graph.add_edge("x", name, slot=0)
-    return ShardedBlock(name, graph, "x", name, ("x", name))
+    return ShardedBlock(name, {"x": entry, name: wire}, "x", name, ("x", name))
 
 
 def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:

@@ -25,8 +25,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import networkx as nx
-
 from shardplan.models.errors import LayoutError
 from shardplan.models.graph import Block, ModelGraph, Op, Phase, topological
 from shardplan.models.spec import ModelSpec
@@ -39,7 +37,7 @@ class _Template:
 
     def __init__(self, name: str, entry_dims: tuple[str, ...]) -> None:
         self.name = name
-        self.graph: nx.DiGraph[str] = nx.DiGraph()
+        self.nodes: dict[str, Op] = {}
         self.last = self.add("x", "input", "input", (), entry_dims)
 
     def add(
@@ -51,21 +49,19 @@ class _Template:
         dims: tuple[str, ...] | str,
         **more: Any,
     ) -> str:
-        """Add one operator and its edges; returns its name. Dims may be given as one word."""
+        """Add one operator; returns its name. Dims may be given as one word."""
         for key in ("contract", "whole", "weight"):
             if isinstance(more.get(key), str):
                 more[key] = tuple(more[key])
         if more.get("weight") and "param" not in more:
             more["param"] = name
         op = Op(name=name, kind=kind, role=role, inputs=inputs, dims=tuple(dims), **more)  # type: ignore[arg-type]  # roles are literals at every call
-        self.graph.add_node(name, op=op)
-        for slot, source in enumerate(inputs):
-            self.graph.add_edge(source, name, slot=slot)
+        self.nodes[name] = op
         return name
 
     def linear(self, name: str, role: str, source: str, dims: str, weight: str, **more: Any) -> str:
         """A matrix product of `source` with a weight; contracts what the output drops."""
-        before = self.graph.nodes[source]["op"].dims
+        before = self.nodes[source].dims
         contract = "".join(d for d in weight if d in before and d not in dims)
         more.setdefault("weight_class", "linear")
         return self.add(
@@ -74,7 +70,7 @@ class _Template:
 
     def norm(self, name: str, role: str, source: str, over: str, **more: Any) -> str:
         """A root-mean-square norm over the dims `over`."""
-        dims = self.graph.nodes[source]["op"].dims
+        dims = self.nodes[source].dims
         return self.add(
             name,
             "rmsnorm",
@@ -89,7 +85,7 @@ class _Template:
 
     def bias(self, role: str, source: str) -> str:
         """A bias added to the output of `source`, one element per output feature."""
-        dims = self.graph.nodes[source]["op"].dims
+        dims = self.nodes[source].dims
         features = "".join(d for d in dims if d not in "BTS")
         return self.add(
             f"{source}_bias", "bias", role, (source,), dims, weight=features, weight_class="small"
@@ -97,7 +93,9 @@ class _Template:
 
     def block(self, exit_name: str) -> Block:
         """The finished template."""
-        return Block(self.name, self.graph, "x", exit_name, topological(self.graph))
+        order = topological({name: op.inputs for name, op in self.nodes.items()})
+        nodes = {name: self.nodes[name] for name in order}
+        return Block(self.name, nodes, "x", exit_name, order)
 
 
 def _normed_heads(block: _Template, spec: ModelSpec, name: str, source: str, role: str) -> str:
@@ -106,7 +104,7 @@ def _normed_heads(block: _Template, spec: ModelSpec, name: str, source: str, rol
         return source
     if spec.qk_norm == "head":
         return block.norm(name, role, source, "D")
-    dims = "".join(block.graph.nodes[source]["op"].dims)
+    dims = "".join(block.nodes[source].dims)
     heads = "".join(d for d in dims if d not in "BT")
     stat = block.add(f"{name}_stat", "sumsq", "stat", (source,), "BT", contract=heads)
     return block.add(name, "scale", role, (source, stat), dims, weight=heads, weight_class="small")

@@ -21,8 +21,6 @@ import functools
 from dataclasses import replace
 from types import MappingProxyType
 
-import networkx as nx
-
 from shardplan.models.graph import Block, ModelGraph, Op
 
 __all__ = ["PART", "in_parts"]
@@ -54,13 +52,12 @@ def _split(op: Op) -> tuple[Op, Op]:
 
 
 def _block(block: Block) -> Block:
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    for op in block.ops():
-        for one in _split(op) if op.kind in ("attention", "mla_absorbed") else (op,):
-            graph.add_node(one.name, op=one)
-            for slot, source in enumerate(one.inputs):
-                graph.add_edge(source, one.name, slot=slot)
-    return Block(block.name, graph, block.entry, block.exit, tuple(graph))
+    nodes = {
+        one.name: one
+        for op in block.ops()
+        for one in (_split(op) if op.kind in ("attention", "mla_absorbed") else (op,))
+    }
+    return Block(block.name, nodes, block.entry, block.exit, tuple(nodes))
 
 
 @functools.lru_cache(maxsize=64)

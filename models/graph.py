@@ -1,7 +1,9 @@
 """The model graph: operators with named dims, repeated layers folded to one template each.
 
-A `Block` is a template layer: a networkx DiGraph whose nodes carry an `Op` (attribute `op`) and
-whose edges carry the consumer's input position (attribute `slot`). A `ModelGraph` is the sequence
+A `Block` is a template layer: its operators by name, each naming the operators it reads. Its
+`graph` is the same as a networkx DiGraph, whose nodes carry an `Op` (attribute `op`) and whose
+edges carry the consumer's input position (attribute `slot`); it is made where asked, because
+networkx takes longer to import than most graphs take to price. A `ModelGraph` is the sequence
 embed, layer, layer, ..., head, where each layer names its template, so that an 80-layer model
 holds four small graphs. Sizes of named dims live once, in `ModelGraph.sizes`; B (batch), T (new
 tokens a sequence) and S (context) stay free, so a change of batch or length rebuilds nothing.
@@ -17,18 +19,30 @@ and the LM head with the model.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
-
-import networkx as nx
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 
-__all__ = ["FREE_DIMS", "Block", "ModelGraph", "Op", "Phase", "Role", "WeightClass", "topological"]
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = [
+    "FREE_DIMS",
+    "Block",
+    "ModelGraph",
+    "Op",
+    "Phase",
+    "Role",
+    "WeightClass",
+    "digraph",
+    "topological",
+]
 
 Phase = Literal["prefill", "decode"]
 Role = Literal[
@@ -92,12 +106,13 @@ class Op:
     """Its parameter is one of the whole model, not of its layer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """A template layer: its operators and the names of its input and output."""
 
     name: str
-    graph: nx.DiGraph[str]
+    nodes: Mapping[str, Op]
+    """Operators by name; each comes after what it reads."""
     entry: str
     exit: str
     order: tuple[str, ...]
@@ -105,19 +120,54 @@ class Block:
 
     def op(self, name: str) -> Op:
         """The operator of that name."""
-        op: Op = self.graph.nodes[name]["op"]
-        return op
+        return self.nodes[name]
 
     def ops(self) -> Iterator[Op]:
         """Operators in computing order."""
-        for name in self.order:
-            yield self.op(name)
+        return map(self.nodes.__getitem__, self.order)
+
+    @property
+    def graph(self) -> nx.DiGraph[str]:
+        """The template as a networkx DiGraph."""
+        return digraph(self.nodes)
 
 
-def topological(graph: nx.DiGraph[str]) -> tuple[str, ...]:
-    """Node names, inputs first; the order of insertion decides between equals."""
-    position = {name: index for index, name in enumerate(graph)}
-    return tuple(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
+class _Reads(Protocol):
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+
+def digraph(nodes: Mapping[str, _Reads]) -> nx.DiGraph[str]:
+    """Operators as a networkx DiGraph: attribute `op` on nodes, `slot` on edges."""
+    import networkx as nx
+
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for name, op in nodes.items():
+        graph.add_node(name, op=op)
+        for slot, source in enumerate(op.inputs):
+            graph.add_edge(source, name, slot=slot)
+    return graph
+
+
+def topological(reads: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Names, what each reads first; the order of the mapping decides between equals."""
+    names = list(reads)
+    position = {name: index for index, name in enumerate(names)}
+    waits = [len(set(sources)) for sources in reads.values()]
+    readers: dict[str, list[int]] = {name: [] for name in names}
+    for name, sources in reads.items():
+        for source in set(sources):
+            readers[source].append(position[name])
+    ready = [index for index, left in enumerate(waits) if not left]
+    order = []
+    while ready:
+        name = names[heapq.heappop(ready)]
+        order.append(name)
+        for index in readers[name]:
+            waits[index] -= 1
+            if not waits[index]:
+                heapq.heappush(ready, index)
+    return tuple(order)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -185,6 +235,8 @@ class ModelGraph:
 
     def unfolded(self) -> nx.DiGraph[str]:
         """Every operator of every layer in one DiGraph; node names are `template.layer/op`."""
+        import networkx as nx
+
         whole: nx.DiGraph[str] = nx.DiGraph()
         previous = hidden = ""
         for name, layer in self.sequence():

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.models.apply import PARTIAL, Layout
+from shardplan.models.apply import Layout
 from shardplan.models.errors import ProofError
 from shardplan.models.graph import ModelGraph, Op
 from shardplan.models.parallel import Mesh
+from shardplan.models.redistribute import PARTIAL
 
 __all__ = ["Array", "Weight", "param_key", "place", "quantize", "random_weights"]
 

@@ -110,7 +110,10 @@ def _positions(scores: Scores) -> NDArray[np.int64]:
         scores.columns["output_tokens_per_s"].ravel()[where],
         scores.columns["tpot_s"].ravel()[where],
     )
-    return np.union1d(top, where[front])
+    kept = np.zeros(objective.size, dtype=bool)
+    kept[top] = True
+    kept[where[front]] = True
+    return np.flatnonzero(kept)
 
 
 def keep_best(

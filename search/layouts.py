@@ -108,5 +108,10 @@ def orders_of(par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
 
 def base_order(engine: EngineProfile, par: Parallelism) -> tuple[Axis, ...]:
     """The engine's own order, spelled as the first that is alike."""
-    own = live_axes(par, engine_order(engine.name))
+    return _own_order(engine.name, live_axes(par, AXES))
+
+
+@functools.cache
+def _own_order(engine: str, live: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    own = tuple(axis for axis in engine_order(engine) if axis in live)
     return _alike(frozenset(own))[own]

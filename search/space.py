@@ -177,7 +177,10 @@ class Space:
 
     def layout_of(self, par: Parallelism) -> Parallelism:
         """The layout of the space that a strategy's splits belong to."""
-        return replace(par, stage_layers=(), order=base_order(self.engine, par))
+        order = base_order(self.engine, par)
+        if par.order == order and not par.stage_layers:
+            return par
+        return replace(par, stage_layers=(), order=order)
 
     def dimensions(self) -> dict[str, list[object]]:
         """Values of each dimension, for the certificate."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import networkx as nx
 import numpy as np
 
 from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp, Stage
@@ -25,7 +24,7 @@ Edit = Callable[[ShardedOp], Iterable[ShardedOp]]
 
 def rebuilt(block: ShardedBlock, edit: Edit) -> tuple[ShardedBlock, int]:
     """A template after an edit, and how many of its nodes the edit changed."""
-    graph: nx.DiGraph[str] = nx.DiGraph()
+    nodes: dict[str, ShardedOp] = {}
     names: dict[str, str] = {}
     changed = 0
     for old in block.ops():
@@ -33,13 +32,9 @@ def rebuilt(block: ShardedBlock, edit: Edit) -> tuple[ShardedBlock, int]:
         new = tuple(edit(node))
         changed += new != (node,)
         names[old.name] = new[-1].name if new else node.inputs[0]
-        for one in new:
-            graph.add_node(one.name, op=one)
-            graph.add_edges_from(
-                (source, one.name, {"slot": slot}) for slot, source in enumerate(one.inputs)
-            )
+        nodes |= {one.name: one for one in new}
     exit_name = names[block.exit]
-    return ShardedBlock(block.name, graph, block.entry, exit_name, tuple(graph)), changed
+    return ShardedBlock(block.name, nodes, block.entry, exit_name, tuple(nodes)), changed
 
 
 def edited(graph: ShardedGraph, edit: Edit) -> tuple[ShardedGraph, int]:

@@ -15,8 +15,9 @@ from tests.models.faults import EXECUTORS, Edit, Fault, edited
 from tests.models.faults_context import CONTEXT_EXECUTORS
 from tests.models.strategies import tiny, tiny_moe
 
-from shardplan.models.apply import PARTIAL, ShardedGraph, ShardedOp
+from shardplan.models.apply import ShardedGraph, ShardedOp
 from shardplan.models.parallel import Parallelism
+from shardplan.models.redistribute import PARTIAL
 from shardplan.models.shrink import Case
 from shardplan.models.verify import Check, prove_case
 

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.models.apply import PARTIAL, Layout, ShardedOp, _steps
+from shardplan.models.apply import Layout, ShardedOp
 from shardplan.models.errors import LayoutError, ProofError
 from shardplan.models.lockstep import MOVES, unplace
 from shardplan.models.parallel import Mesh
+from shardplan.models.redistribute import PARTIAL, redistributions
 from shardplan.models.weights import Array, place
 
 MESH = Mesh(("a", "b", "c"), (2, 3, 2), {})
@@ -32,7 +33,7 @@ def lay(layout: Layout, seed: int = 0) -> Array:
 def move(have: Layout, want: Layout) -> tuple[Array, list[tuple[str, tuple[str, ...]]]]:
     """The tensor after redistribution, and (kind, axes) of each step."""
     x, before, made = lay(have), have, []
-    for kind, axes, layout in _steps(dict(have), dict(want), MESH):
+    for kind, axes, layout in redistributions(dict(have), dict(want), MESH):
         after = tuple((a, layout[a]) for a in MESH.axes if a in layout)
         node = ShardedOp(
             name=kind, kind=kind, inputs=(), dims=DIMS, layout=after, axes=axes, before=before
