@@ -35,6 +35,7 @@ from shardplan.search.plan import Limits, Workload
 from shardplan.search.proof import prove_strategy
 from shardplan.search.space import Choice, Space, batch_grid, build_space, chunk_grid
 
+RUNS = 3
 INPUT_LEN, OUTPUT_LEN, SLOTS = 1024, 256, 1024
 LEAST_A_SECOND = 1_000_000
 MOST_RATIO = 1.25
@@ -269,9 +270,11 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/search.md"))
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=RUNS)
     given = parser.parse_args()
-    text = report(max(given.runs, 1), "python tests/benchmarks/bench_search.py")
+    runs = max(given.runs, 1)
+    command = "python tests/benchmarks/bench_search.py"
+    text = report(runs, command if runs == RUNS else f"{command} --runs {runs}")
     print(text)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(text, encoding="utf-8")
