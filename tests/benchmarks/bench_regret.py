@@ -161,8 +161,8 @@ def report(engines: tuple[SampledEngine, ...], trials: int, seeds: int, command:
         f"search proves. Near: the share of searches within {NEAR:.0%}. Early: the mean regret "
         f"after {min(EARLY, trials)} trials. Seeds from an exact pass are off. Seconds are of one "
         "search, with prices that an earlier search of the question had paid for; the last columns "
-        "are the mean regret on each question. The samplers draw cuts of the layers near the even one and ranks "
-        "numbered as the engine does; the optimum is that of all cuts and orders.",
+        "are the mean regret on each question. The samplers draw cuts of the layers near the even "
+        "one and ranks numbered as the engine does; the optimum is that of all cuts and orders.",
         "",
         f"| engine | trials x seeds | mean | median | worst | near | early | s | {numbers} |",
         "|---|---:|---:|---:|---:|---:|---:|---:|" + "---:|" * len(QUESTIONS),
