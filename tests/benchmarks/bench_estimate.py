@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_search import best_process  # type: ignore[import-not-found]  # beside this script
+from measuring import best_process  # type: ignore[import-not-found]  # beside this script
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.models.catalog import load_model
