@@ -47,7 +47,7 @@ _ClickError = typer.BadParameter.__mro__[2]
 
 _BUG_FRAMES = 4
 _OBJECTS_A_COLLECTION = 200_000
-"""New objects after which cycles are looked for; some 50 MB."""
+"""New objects after which cycles are looked for."""
 
 app = typer.Typer(
     name="shardplan",
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _settle_process() -> None:
-    """Switch off, in a process of our own, what takes a tenth of a short search.
+    """Switch off, in a process of our own, what a short search does not need.
 
     Collections: most objects of a search live to its end. Plugins of pydantic: it would read the
     metadata of every installed package to find them, and none is of use here.
