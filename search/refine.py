@@ -242,6 +242,8 @@ def _only(one: Open, at: NDArray[np.intp]) -> Open | None:
 
 def fits_some_cut(scorer: LayoutScorer, choice: Choice, batch: Array, chunk: Array) -> bool:
     """Whether any cut of the layers fits the smallest point `[1]` of a grid."""
+    if float(scorer.even_bytes(choice, batch, chunk)[0]) > scorer.ledger.capacity_bytes:
+        return False
     costs = TemplateCosts.of(
         scorer.model_for(choice),
         scorer.ledger,
