@@ -36,6 +36,7 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.optable import Group
+from shardplan.costmodel.row_stacks import with_sizes
 from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.weight_types import is_mixed
 from shardplan.models.graph import Phase
@@ -140,6 +141,11 @@ class Fleet:
         return replace(self, watch=watch)
 
     @property
+    def memo(self) -> None:
+        """Its points are of many layouts: each is priced as it is."""
+        return None
+
+    @property
     def engine(self) -> EngineProfile:
         """The engine of all points."""
         return self.models[0].engine
@@ -215,8 +221,7 @@ class Fleet:
                 rows=first.rows,
                 dp=groups[call.point],
             )
-            sizes = {name: size[call.kernel] for name, size in call.kernels.sizes.items()}
-            row = replace(call.kernels.row, **sizes) if sizes else call.kernels.row  # type: ignore[arg-type]  # sizes as arrays
+            row = with_sizes(call.kernels.row, call.kernels.sizes, call.kernel)
             yield call, stand_in.price(row, _at(load, call))
 
     def _calls(self, phase: Phase, group: Group) -> Iterator[Call]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from operator import attrgetter
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +13,7 @@ from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import kernel_dtype
 from shardplan.costmodel.optable import Group, Row
+from shardplan.costmodel.row_stacks import SPECIAL, alike, stack
 from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
 
@@ -23,44 +22,8 @@ __all__ = ["ATTENTION", "Dtypes", "Indices", "Kernels", "Tables", "depends", "ta
 Indices = NDArray[np.int64]
 Rows = Mapping[str, tuple[Row, ...]]
 
-_SIZES = (
-    "ways",
-    "n",
-    "k",
-    "width",
-    "experts",
-    "spread",
-    "share",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "value_dim",
-    "rope_dim",
-    "parts",
-)
-"""Numbers of a row: stacked."""
-_PLAIN = (
-    "kind",
-    "group",
-    "context",
-    "weight_class",
-    "window",
-    "spans",
-    "quantized",
-    "element_bytes",
-    "settled",
-)
-"""What else a formula reads."""
-_UNREAD = ("fuse",)
-_BY_GROUP = "weight_group"
-"""Read where weight types differ between groups; else it would only cut the stacks."""
-_NAMES = tuple(one.name for one in fields(Row) if one.name not in (*_SIZES, *_UNREAD, _BY_GROUP))
-"""The same for all that are stacked."""
-_SPECIAL = tuple(name for name in _NAMES if name not in _PLAIN)
-"""Fields that this module does not know: a row that has one may depend on every dtype."""
 _GROUPS: tuple[Group, ...] = get_args(Group)
 ATTENTION: tuple[Group, ...] = ("attention", "draft_attention")
-_sizes_of, _names_of = attrgetter(*_SIZES), attrgetter(*_NAMES)
 
 
 class Dtypes(NamedTuple):
@@ -101,7 +64,7 @@ class Tables(NamedTuple):
 
 def depends(row: Row) -> tuple[str, ...]:
     """The dtypes that the price of a row depends on; attention rows do not know the weights'."""
-    if any(getattr(row, name) for name in _SPECIAL):
+    if any(getattr(row, name) for name in SPECIAL):
         return Dtypes._fields
     if row.is_collective or row.kind not in FORMULAS:
         return ()
@@ -112,10 +75,7 @@ def depends(row: Row) -> tuple[str, ...]:
 
 def _kernels(found: Sequence[tuple[int, int, Row]], tables: int) -> Kernels:
     """Stack (table, template, row) of one formula, sorted by table."""
-    row = found[0][2]
-    stacked = np.asarray([_sizes_of(one) for _, _, one in found], dtype=np.float64).T
-    same = (stacked == stacked[:, :1]).all(axis=1)
-    sizes = {name: stacked[i] for i, name in enumerate(_SIZES) if not same[i]}
+    row, sizes = stack([one for _, _, one in found])
     count = np.bincount([table for table, _, _ in found], minlength=tables).astype(np.int64)
     return Kernels(
         row=row,
@@ -137,15 +97,15 @@ def tables_of(models: Sequence[StepModel], phase: Phase, by_group: bool) -> Tabl
         if number == len(kept):
             kept.append(rows)
     templates = {name: i for i, name in enumerate(dict.fromkeys(n for r in kept for n in r))}
-    found: dict[tuple[Any, ...], list[tuple[int, int, Row]]] = {}
+    found: list[tuple[int, int, Row]] = []
     launches = {group: np.zeros((len(kept), len(templates))) for group in _GROUPS}
     for table, rows in enumerate(kept):
         for name, ones in rows.items():
             for row in ones:
-                names = (*_names_of(row), row.weight_group if by_group else "")
-                found.setdefault(names, []).append((table, templates[name], row))
+                found.append((table, templates[name], row))
                 launches[row.group][table, templates[name]] += 1.0
-    stacked = [_kernels(ones, len(kept)) for ones in found.values()]
+    stacks = alike((row for _, _, row in found), by_group)
+    stacked = [_kernels([found[i] for i in places], len(kept)) for places in stacks]
     runs = _runs(models, phase, templates)
     return Tables(
         of_model=of_model,

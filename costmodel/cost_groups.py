@@ -77,12 +77,17 @@ class ScaledModel:
                     for group in groups_of(row, cluster):
                         own = found.setdefault(group, {one: {} for one in model.rows})[phase]
                         own[name] = (*own.get(name, ()), row)
-        within = {name: replace(model, rows=rows, sums={}) for name, rows in found.items()}
+        within = {name: model.with_rows(rows) for name, rows in found.items()}
         return cls(model=model, within=within, factors={})
 
     def at(self, factors: Mapping[str, Array]) -> ScaledModel:
         """The same model at other factors; groups that are not named keep their time."""
         return replace(self, factors=factors)
+
+    @property
+    def memo(self) -> None:
+        """Factors may add dims to prices: every point is priced as it is."""
+        return None
 
     @property
     def engine(self) -> EngineProfile:

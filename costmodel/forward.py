@@ -21,6 +21,7 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.load import Load, Parts
+from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import Group
 from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
@@ -30,6 +31,10 @@ __all__ = ["Pricer", "forward_loads", "parts_by_kind"]
 
 class Pricer(Protocol):
     """What prices steps: the `StepModel` of one layout, or a `Fleet` of points of many."""
+
+    @property
+    def memo(self) -> Memo | None:
+        """What it remembers; None where every point is priced as it is."""
 
     @property
     def engine(self) -> EngineProfile:

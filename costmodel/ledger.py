@@ -23,7 +23,8 @@ Left out: allocator fragmentation; static scales of an int8 cache (one per chann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,7 +39,12 @@ from shardplan.costmodel.kernels.attention import (
 from shardplan.costmodel.kernels.base import Array, ArrayLike, Machine, as_array
 from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.costmodel.weight_types import parts, type_of
-from shardplan.models.accounting import local_product, stage_weights, state_elements_per_token
+from shardplan.models.accounting import (
+    HeldWeight,
+    local_product,
+    stage_weights,
+    state_elements_per_token,
+)
 from shardplan.models.apply import ShardedBlock, ShardedGraph, Stage
 from shardplan.models.modules import MODULES
 
@@ -49,6 +55,8 @@ _GROUP = 128.0
 _GROUP_SCALE_BYTES = 2.0
 _ACTIVATION_BYTES = 2.0
 _LOGIT_BYTES = 4.0
+_FEW_STEPS = 256
+"""Activations of no more step sizes are remembered."""
 
 
 def weight_element_bytes(dtype: str) -> float:
@@ -78,9 +86,9 @@ class StageMemory:
         return self.kv_cache_bytes + self.activations_bytes + fixed
 
 
-def _weights(graph: ShardedGraph, stage: Stage, weight_dtype: str) -> float:
+def _weights(weights: Iterable[HeldWeight], weight_dtype: str) -> float:
     total = 0.0
-    for held in stage_weights(graph, stage):
+    for held in weights:
         dtype = type_of(weight_dtype, held.weight_group)
         if held.weight_class not in ("linear", "expert") or dtype in ("bf16", "fp16"):
             total += held.count * held.elements * 2.0
@@ -111,7 +119,7 @@ def _liveness(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, flo
         node = block.op(name)
         if node.op is None or not node.op.state:
             held = local_product(graph, node.dims, node.layout)
-            ways = float(np.prod([w for _, w in held.free])) if held.free else 1.0
+            ways = float(math.prod(w for _, w in held.free))
             alive[name] = (held.factor * node.density, ways)
         now = sum(elements / ways for elements, ways in alive.values())
         if now > peak:
@@ -144,6 +152,14 @@ class Ledger:
         default_factory=dict, compare=False, repr=False
     )
     """Bytes of stages that were asked for: stages of the same templates hold the same."""
+    held: dict[tuple[tuple[str, int], ...], tuple[HeldWeight, ...]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Weights of the same stages."""
+    peaks_known: dict[tuple[str, float, bytes], Array] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Peaks of activations that were asked for: they are the same for every dtype."""
 
     @classmethod
     def of(cls, graph: ShardedGraph, device: Device, engine: EngineProfile) -> Ledger:
@@ -182,7 +198,13 @@ class Ledger:
 
     def weights_bytes(self, stage: Stage, dtype: str) -> float:
         """Weight bytes on one rank of a stage."""
-        return self._known(dtype, stage, lambda: _weights(self.graph, stage, dtype))
+        return self._known(dtype, stage, lambda: _weights(self._held(stage), dtype))
+
+    def _held(self, stage: Stage) -> tuple[HeldWeight, ...]:
+        key = tuple(stage.counts.items())
+        if key not in self.held:
+            self.held[key] = tuple(stage_weights(self.graph, stage))
+        return self.held[key]
 
     def _known(self, what: str, stage: Stage, count: Callable[[], float]) -> float:
         key = (what, tuple(stage.counts.items()))
@@ -194,13 +216,24 @@ class Ledger:
         self, machine: Machine, tokens: ArrayLike, context: ArrayLike, attention: AttentionKernel
     ) -> Array:
         """Peak of one step of `tokens` of one dp group; naive attention keeps its scores."""
-        step = as_array(tokens) * self.graph.parallel.dp
+        many = as_array(tokens)
+        if as_array(context).ndim or many.size > _FEW_STEPS:
+            return self._peak_bytes(machine, many, context, attention)
+        key = (attention, float(context), repr(many.shape).encode() + many.tobytes())
+        if key not in self.peaks_known:
+            self.peaks_known[key] = self._peak_bytes(machine, many, context, attention)
+        return self.peaks_known[key]
+
+    def _peak_bytes(
+        self, machine: Machine, tokens: Array, context: ArrayLike, attention: AttentionKernel
+    ) -> Array:
+        step = tokens * self.graph.parallel.dp
         peak = np.zeros(())
         for alive in self.peaks.values():
             elements = sum((np.ceil(step / ways) * each for each, ways in alive), np.zeros(()))
             peak = np.maximum(peak, elements)
         own = peak * _ACTIVATION_BYTES + self._workspace(
-            machine, as_array(tokens), as_array(context), attention
+            machine, tokens, as_array(context), attention
         )
         gathered = gathered_elements(self.graph) if self.graph.parallel.cp > 1 else 0.0
         return own + as_array(context) * gathered * _ACTIVATION_BYTES
@@ -243,6 +276,24 @@ class Ledger:
             "activations_bytes": self.activations_bytes(machine, tokens, context, attention),
             "logits_bytes": self.logits_bytes(as_array(batch) * (1 + ahead)),
         }
+
+    def fullest_bytes(self, common: Mapping[str, Array], weight_dtype: str, kv_dtype: str) -> Array:
+        """Bytes on a rank of the fullest stage; `common`: what `grid_bytes` gives."""
+        cached, activations, logits = common.values()
+        fixed = self.communicators * self.engine.communicator_bytes
+        held = [
+            (self.weights_bytes(stage, weight_dtype), self.kv_bytes_per_token(stage, kv_dtype))
+            for stage in self.graph.stages
+        ]
+        alive = np.maximum(activations, logits)
+        full = cached * held[-1][1] + alive + (held[-1][0] + fixed + self.engine.reserve_bytes)
+        kinds = set(held)
+        for weights, cache in kinds - {held[-1]}:
+            larger = (w >= weights and c >= cache for w, c in kinds - {(weights, cache)})
+            if not any(larger):  # else another stage holds no less
+                own = weights + fixed + self.engine.reserve_bytes
+                full = np.maximum(full, cached * cache + activations + own)
+        return np.asarray(full, dtype=np.float64)
 
     def stages(
         self,

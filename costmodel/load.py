@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from shardplan.costmodel.optable import Row
 from shardplan.costmodel.weight_types import type_of
 from shardplan.models.graph import Phase
 
-__all__ = ["SIXTEEN_BIT", "ZERO", "Load", "Parts", "kernel_dtype"]
+__all__ = ["PARTS", "SIXTEEN_BIT", "ZERO", "Load", "Parts", "kernel_dtype"]
 
 SIXTEEN_BIT = "bf16"
 
@@ -55,14 +54,16 @@ class Parts(NamedTuple):
             self.kernels * count,
         )
 
-    def at(self, points: Points) -> Parts:
-        """Spread from the different points over the grid that they stand for."""
-
-        seconds = (self.compute_s, self.memory_s, self.collective_s, self.overhead_s)
-        a, b, c, d = (one if one.ndim == 0 else one[points.inverse] for one in seconds)
+    def at(self, points: Points | None) -> Parts:
+        """Spread from the different points over the grid that they stand for, where told."""
+        if points is None:
+            return self
+        a, b, c, d = (points.spread(one) for one in self[:4])
         return Parts(a, b, c, d, self.kernels)
 
 
+PARTS = len(Parts._fields) - 1
+"""Arrays of seconds among them."""
 ZERO = Parts(np.zeros(()), np.zeros(()), np.zeros(()), np.zeros(()), 0.0)
 
 
@@ -113,15 +114,15 @@ class Load:
         )
 
     @property
-    def points(self) -> int:
-        """Points of the grid that the arrays span."""
-        return math.prod(np.broadcast_shapes(*(one.shape for one in self._arrays)))
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the grid that the arrays span."""
+        return np.broadcast_shapes(*(one.shape for one in self._arrays))
 
     @property
     def _arrays(self) -> tuple[Array, Array, Array, Array]:
         return self.tokens, self.batch, self.new, self.prefix
 
-    def at_points(self, memo: Memo[Parts]) -> tuple[Load, Points]:
+    def at_points(self, memo: Memo) -> tuple[Load, Points]:
         """The same load at its different points alone."""
         points = memo.different(self._arrays)
         tokens, batch, new, prefix = points.arrays

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,6 @@ FEW_POINTS = 64
 _MOST_ROWS = 4096
 """Prices kept at once: some 16 KB each."""
 
-Price = TypeVar("Price")
-
 
 @dataclass(frozen=True, slots=True)
 class Points:
@@ -41,14 +39,26 @@ class Points:
     inverse: NDArray[np.intp]
     """Of the grid's shape: which point stands where."""
 
+    def spread(self, values: Array) -> Array:
+        """Values of the points over the grid; one value for all as it is."""
+        return values[self.inverse] if values.ndim else values
+
 
 @dataclass(slots=True)
-class Memo(Generic[Price]):
+class Memo:
     """Points and prices by what they depend on."""
 
     points: dict[Hashable, Points] = field(default_factory=dict)
-    prices: dict[Hashable, Price] = field(default_factory=dict)
+    prices: dict[Hashable, Array] = field(default_factory=dict)
+    numbers: dict[Hashable, int] = field(default_factory=dict)
+    """Short names of what prices depend on."""
+    mixes: dict[Hashable, Any] = field(default_factory=dict)
+    """Average steps of a grid, which do not depend on a layout's dtypes."""
     issued: int = 0
+
+    def number(self, one: Hashable) -> int:
+        """A number that stands for what equals `one`, and for nothing else."""
+        return self.numbers.setdefault(one, len(self.numbers))
 
     def different(self, arrays: tuple[Array, ...]) -> Points:
         """The different points of these arrays, from memory where they were asked for before."""
@@ -67,22 +77,22 @@ class Memo(Generic[Price]):
     def clear(self) -> None:
         """Forget everything; numbers of points are not given out again."""
         self.points.clear()
+        self.mixes.clear()
         self.prices.clear()
 
 
 def different_points(number: int, arrays: tuple[Array, ...]) -> Points:
-    """The different points of arrays that broadcast: all of them unless one array tells them apart.
-
-    The first array that varies is taken as the key of a point; where another varies while it
-    does not, every grid point stands for itself.
-    """
+    """The different points of arrays that broadcast, in the order of the arrays' values."""
     shape = np.broadcast_shapes(*(one.shape for one in arrays))
     flat = [one if one.ndim == 0 else np.broadcast_to(one, shape).ravel() for one in arrays]
     varying = [one for one in flat if one.ndim]
     if not varying:
         return Points(number, tuple(flat), np.zeros(shape, dtype=np.intp))
     _, first, inverse = np.unique(varying[0], return_index=True, return_inverse=True)
-    if not all(np.array_equal(one[first][inverse], one) for one in varying[1:]):
-        first = inverse = np.arange(varying[0].size)
+    for one in varying[1:]:
+        if not np.array_equal(one[first][inverse], one):
+            values, further = np.unique(one, return_inverse=True)
+            both = inverse * values.size + further
+            _, first, inverse = np.unique(both, return_index=True, return_inverse=True)
     chosen = tuple(one if one.ndim == 0 else one[first] for one in flat)
     return Points(number, chosen, inverse.reshape(shape))

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
@@ -77,15 +76,16 @@ _ATTENTION = ("attention", "mla_attention", "mla_absorbed")
 
 
 def _ways(graph: ShardedGraph, node: ShardedOp, layout: tuple[tuple[str, str], ...]) -> int:
-    return math.prod(graph.split(d, layout) for d in set(node.dims) & {"B", "T"})
+    cut = graph.mesh.ways(layout)
+    return math.prod(cut.get(d, 1) for d in ("B", "T") if d in node.dims)
 
 
 def _local(graph: ShardedGraph, dims: tuple[str, ...], node: ShardedOp) -> float:
     """Elements over the fixed dims, kept or contracted, as the operator's assignment cuts them."""
+    sizes, mesh = graph.model.sizes, graph.mesh
+    kept, held = mesh.ways(node.layout), mesh.ways(node.weight_layout)
     return math.prod(
-        graph.model.sizes[d] / max(graph.split(d, node.layout), graph.split(d, node.weight_layout))
-        for d in dims
-        if d not in FREE_DIMS
+        sizes[d] / max(kept.get(d, 1), held.get(d, 1)) for d in dims if d not in FREE_DIMS
     )
 
 
@@ -120,8 +120,7 @@ def _matmul(graph: ShardedGraph, node: ShardedOp, op: Op) -> Row:
     local_experts = _local(graph, ("E",), node)
     moe = graph.model.spec.moe
     topk = moe.experts_per_token if moe is not None else 1
-    return replace(
-        row,
+    return row._replace(
         kind="grouped_matmul",
         n=n / local_experts,
         experts=local_experts,
@@ -156,7 +155,7 @@ def _attention(graph: ShardedGraph, node: ShardedOp, op: Op) -> Row:
 def _merge(graph: ShardedGraph, node: ShardedOp) -> Row:
     """The merge of partial results: it reads those of all parts."""
     row, sizes = _pointwise(graph, node, "context_merge"), graph.model.sizes
-    return replace(row, width=row.width / sizes[node.dims[-1]] * sizes["W"] * sizes["P"])
+    return row._replace(width=row.width / sizes[node.dims[-1]] * sizes["W"] * sizes["P"])
 
 
 def _pointwise(graph: ShardedGraph, node: ShardedOp, kind: str) -> Row:
@@ -216,7 +215,7 @@ def _node_rows(graph: ShardedGraph, node: ShardedOp, engine: EngineProfile) -> I
     op = node.op
     if op is not None and op.kind == "swiglu" and "swiglu" not in engine.fused:
         yield _pointwise(graph, node, "activation")
-        yield replace(_pointwise(graph, node, "swiglu"), kind="gate")
+        yield _pointwise(graph, node, "swiglu")._replace(kind="gate")
     elif op is not None:
         row = _node_row(graph, node, op, engine)
         if row is not None:
@@ -232,8 +231,8 @@ def _node_row(graph: ShardedGraph, node: ShardedOp, op: Op, engine: EngineProfil
     if op.kind == "context_merge":
         return _merge(graph, node)
     if op.kind == "cache":
-        row = replace(_pointwise(graph, node, "kv_append"), group="token")
-        return replace(row, ways=row.ways * graph.split("S", node.layout)) if op.cut_as else row
+        row = _pointwise(graph, node, "kv_append")._replace(group="token")
+        return row._replace(ways=row.ways * graph.split("S", node.layout)) if op.cut_as else row
     if op.kind == "topk":
         return _pointwise(graph, node, "topk_router")
     if op.kind == "bias" and op.role != "token":
@@ -267,14 +266,14 @@ def block_rows(
     if block.name != "mtp_head":
         return rows
     return tuple(
-        row if row.is_collective and row.group == "token" else replace(row, group="draft_logits")
+        row if row.is_collective and row.group == "token" else row._replace(group="draft_logits")
         for row in rows
     )
 
 
 def draft_rows(first: tuple[Row, ...], head: tuple[Row, ...]) -> tuple[Row, ...]:
     """Rows of a draft after the first one: those of `mtp` and `mtp_head`, one token a sequence."""
-    return tuple(replace(row, group=_AGAIN.get(row.group, "draft")) for row in (*first, *head))
+    return tuple(row._replace(group=_AGAIN.get(row.group, "draft")) for row in (*first, *head))
 
 
 def phase_rows(

@@ -16,6 +16,7 @@ import numpy as np
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.load import Parts
+from shardplan.costmodel.memo import Points
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
@@ -27,6 +28,12 @@ class Span(NamedTuple):
 
     total_s: Array
     slowest_s: Array
+
+    def at(self, points: Points | None) -> Span:
+        """Spread from the different points over the grid that they stand for, where told."""
+        if points is None:
+            return self
+        return Span(points.spread(self.total_s), points.spread(self.slowest_s))
 
 
 def stage_times(

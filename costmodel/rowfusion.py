@@ -15,7 +15,6 @@ Left out: norm_quant's smaller all_gather under sequence parallelism (its input 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.rows import Overlap, Placed, Row
@@ -52,7 +51,7 @@ def merged(placed: list[Placed], engine: EngineProfile) -> Iterator[Placed]:
             yield Placed(row, nodes)
         elif row.fuse in waiting:
             first, before = waiting[row.fuse]
-            waiting[row.fuse] = Placed(replace(first, n=first.n + row.n), before + nodes)
+            waiting[row.fuse] = Placed(first._replace(n=first.n + row.n), before + nodes)
         else:
             waiting[row.fuse] = Placed(row, nodes)
     yield from waiting.values()
@@ -64,8 +63,13 @@ def _join(placed: list[Placed], chosen: list[Placed], kind: str) -> list[Placed]
         return placed
     width = sum(one.row.width for one in chosen)
     nodes = tuple(node for one in chosen for node in one.nodes)
-    joined = Placed(replace(chosen[0].row, kind=kind, width=width), nodes)
-    return [one for one in placed if one not in chosen] + [joined]
+    joined = Placed(chosen[0].row._replace(kind=kind, width=width), nodes)
+    return [*_without(placed, chosen), joined]
+
+
+def _without(placed: list[Placed], left_out: list[Placed]) -> list[Placed]:
+    those = set(map(id, left_out))
+    return [one for one in placed if id(one) not in those]
 
 
 def join_rotary(placed: list[Placed], graph: ShardedGraph, engine: EngineProfile) -> list[Placed]:
@@ -76,7 +80,7 @@ def join_rotary(placed: list[Placed], graph: ShardedGraph, engine: EngineProfile
     if graph.model.spec.mla is not None and "mla_kv_norm_rope" in engine.fused:
         shared = [one for one in placed if set(one.nodes) & _MLA_KV]
         placed = _join(placed, [one for one in shared if one.row.kind != "kv_append"], _MLA_KERNEL)
-        placed = [one for one in placed if one not in shared]
+        placed = _without(placed, shared)
     rope = [one for one in placed if one.row.kind == "rope"]
     fused = graph.model.spec.qk_norm == "head" and "qk_norm_rope" in engine.fused
     return _join(placed, rope, "qk_norm_rope" if fused else "rope")
@@ -134,9 +138,9 @@ def _quantized(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
                 norms[nodes[0]] = groups.pop()
                 fed |= {reader.name for reader in readers}
     return [
-        Placed(replace(row, quantized=True), nodes)
+        Placed(row._replace(quantized=True), nodes)
         if fed.issuperset(nodes) and row.kind == "matmul"
-        else Placed(replace(row, weight_class="linear", weight_group=norms[nodes[0]]), nodes)
+        else Placed(row._replace(weight_class="linear", weight_group=norms[nodes[0]]), nodes)
         if row.kind in _NORMS and norms.keys() >= set(nodes)
         else Placed(row, nodes)
         for row, nodes in placed
@@ -159,7 +163,7 @@ def _fused(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
         if row.kind == "matmul" and len(nodes) == 1 and alone:
             name, collective = sums[last]
             taken.add(name)
-            joined = replace(row, kind="matmul_all_reduce", fused=collective)
+            joined = row._replace(kind="matmul_all_reduce", fused=collective)
             found.append(Placed(joined, nodes))
         else:
             found.append(Placed(row, nodes))
@@ -178,7 +182,7 @@ def _prefetched(
         if _projection(one, graph) in engine.weight_prefetch:
             before = tuple(_before(order, index, wraps=block.name not in _APART))
             behind = tuple(row for row in before if _counts(row, engine))
-            marked[one.nodes] = Placed(replace(one.row, behind=behind), one.nodes)
+            marked[one.nodes] = Placed(one.row._replace(behind=behind), one.nodes)
     return [marked.get(one.nodes, one) if one.row.kind in _PRODUCTS else one for one in placed]
 
 

@@ -71,8 +71,7 @@ _KIND_OF_POINTWISE: Mapping[str, str] = {
 """Which fitted pointwise kernel stands for an operator that has none of its own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """One kernel of one rank. Sizes are local; `ways` is how many ways the tokens are cut."""
 
     kind: str

@@ -56,6 +56,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,7 @@ from shardplan.costmodel.forward import Pricer, forward_loads
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.load import Load, Parts
+from shardplan.costmodel.memo import Points
 from shardplan.costmodel.pace import Pace, flow_s, stage_times, timed
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
@@ -82,8 +84,23 @@ __all__ = [
 
 Weigh = Callable[[str], None]
 Weighed = Callable[[Array], None]
-Steps = tuple[list[Parts], list[Parts]]
-"""A decode step and a mixed step, per stage."""
+
+
+class Steps(NamedTuple):
+    """A decode step and a mixed step, per stage, at their different points where those are told."""
+
+    decode: list[Parts]
+    mixed: list[Parts]
+    decode_at: Points | None = None
+    mixed_at: Points | None = None
+
+
+class _Mix(NamedTuple):
+    """What the steps of a grid hold, and which of them are different."""
+
+    shares: Shares
+    decode_at: Points | None = None
+    mixed_at: Points | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,21 +252,41 @@ def _beside_stages(model: Pricer, given: ServingInput, sequences: Array) -> list
     return _where(sequences > 0.0, _sum(beside, *_later_drafts(model, given, least)))
 
 
-def _steps(
-    model: Pricer, given: ServingInput, shares: Shares, weigh: Weigh
-) -> tuple[list[Parts], list[Parts]]:
-    """(decode step, mixed step) of a steady state; `weigh` is told what is priced next."""
+def _mix(model: Pricer, given: ServingInput) -> _Mix:
+    """The average step of every grid point; equal ones are told where the model remembers them."""
+    first, stages = model.engine.prefill_first, model.stages
+    memo, key = model.memo, given.key
+    if memo is None or key is None:
+        return _Mix(step_shares(given, first, stages))
+    key = (*key, first, float(stages))
+    found: _Mix | None = memo.mixes.get(key)
+    if found is None:
+        shares = step_shares(given, first, stages)
+        decoding, beside = _sequences(shares)
+        decode_at = memo.different((decoding,))
+        found = memo.mixes[key] = _Mix(shares, decode_at, memo.different((beside, shares.piece)))
+    return found
+
+
+def _sequences(shares: Shares) -> tuple[Array, Array]:
+    """(those of a decode step, those that decode beside a prompt), whole."""
+    return np.maximum(np.ceil(shares.decoding), 1.0), np.ceil(shares.beside)
+
+
+def _steps(model: Pricer, given: ServingInput, mix: _Mix, weigh: Weigh) -> Steps:
+    """The steps of a steady state; `weigh` is told what is priced next."""
+    decoding, beside = _sequences(mix.shares)
+    piece = mix.shares.piece
+    if mix.decode_at is not None and mix.mixed_at is not None:
+        (decoding,), (beside, piece) = mix.decode_at.arrays, mix.mixed_at.arrays
     weigh("decode")
-    decode = decode_stages(model, given, np.maximum(np.ceil(shares.decoding), 1.0))
-    sequences = np.ceil(shares.beside)
+    decode = decode_stages(model, given, decoding)
     weigh("mixed")
-    prompt = prompt_stages(
-        model, given, piece=shares.piece, prompt=shares.prompt, sequences=sequences
-    )
-    if model.engine.prefill_first:
-        return decode, prompt
-    weigh("beside")
-    return decode, _sum(prompt, _beside_stages(model, given, sequences))
+    mixed = prompt_stages(model, given, piece=piece, prompt=mix.shares.prompt, sequences=beside)
+    if not model.engine.prefill_first:
+        weigh("beside")
+        mixed = _sum(mixed, _beside_stages(model, given, beside))
+    return Steps(decode, mixed, mix.decode_at, mix.mixed_at)
 
 
 def replay(model: Pricer, given: ServingInput, served: Serving, weigh: Weighed) -> None:
@@ -257,10 +294,10 @@ def replay(model: Pricer, given: ServingInput, served: Serving, weigh: Weighed) 
 
     `weigh` is told, before each part of them, how often an average step runs it.
     """
-    shares = step_shares(given, model.engine.prefill_first, model.stages)
-    beside = served.mixed_share * (np.ceil(shares.beside) > 0.0)
+    mix = _Mix(step_shares(given, model.engine.prefill_first, model.stages))
+    beside = served.mixed_share * (np.ceil(mix.shares.beside) > 0.0)
     often = {"decode": served.pure_share, "mixed": served.mixed_share, "beside": beside}
-    _steps(model, given, shares, lambda part: weigh(often[part]))
+    _steps(model, given, mix, lambda part: weigh(often[part]))
 
 
 def _where(present: NDArray[np.bool_], stages: list[Parts]) -> list[Parts]:
@@ -278,10 +315,11 @@ def _where(present: NDArray[np.bool_], stages: list[Parts]) -> list[Parts]:
     return [known[id(parts)] for parts in stages]
 
 
-def steady_steps(model: Pricer, given: ServingInput) -> Steps:
-    """(decode step, mixed step) of the steady state, per stage of the model."""
-    shares = step_shares(given, model.engine.prefill_first, model.stages)
-    return _steps(model, given, shares, lambda _: None)
+def steady_steps(model: Pricer, given: ServingInput) -> tuple[list[Parts], list[Parts]]:
+    """(decode step, mixed step) of the steady state, per stage of the model, over the grid."""
+    steps = _steps(model, given, _mix(model, given), lambda _: None)
+    decode = [one.at(steps.decode_at) for one in steps.decode]
+    return decode, [one.at(steps.mixed_at) for one in steps.mixed]
 
 
 def serve(
@@ -291,19 +329,15 @@ def serve(
 
     `watch` is shown the steps that it is made of.
     """
-    shares = step_shares(given, model.engine.prefill_first, model.stages)
-    decode, mixed = _steps(model, given, shares, lambda _: None)
+    mix = _mix(model, given)
+    steps = _steps(model, given, mix, lambda _: None)
     if watch is not None:
-        watch((decode, mixed))
-    found = timed(
-        model,
-        given,
-        shares,
-        stage_times(model, decode, "decode"),
-        stage_times(model, mixed, "prefill"),
-    )
+        watch(steps)
+    decode = stage_times(model, steps.decode, "decode").at(steps.decode_at)
+    mixed = stage_times(model, steps.mixed, "prefill").at(steps.mixed_at)
+    found = timed(model, given, mix.shares, decode, mixed)
     pace, rate = found.pace, found.requests_per_s
-    means = _mean_parts(decode, mixed, pace)
+    means = _mean_parts(steps, pace)
     return Serving(
         ttft_s=found.ttft_s,
         tpot_s=found.tpot_s,
@@ -324,13 +358,10 @@ def serve(
     )
 
 
-def _mean_parts(decode: list[Parts], mixed: list[Parts], pace: Pace) -> Parts:
+def _mean_parts(steps: Steps, pace: Pace) -> Parts:
     """Parts of an average step: the stages a token passes, weighted by how often they run."""
-    one, two = decode[0], mixed[0]
-    for parts in decode[1:]:
-        one = one.plus(parts)
-    for parts in mixed[1:]:
-        two = two.plus(parts)
+    one = functools.reduce(Parts.plus, steps.decode).at(steps.decode_at)
+    two = functools.reduce(Parts.plus, steps.mixed).at(steps.mixed_at)
 
     def blend(a: Array, b: Array) -> Array:
         return np.asarray(pace.pure * a + pace.mixed * b)

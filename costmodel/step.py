@@ -16,8 +16,9 @@ published A3 profiles show under 1 % of it otherwise.
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -27,10 +28,12 @@ from shardplan.costmodel.formulas import FORMULAS, local_tokens, pointwise_time
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective, group_size
-from shardplan.costmodel.load import ZERO, Load, Parts, kernel_dtype
+from shardplan.costmodel.load import PARTS, ZERO, Load, Parts, kernel_dtype
 from shardplan.costmodel.memo import FEW_POINTS, Memo, Points
 from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_rows, phase_rows
 from shardplan.costmodel.overlap import fused_parts, prefetched
+from shardplan.costmodel.row_stacks import RowTable, Stack, row_table
+from shardplan.costmodel.weight_types import is_mixed
 from shardplan.models.apply import ShardedGraph
 from shardplan.models.graph import Phase
 from shardplan.models.modules import data_widths
@@ -45,6 +48,16 @@ def _block_rows(
     return block_rows(graph, graph.blocks[name], cluster, engine, overlap)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What one step model has worked out."""
+
+    sums: dict[Hashable, list[Parts]] = field(default_factory=dict)
+    """Prices of its groups over whole grids."""
+    tables: dict[tuple[Phase, Group, bool], RowTable] = field(default_factory=dict)
+    """Its groups in stacks."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepModel:
     """Prices steps of one layout on one cluster under one engine."""
@@ -54,10 +67,10 @@ class StepModel:
     engine: EngineProfile
     rows: Mapping[Phase, Mapping[str, tuple[Row, ...]]]
     """Template -> rows, by phase."""
-    memo: Memo[Parts] = field(default_factory=Memo, compare=False, repr=False)
-    """Prices of rows at points; may be shared by models of one machine and engine."""
-    sums: dict[Hashable, list[Parts]] = field(default_factory=dict, compare=False, repr=False)
-    """Prices of this model's groups over whole grids."""
+    memo: Memo = field(default_factory=Memo, compare=False, repr=False)
+    """Prices of rows at points `[4, points]`; may be shared by models of one machine and engine."""
+    kept: Kept = field(default_factory=Kept, compare=False, repr=False)
+    """What this model has worked out for itself."""
 
     @classmethod
     def of(
@@ -65,7 +78,7 @@ class StepModel:
         graphs: Mapping[Phase, ShardedGraph],
         cluster: Cluster,
         engine: EngineProfile,
-        memo: Memo[Parts] | None = None,
+        memo: Memo | None = None,
         overlap: Overlap = NO_OVERLAP,
     ) -> StepModel:
         """The op tables of both phases; `memo`: shared with models of this machine and engine.
@@ -115,44 +128,98 @@ class StepModel:
         """Tokens predicted ahead in a decode step."""
         return self.graphs["decode"].parallel.mtp
 
+    def with_graphs(self, graphs: Mapping[Phase, ShardedGraph]) -> StepModel:
+        """The same op tables under other stages."""
+        return replace(self, graphs=graphs, kept=Kept())
+
+    def with_rows(self, rows: Mapping[Phase, Mapping[str, tuple[Row, ...]]]) -> StepModel:
+        """The same stages with other rows."""
+        return replace(self, rows=rows, kept=Kept())
+
     def parts(self, group: Group, load: Load) -> list[Parts]:
-        """Per stage, the rows of one group under a load."""
-        if load.points < FEW_POINTS:
+        """Per stage, the rows of one group under a load; stages that are alike share an object."""
+        if math.prod(load.shape) < FEW_POINTS:
             return self._stages(group, load, None)
         own, points = load.at_points(self.memo)
         key = (group, points.number, own.kinds)
-        found = self.sums.get(key)
+        found = self.kept.sums.get(key)
         if found is None:
-            found = self.sums[key] = self._stages(group, own, points)
+            found = self.kept.sums[key] = self._stages(group, own, points)
         return found
 
     def _stages(self, group: Group, load: Load, points: Points | None) -> list[Parts]:
         """Per stage, the rows of one group, spread over the grid where `points` stand for it."""
-        prices: dict[str, Parts] = {}
-        for name, rows in self.rows[load.phase].items():
-            own = [self._known(row, load, points) for row in rows if row.group == group]
-            if own:
-                prices[name] = functools.reduce(Parts.plus, own)
-        stages, seen = [], {}
-        for stage in self.graphs[load.phase].stages:
-            runs = self.graphs[load.phase].runs(stage)
-            key = tuple(sorted((n, c) for n, c in runs.items() if n in prices))
-            if key not in seen:
-                times = [prices[name].times(count) for name, count in key]
-                total = functools.reduce(Parts.plus, times, ZERO)
-                seen[key] = total if points is None else total.at(points)
-            stages.append(seen[key])
-        return stages
+        table = self._table(load.phase, group, is_mixed(load.weight_dtype))
+        if not table.rows:
+            return [ZERO] * len(table.stage)
+        seconds = np.einsum("sr,r...->s...", table.runs, self._seconds(table, load, points))
+        if points is not None:
+            seconds = seconds[:, :, points.inverse]
+        sums = [
+            Parts(one[0], one[1], one[2], one[3], n)
+            for one, n in zip(seconds, table.kernels, strict=True)
+        ]
+        return [sums[which] for which in table.stage]
 
-    def _known(self, row: Row, load: Load, points: Points | None) -> Parts:
-        """A row's price, from the memo where it was priced at these points before."""
-        if points is None:
-            return self.price(row, load)
-        key = (row, self.groups, points.number, load.kinds)
-        found = self.memo.prices.get(key)
+    def _table(self, phase: Phase, group: Group, by_group: bool) -> RowTable:
+        """The rows of one group in stacks of which weights have one type each."""
+        key = (phase, group, by_group)
+        found = self.kept.tables.get(key)
         if found is None:
-            found = self.memo.prices[key] = self.price(row, load)
+            rows = {
+                name: [row for row in rows if row.group == group]
+                for name, rows in self.rows[phase].items()
+            }
+            graph = self.graphs[phase]
+            runs = [graph.runs(stage) for stage in graph.stages]
+            found = self.kept.tables[key] = row_table(rows, runs, by_group, self.memo.number)
         return found
+
+    def _seconds(self, table: RowTable, load: Load, points: Points | None) -> Array:
+        """Compute, memory, collective and overhead seconds `[rows, 4, *points]` of each row.
+
+        Rows that were priced at these points before come from the memo.
+        """
+        known, shape = self.memo.prices, load.shape
+        seconds = np.empty((len(table.rows), PARTS, *shape))
+        if points is None:
+            for places, stack in table.stacks:
+                self._price(stack, places, range(len(places)), load, seconds)
+            return seconds
+        lead = (self.groups, points.number, load.kinds)
+        keys = [(number, *lead) for number in table.numbers]
+        for places, stack in table.stacks:
+            missing = []
+            for index, place in enumerate(places):
+                price = known.get(keys[place])
+                if price is None:
+                    missing.append(index)
+                else:
+                    seconds[place] = price
+            if missing:
+                self._price(stack, places, missing, load, seconds)
+                for index in missing:
+                    known[keys[places[index]]] = seconds[places[index]].copy()
+        return seconds
+
+    def _price(
+        self,
+        stack: Stack,
+        places: Sequence[int],
+        which: Sequence[int],
+        load: Load,
+        out: Array,
+    ) -> None:
+        """Price rows `which` of a stack at once, into their places of `out` [rows, 4, *points]."""
+        priced = self.price(stack.at(which, out.ndim - 2), load)
+        if len(which) == 1:
+            for part in range(PARTS):
+                out[places[which[0]], part] = priced[part]
+            return
+        own = np.empty((len(which), *out.shape[1:]))
+        for part in range(PARTS):
+            own[:, part] = priced[part]
+        out[[places[index] for index in which]] = own
 
     def by_kind(self, group: Group, load: Load) -> Iterator[tuple[str, Parts]]:
         """(kind, parts) of every row of a group, summed over all stages."""

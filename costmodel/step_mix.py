@@ -5,12 +5,15 @@ The symbols are those of `shardplan.costmodel.serving`: r, q, d, e, s, u, f, k, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import numpy as np
 
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
+from shardplan.costmodel.memo import FEW_POINTS
 
 __all__ = ["ServingInput", "Shares", "computed_prompt", "step_shares", "tokens_per_step"]
 
@@ -49,6 +52,23 @@ class ServingInput:
     """Tokens predicted ahead in each decode step (k)."""
     acceptance: ArrayLike = 0.0
     """Probability that one of them is kept where those before it were (a)."""
+
+    @property
+    def key(self) -> tuple[Hashable, ...] | None:
+        """What the average step depends on, as a key; None of few points or of varying work."""
+        work = (
+            self.input_len,
+            self.output_len,
+            self.prefix_hit,
+            0.0 if self.in_flight is None else self.in_flight,
+            self.mtp,
+            self.acceptance,
+        )
+        shape = np.broadcast_shapes(self.batch.shape, self.chunk.shape)
+        if math.prod(shape) < FEW_POINTS or any(as_array(one).ndim for one in work):
+            return None
+        grid = [(one.shape, one.tobytes()) for one in (self.batch, self.chunk)]
+        return (*grid, self.in_flight is None, *map(float, work))
 
     @property
     def width(self) -> Array:

@@ -78,13 +78,14 @@ class HeldWeight:
 
 def local_product(graph: ShardedGraph, dims: tuple[str, ...], layout: Layout) -> Product:
     """Elements that one rank holds of a tensor with these dims under a layout."""
-    factor, free = 1.0, []
+    factor, free, sizes = 1.0, [], graph.model.sizes
+    cut = graph.mesh.ways(layout)
     for dim in dims:
-        ways = graph.split(dim, layout)
+        ways = cut.get(dim, 1)
         if dim in FREE_DIMS:
             free.append((dim, ways))
         else:
-            factor *= graph.model.sizes[dim] / ways
+            factor *= sizes[dim] / ways
     return Product(factor, tuple(free))
 
 

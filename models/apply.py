@@ -158,11 +158,7 @@ class ShardedGraph:
 
     def split(self, dim: str, layout: Layout) -> int:
         """How many ways a dim is cut under a layout."""
-        ways, axes = 1, self.mesh.axes
-        for axis, where in layout:
-            if where == dim:
-                ways *= self.mesh.shape[axes.index(axis)]
-        return ways
+        return self.mesh.ways(layout).get(dim, 1)
 
 
 class _Sharder:

@@ -21,7 +21,8 @@ and is what the price assumes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from shardplan.models.errors import LayoutError
@@ -124,6 +125,19 @@ class Mesh:
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     groups: dict[str, tuple[str, ...]]
+    known: dict[tuple[tuple[str, str], ...], dict[str, int]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """Ways of layouts that were asked for."""
+
+    def ways(self, layout: tuple[tuple[str, str], ...]) -> Mapping[str, int]:
+        """How many ways a layout of (axis, dim) cuts each dim; dims it does not name are whole."""
+        found = self.known.get(layout)
+        if found is None:
+            found = self.known[layout] = {}
+            for axis, dim in layout:
+                found[dim] = found.get(dim, 1) * self.shape[self.axes.index(axis)]
+        return found
 
     @property
     def ranks(self) -> int:

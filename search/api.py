@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.memo import Memo
-from shardplan.costmodel.step import Parts
 from shardplan.models.errors import InputError, ProofError
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
@@ -25,7 +24,7 @@ from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
-from shardplan.search.kept import Outcome
+from shardplan.search.kept import Outcome, first_of_each
 from shardplan.search.output import MOST_ROWS, trial_table
 from shardplan.search.plan import Plan
 from shardplan.search.proof import prove_strategy
@@ -112,7 +111,7 @@ def _search_aggregated(
 ) -> SearchResult:
     """The best plan whose cards all prefill and decode."""
     start = time.perf_counter()
-    memo: Memo[Parts] = Memo()
+    memo: Memo = Memo()
     outcomes = _search_counts(resolved, place, progress, memo)
     if outcomes[-1].best is None and resolved.soft_limits and not _out_of_time(outcomes[-1]):
         resolved = without_limits(resolved)
@@ -230,7 +229,7 @@ def _place(
 
 
 def _search_counts(
-    resolved: Resolved, place: Place | None, progress: Progress | None, memo: Memo[Parts]
+    resolved: Resolved, place: Place | None, progress: Progress | None, memo: Memo
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     counts = _counts(resolved)
@@ -262,7 +261,7 @@ def _run(
     space: Space,
     place: Place | None,
     progress: Progress | None,
-    memo: Memo[Parts],
+    memo: Memo,
     left_s: float | None,
 ) -> Outcome:
     request = resolved.request
@@ -291,7 +290,7 @@ def _run(
 
 
 def _search_beside(
-    resolved: Resolved, question: Question, outcome: Outcome, memo: Memo[Parts]
+    resolved: Resolved, question: Question, outcome: Outcome, memo: Memo
 ) -> Outcome | None:
     """Other dtypes and switches over the layouts that did best (all, where they are few).
 
@@ -319,7 +318,9 @@ def _beside_layouts(outcome: Outcome, choices: tuple[Choice, ...]) -> tuple[Para
     if len(space.layouts) <= _BESIDE_LAYOUTS:
         return space.layouts
     ranked = tuple(
-        dict.fromkeys(space.layout_of(one.parallel) for one in outcome.kept if one.feasible)
+        dict.fromkeys(
+            space.layout_of(one.parallel) for one in first_of_each(outcome.kept) if one.feasible
+        )
     )
     found = dict.fromkeys(ranked[:_BESIDE_LAYOUTS])
     for choice in (one for one in choices if one.switched):

@@ -21,7 +21,14 @@ from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, 
 from shardplan.models.graph import Phase
 from shardplan.search.build_confidence import plan_confidence
 from shardplan.search.evaluate import LayoutScorer, context_tokens
-from shardplan.search.kept import Kept, Outcome, pareto_mask
+from shardplan.search.kept import (
+    Kept,
+    Outcome,
+    column_of,
+    feasible_of,
+    first_of_each,
+    pareto_mask,
+)
 from shardplan.search.legal_layout import fast_ranks
 from shardplan.search.plan import (
     BreakdownRow,
@@ -71,12 +78,11 @@ def performance(columns: Mapping[str, float]) -> Performance:
 
 def pareto_front(outcome: Outcome) -> list[Kept]:
     """Feasible strategies that no other beats in both throughput and TPOT, fastest first."""
-    feasible = [one for one in outcome.kept if one.feasible]
+    feasible = feasible_of(outcome.kept)
     if not feasible:
         return []
-    gain = np.array([one.columns["output_tokens_per_s"] for one in feasible])
-    cost = np.array([one.columns["tpot_s"] for one in feasible])
-    front = [feasible[i] for i in np.flatnonzero(pareto_mask(gain, cost))]
+    gain, cost = column_of(feasible, "output_tokens_per_s"), column_of(feasible, "tpot_s")
+    front = [feasible[i] for i in np.flatnonzero(pareto_mask(gain, cost)).tolist()]
     return sorted(front, key=lambda one: -one.columns["output_tokens_per_s"])
 
 
@@ -297,7 +303,7 @@ def _quantization(beside: Outcome | None, best: Kept) -> tuple[QuantizationRow, 
         found = next(
             (
                 one
-                for one in beside.kept
+                for one in first_of_each(beside.kept)
                 if one.feasible
                 and not one.choice.switched
                 and (one.choice.weight_dtype, one.choice.kv_dtype) == (weight, kv)
@@ -323,7 +329,12 @@ def _switches(beside: Outcome | None, best: Kept) -> tuple[SwitchRow, ...]:
     rows = []
     for overlap in dict.fromkeys(c.overlap for c in beside.space.choices if c.switched):
         found = next(
-            (one for one in beside.kept if one.feasible and one.choice.overlap == overlap), None
+            (
+                one
+                for one in first_of_each(beside.kept)
+                if one.feasible and one.choice.overlap == overlap
+            ),
+            None,
         )
         rows.append(
             SwitchRow(
@@ -379,7 +390,7 @@ def _distinct(outcome: Outcome, best: Kept, top: int) -> list[Candidate]:
     """The best strategy of each other layout: what else one might run."""
     seen = {replace(best.parallel, stage_layers=())}
     found: list[Candidate] = []
-    for one in outcome.kept:
+    for one in first_of_each(outcome.kept):
         if len(found) == top or not one.feasible:  # the feasible ones stand first
             break
         layout = replace(one.parallel, stage_layers=())

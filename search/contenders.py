@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from shardplan.costmodel.cost_groups import HOST, ScaledModel
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
-from shardplan.costmodel.step import Parts
 from shardplan.search.evaluate import LayoutScorer, Question, Scores
-from shardplan.search.kept import Kept, Outcome, keep_best
+from shardplan.search.kept import Kept, Outcome, first_of_each, keep_best
 from shardplan.search.space import Space
 
 __all__ = ["Contender", "Tuned", "contenders_of"]
@@ -95,21 +94,21 @@ class Contender:
         """One of its points as a search remembers it, at the times as they are."""
         batch, chunk = self.batch[point : point + 1], self.chunk[point : point + 1]
         scores = self.scorer.score(self.kept.choice, batch, chunk)
-        return keep_best(scores, self.kept.parallel, self.kept.choice, batch, chunk)[0]
+        return keep_best(scores, self.kept.parallel, self.kept.choice, batch, chunk).one(0)
 
 
 def contenders_of(question: Question, outcome: Outcome, most: int) -> list[Contender]:
     """The best strategy of the outcome and those of up to `most` other layouts and choices."""
-    memo: Memo[Parts] = Memo()
+    memo: Memo = Memo()
     found: dict[object, Kept] = {}
-    for one in outcome.kept:
+    for one in first_of_each(outcome.kept):
         found.setdefault((replace(one.parallel, stage_layers=()), one.choice), one)
         if len(found) > most:
             break
     return [_contender(question, one, outcome.space, memo) for one in found.values()]
 
 
-def _contender(question: Question, kept: Kept, space: Space, memo: Memo[Parts]) -> Contender:
+def _contender(question: Question, kept: Kept, space: Space, memo: Memo) -> Contender:
     scorer = LayoutScorer(question, kept.parallel, memo)
     batch, chunk = _points(scorer, kept, space.batches, space.chunks)
     model = scorer.model_for(kept.choice)

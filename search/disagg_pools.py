@@ -88,7 +88,7 @@ class _Base:
         self,
         pool: Pool,
         par: Parallelism,
-        memo: Memo[Parts],
+        memo: Memo,
         ledgers: dict[Parallelism, Ledger],
     ) -> None:
         self.pool, self.par = pool, par
@@ -304,7 +304,7 @@ def price_pool(
     """
     priced = Priced(Options([], pool.choices, {}))
     legal = list(_legal(pool, refused, priced))
-    memo: Memo[Parts] = Memo()
+    memo: Memo = Memo()
     rows: list[tuple[int, int, dict[str, Array]]] = []
     held = {} if ledgers is None else ledgers
     for index, par in enumerate(legal):

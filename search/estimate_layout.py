@@ -299,7 +299,7 @@ class LayoutMaker:
 def _moved(rows: tuple[Row, ...], moves: Iterator[Transfer], cluster: Cluster) -> tuple[Row, ...]:
     """The same rows on another cluster: collectives stand in the order of the transfers."""
     return tuple(
-        replace(row, spans=spans_of(cluster, one))
+        row._replace(spans=spans_of(cluster, one))
         if row.is_collective and (one := next(moves))
         else row
         for row in rows

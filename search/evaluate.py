@@ -28,7 +28,7 @@ from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
 from shardplan.costmodel.serving import ServingInput, Steps, serve
-from shardplan.costmodel.step import Parts, StepModel
+from shardplan.costmodel.step import StepModel
 from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
 from shardplan.models.graph import Phase
@@ -84,9 +84,7 @@ def acceptance_of(spec: ModelSpec, workload: Workload) -> float:
 class LayoutScorer:
     """One layout of a question, ready to be priced; `memo` is shared by layouts of one question."""
 
-    def __init__(
-        self, question: Question, par: Parallelism, memo: Memo[Parts] | None = None
-    ) -> None:
+    def __init__(self, question: Question, par: Parallelism, memo: Memo | None = None) -> None:
         self.question, self.parallel = question, par
         graphs: dict[Phase, ShardedGraph] = {
             phase: apply(build_graph(question.spec, phase, mtp=par.mtp > 0), par)
@@ -103,11 +101,10 @@ class LayoutScorer:
         graphs = {
             phase: apply(graph.model, other.parallel) for phase, graph in self.model.graphs.items()
         }
-        other.model = replace(self.model, graphs=graphs, sums={})
+        other.model = self.model.with_graphs(graphs)
         other.ledger = replace(self.ledger, graph=graphs["prefill"])
         other._switched = {
-            overlap: replace(model, graphs=graphs, sums={})
-            for overlap, model in self._switched.items()
+            overlap: model.with_graphs(graphs) for overlap, model in self._switched.items()
         }
         return other
 
@@ -161,20 +158,8 @@ class LayoutScorer:
 
     def memory(self, choice: Choice, batch: Array, chunk: Array) -> Array:
         """Bytes on the fullest rank of the fullest stage."""
-        work = self.question.workload
-        stages = self.ledger.stages(
-            self.model.machine,
-            weight_dtype=choice.weight_dtype,
-            kv_dtype=choice.kv_dtype,
-            attention=choice.attention,
-            batch=batch,
-            tokens=chunk,
-            context=context_tokens(work),
-        )
-        total = stages[0].total_bytes
-        for stage in stages[1:]:
-            total = np.maximum(total, stage.total_bytes)
-        return total
+        common = self.common_bytes(choice, batch, chunk)
+        return self.ledger.fullest_bytes(common, choice.weight_dtype, choice.kv_dtype)
 
     def even_bytes(self, choice: Choice, batch: Array, chunk: Array) -> Array:
         """What the fullest rank holds at least, however layers are cut: the mean over stages."""

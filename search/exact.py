@@ -32,18 +32,17 @@ import numpy as np
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.orders import distinct_orders
-from shardplan.costmodel.step import Parts
 from shardplan.models.parallel import Parallelism
 from shardplan.search.bounds import most_objective
 from shardplan.search.evaluate import LayoutScorer, Question, Scores
 from shardplan.search.kept import (
-    Kept,
+    KeptGrid,
+    KeptTable,
     Outcome,
     Tally,
     count_refused,
     keep_best,
     note_nearest,
-    rank_key,
 )
 from shardplan.search.refine import Open, Slack, fits_some_cut, most_where, open_points, refine_cuts
 from shardplan.search.space import Choice, Space
@@ -58,15 +57,17 @@ class Hunt:
     question: Question
     space: Space
     deadline_s: float
-    memo: Memo[Parts] = field(default_factory=Memo)
+    memo: Memo = field(default_factory=Memo)
     tally: Tally = field(default_factory=Tally)
-    kept: list[Kept] = field(default_factory=list)
+    kept: list[KeptGrid] = field(default_factory=list)
     best: float = -math.inf
     """Largest objective of a feasible strategy so far."""
     open: list[Open] = field(default_factory=list)
     """Grids of which other cuts may still be better."""
     again: list[tuple[float, Parallelism, Choice]] = field(default_factory=list)
     """(bound, layout, choice) of which other orders of the ranks may still be better."""
+    too_big: tuple[float, Parallelism, Choice] | None = None
+    """(bytes, layout, choice) of what was left out for its memory and misses it by the least."""
     unreached: float = -math.inf
     """Largest bound of what the time limit left out."""
 
@@ -90,9 +91,9 @@ class Hunt:
         count_refused(self.tally, scores)
         note_nearest(self.tally, scores, par, choice, (batch, chunk))
         found = keep_best(scores, par, choice, batch, chunk)
-        self.kept += found
-        feasible = (one.columns["objective"] for one in found if one.feasible)
-        self.best = max((self.best, *feasible))
+        self.kept.append(found)
+        feasible = found.columns["objective"][found.limit < 0]
+        self.best = max(self.best, float(feasible.max(initial=-math.inf)))
         return scores
 
 
@@ -112,7 +113,7 @@ def search_exact(
     *,
     time_limit_s: float | None = None,
     progress: Callable[[int, int], None] | None = None,
-    memo: Memo[Parts] | None = None,
+    memo: Memo | None = None,
 ) -> Outcome:
     """Every strategy of `space`; the optimum, with what is needed to prove and explain it.
 
@@ -157,8 +158,10 @@ def _layout(hunt: Hunt, par: Parallelism) -> None:
         if rule is not None:
             tally.pruned_by[f"rule {rule}"] += cuts * orders * points
             continue
-        if scorer.least_bytes(choice) > scorer.ledger.capacity_bytes:
-            _note_too_big(tally, scorer, choice, space)
+        needed = scorer.least_bytes(choice)
+        if needed > scorer.ledger.capacity_bytes:
+            if hunt.too_big is None or needed < hunt.too_big[0]:
+                hunt.too_big = needed, par, choice
             if cuts == 1 or not fits_some_cut(scorer, choice, *np.ones((2, 1))):
                 tally.pruned_by["memory"] += cuts * orders * points
                 continue
@@ -200,29 +203,31 @@ def _orders(hunt: Hunt) -> None:
 
 def _outcome(hunt: Hunt, start: float) -> Outcome:
     """The kept strategies in order, and the bound that holds for all."""
+    _note_too_big(hunt)
     place = {par: index for index, par in enumerate(hunt.space.layouts)}
-    layouts = dict.fromkeys(one.parallel for one in hunt.kept)
-    at = {par: place[hunt.space.layout_of(par)] for par in layouts}
-    kept = sorted(hunt.kept, key=lambda one: (*rank_key(one), at[one.parallel]))
+    turns = [place[hunt.space.layout_of(one.parallel)] for one in hunt.kept]
+    kept = KeptTable.ranked(hunt.kept, turns)
     best = kept[0] if kept and kept[0].feasible else None
     hunt.tally.pruned_by = +hunt.tally.pruned_by
     return Outcome(
         space=hunt.space,
         best=best,
-        kept=tuple(kept),
+        kept=kept,
         tally=hunt.tally,
         bound=max(hunt.best, hunt.unreached),
         wall_s=time.perf_counter() - start,
     )
 
 
-def _note_too_big(tally: Tally, scorer: LayoutScorer, choice: Choice, space: Space) -> None:
-    """Remember the layout that misses the memory by the least, priced at its smallest point."""
-    known = tally.nearest.get("memory")
-    least = scorer.least_bytes(choice)
+def _note_too_big(hunt: Hunt) -> None:
+    """Remember the layout left out that misses the memory by the least, at its smallest point."""
+    if hunt.too_big is None:
+        return
+    least, par, choice = hunt.too_big
+    known = hunt.tally.nearest.get("memory")
     if known is not None and known.columns["memory_bytes"] <= least:
         return
-    batch = np.array([float(space.batches[0])])
-    chunk = np.array([float(space.chunks[0])])
-    scores = scorer.score(choice, batch, chunk)
-    tally.nearest["memory"] = keep_best(scores, scorer.parallel, choice, batch, chunk)[0]
+    batch = np.array([float(hunt.space.batches[0])])
+    chunk = np.array([float(hunt.space.chunks[0])])
+    scores = LayoutScorer(hunt.question, par, hunt.memo).score(choice, batch, chunk)
+    hunt.tally.nearest["memory"] = keep_best(scores, par, choice, batch, chunk).one(0)

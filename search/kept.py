@@ -7,8 +7,9 @@ refused ones; of every limit the strategy that misses it by the least.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,23 @@ from shardplan.search.space import Choice, Space
 
 __all__ = [
     "Kept",
+    "KeptGrid",
+    "KeptTable",
     "Outcome",
     "Tally",
+    "column_of",
     "count_refused",
+    "feasible_of",
+    "first_of_each",
     "keep_best",
+    "kept_at",
     "note_nearest",
     "pareto_mask",
     "rank_key",
 ]
 
 KEPT_PER_GRID = 24
+Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,101 @@ class Kept:
         return self.limit < 0
 
 
+class KeptGrid(NamedTuple):
+    """Strategies of one grid that are remembered, in its order; arrays `[strategies]`."""
+
+    parallel: Parallelism
+    choice: Choice
+    batch: Array
+    chunk: Array
+    limit: NDArray[np.int8]
+    columns: Mapping[str, Array]
+
+    def one(self, place: int) -> Kept:
+        """One of them."""
+        return Kept(
+            parallel=self.parallel,
+            choice=self.choice,
+            batch=int(self.batch[place]),
+            chunk=int(self.chunk[place]),
+            limit=int(self.limit[place]),
+            columns={name: float(values[place]) for name, values in self.columns.items()},
+        )
+
+
+class KeptTable(Sequence[Kept]):
+    """Remembered strategies of many grids, the best first; each is made when it is asked for."""
+
+    def __init__(self, grids: Sequence[KeptGrid], grid: Indices, place: Indices) -> None:
+        self._grids, self._grid, self._place = grids, grid, place
+        self._made: dict[int, Kept] = {}
+
+    @classmethod
+    def ranked(cls, grids: Sequence[KeptGrid], turns: Sequence[int]) -> KeptTable:
+        """By `rank_key`, then by the `turns` of their grids, then as they come."""
+        sizes = [one.limit.size for one in grids]
+        grid = np.repeat(np.arange(len(grids)), sizes)
+        place = np.concatenate([np.arange(size) for size in sizes] or [np.zeros(0, dtype=np.int64)])
+        table = cls(grids, grid, place)
+        keys = (np.asarray(turns, dtype=np.int64)[grid], table.column("memory_bytes"))
+        order = np.lexsort((*keys, -table.column("objective"), ~table.feasible))
+        return cls(grids, grid[order], place[order])
+
+    def __len__(self) -> int:
+        return self._grid.size
+
+    @overload
+    def __getitem__(self, at: int) -> Kept: ...
+    @overload
+    def __getitem__(self, at: slice) -> KeptTable: ...
+    def __getitem__(self, at: int | slice) -> Kept | KeptTable:
+        if isinstance(at, slice):
+            return KeptTable(self._grids, self._grid[at], self._place[at])
+        index = range(len(self))[at]
+        if index not in self._made:
+            self._made[index] = self._grids[self._grid[index]].one(self._place[index])
+        return self._made[index]
+
+    @property
+    def feasible(self) -> NDArray[np.bool_]:
+        """Which of them satisfy every limit."""
+        return np.asarray(self._gather([one.limit for one in self._grids]) < 0)
+
+    def column(self, name: str) -> Array:
+        """One column of all, in their order."""
+        return self._gather([one.columns[name] for one in self._grids])
+
+    def _gather(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        if not parts:
+            return np.zeros(0)
+        start = np.cumsum([0, *(one.size for one in parts)])
+        return np.asarray(np.concatenate(parts)[start[self._grid] + self._place])
+
+    def firsts(self) -> Iterator[Kept]:
+        """The first of every grid: nothing of its layout, cut and choice stands before it."""
+        for at in np.sort(np.unique(self._grid, return_index=True)[1]).tolist():
+            yield self[at]
+
+
+def first_of_each(kept: Sequence[Kept]) -> Iterator[Kept]:
+    """The first of every layout, cut and choice, and perhaps further ones, in order."""
+    return kept.firsts() if isinstance(kept, KeptTable) else iter(kept)
+
+
+def feasible_of(kept: Sequence[Kept]) -> Sequence[Kept]:
+    """Those that satisfy every limit: they stand first."""
+    if isinstance(kept, KeptTable):
+        return kept[: int(np.count_nonzero(kept.feasible))]
+    return [one for one in kept if one.feasible]
+
+
+def column_of(kept: Sequence[Kept], name: str) -> Array:
+    """One column of remembered strategies."""
+    if isinstance(kept, KeptTable):
+        return kept.column(name)
+    return np.array([one.columns[name] for one in kept])
+
+
 @dataclass(slots=True)
 class Tally:
     """What happened to the strategies that were looked at."""
@@ -66,7 +169,7 @@ class Outcome:
 
     space: Space
     best: Kept | None
-    kept: tuple[Kept, ...]
+    kept: Sequence[Kept]
     """Best first; feasible before infeasible."""
     tally: Tally
     bound: float | None
@@ -82,8 +185,14 @@ class Outcome:
 
 
 def pareto_mask(gain: Array, cost: Array) -> NDArray[np.bool_]:
-    """Points that no other beats in both: more `gain` and less `cost`. Shapes [n]."""
-    order = np.lexsort((-gain, cost))
+    """Points that no other beats in both: more `gain` and less `cost`. Shapes [n].
+
+    Of equal points the first stands for all.
+    """
+    rough = np.argsort(cost)
+    best = np.maximum.accumulate(gain[rough])
+    able = np.sort(rough[gain[rough] >= best])  # the front, equal points, and few others
+    order = able[np.lexsort((-gain[able], cost[able]))]
     best = np.maximum.accumulate(gain[order])
     before = np.concatenate([[-np.inf], best[:-1]])
     mask = np.zeros(gain.shape, dtype=bool)
@@ -104,39 +213,51 @@ def _positions(scores: Scores) -> NDArray[np.int64]:
     if not where.size:
         refused = np.flatnonzero(~feasible)
         return refused[np.argsort(-objective[refused], kind="stable")[:2]]
-    memory = scores.columns["memory_bytes"].ravel()
-    top = where[np.lexsort((memory[where], -objective[where]))[:KEPT_PER_GRID]]
     front = pareto_mask(
         scores.columns["output_tokens_per_s"].ravel()[where],
         scores.columns["tpot_s"].ravel()[where],
     )
     kept = np.zeros(objective.size, dtype=bool)
-    kept[top] = True
+    kept[_top(objective, scores.columns["memory_bytes"].ravel(), where)] = True
     kept[where[front]] = True
     return np.flatnonzero(kept)
 
 
+def _top(objective: Array, memory: Array, where: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The best of the points `where`; of equal ones those of less memory, then the first."""
+    if where.size > KEPT_PER_GRID:
+        own = objective[where]
+        least = np.partition(own, where.size - KEPT_PER_GRID)[where.size - KEPT_PER_GRID]
+        where = where[own >= least]
+    return where[np.lexsort((memory[where], -objective[where]))[:KEPT_PER_GRID]]
+
+
+def kept_at(
+    scores: Scores,
+    par: Parallelism,
+    choice: Choice,
+    batch: Array,
+    chunk: Array,
+    at: NDArray[np.int64],
+) -> KeptGrid:
+    """The strategies at flat positions of a grid."""
+    shape = scores.limit.shape
+    batches, chunks = (np.broadcast_to(one, shape).ravel()[at] for one in (batch, chunk))
+    return KeptGrid(
+        parallel=par,
+        choice=choice,
+        batch=batches,
+        chunk=chunks,
+        limit=scores.limit.ravel()[at],
+        columns={name: values.ravel()[at] for name, values in scores.columns.items()},
+    )
+
+
 def keep_best(
     scores: Scores, par: Parallelism, choice: Choice, batch: Array, chunk: Array
-) -> list[Kept]:
+) -> KeptGrid:
     """The strategies of one grid that are worth remembering."""
-    at = np.unravel_index(_positions(scores), scores.limit.shape)
-    batches, chunks = (np.broadcast_to(g, scores.limit.shape)[at].tolist() for g in (batch, chunk))
-    names = tuple(scores.columns)
-    rows = zip(*(values[at].tolist() for values in scores.columns.values()), strict=True)
-    return [
-        Kept(
-            parallel=par,
-            choice=choice,
-            batch=int(slots),
-            chunk=int(tokens),
-            limit=limit,
-            columns=dict(zip(names, row, strict=True)),
-        )
-        for slots, tokens, limit, row in zip(
-            batches, chunks, scores.limit[at].tolist(), rows, strict=True
-        )
-    ]
+    return kept_at(scores, par, choice, batch, chunk, _positions(scores))
 
 
 def count_refused(tally: Tally, scores: Scores) -> None:
@@ -171,9 +292,5 @@ def note_nearest(
         known = tally.nearest.get(name)
         if known is not None and values[at] >= known.columns[column] * sign:
             continue
-        one = Scores(
-            columns={n: v.ravel()[at : at + 1] for n, v in scores.columns.items()},
-            limit=limit.ravel()[at : at + 1],
-        )
-        batch, chunk = (np.broadcast_to(g, limit.shape).ravel()[at : at + 1] for g in grid)
-        tally.nearest[name] = keep_best(one, par, choice, batch, chunk)[0]
+        where = np.array([at])
+        tally.nearest[name] = kept_at(scores, par, choice, *grid, where).one(0)

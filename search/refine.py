@@ -60,17 +60,20 @@ class Slack:
     def watch(self, steps: Steps) -> None:
         """Note the shares of each step, the smaller of both kinds."""
         gap = self.model.engine.launch_gap_s
-        for stages, phase in zip(steps, _PHASES, strict=True):
+        kinds = (steps.decode, steps.decode_at), (steps.mixed, steps.mixed_at)
+        for (stages, points), phase in zip(kinds, _PHASES, strict=True):
             launch = self.model.launch_floor_s(phase)
             slowest = functools.reduce(np.maximum, self.model.step_s(stages, phase))
             longest = slowest * len(stages)
             busy = sum((one.total_s + gap * one.kernels for one in stages), np.zeros(()))
             wire = sum((one.collective_s for one in stages), np.zeros(()))
             floor = launch * sum(one.kernels for one in stages)
-            even = np.maximum(busy, floor) / longest
-            free = np.maximum(busy - wire, floor) / longest
-            self.even = np.minimum(self.even, even * _ROUNDING)
-            self.free = np.minimum(self.free, free * _ROUNDING)
+            even = np.maximum(busy, floor) / longest * _ROUNDING
+            free = np.maximum(busy - wire, floor) / longest * _ROUNDING
+            if points is not None:
+                even, free = points.spread(even), points.spread(free)
+            self.even = np.minimum(self.even, even)
+            self.free = np.minimum(self.free, free)
 
 
 @dataclass(kw_only=True)

@@ -112,7 +112,7 @@ class Drawing:
             return known
         grid = np.array([float(point.batch)]), np.array([float(point.chunk)])
         scores = self._scorer(point.parallel).score(point.choice, *grid)
-        one = self._priced[point] = keep_best(scores, point.parallel, point.choice, *grid)[0]
+        one = self._priced[point] = keep_best(scores, point.parallel, point.choice, *grid).one(0)
         return one
 
     def make(self, study: Study, trial: Trial) -> None:

@@ -18,6 +18,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.search.dimensions import Dimensions, Point
 from shardplan.search.evaluate import Question
 from shardplan.search.exact import search_exact
+from shardplan.search.kept import first_of_each
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -48,7 +49,7 @@ def seeds_of(question: Question, dimensions: Dimensions, count: int) -> list[Poi
         reach=replace(space.reach, ways=False),
     )
     best: dict[Parallelism, Point] = {}
-    for one in search_exact(question, coarse).kept:
+    for one in first_of_each(search_exact(question, coarse).kept):
         if not one.feasible or len(best) == count:
             break
         if one.parallel not in best:

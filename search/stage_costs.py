@@ -77,7 +77,7 @@ class TemplateCosts:
         `memory`: `cached_tokens`, `activations_bytes` and `logits_bytes` of the points.
         """
         graphs = {phase: _alone(graph) for phase, graph in model.graphs.items()}
-        alone = replace(model, graphs=graphs, sums={})
+        alone = model.with_graphs(graphs)
         graph = graphs["prefill"]
         names = {
             phase: [next(iter(stage.counts)) for stage in one.stages]

@@ -24,7 +24,6 @@ from measuring import against, best_seconds, machine, table  # type: ignore[impo
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.memo import Memo
-from shardplan.costmodel.step import Parts
 from shardplan.models.catalog import load_model
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
@@ -68,7 +67,7 @@ EVERY = tuple(
 )
 
 
-class Counted(Memo[Parts]):
+class Counted(Memo):
     """A memo that counts the layouts that were applied: each makes room first."""
 
     applied = 0

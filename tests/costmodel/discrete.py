@@ -55,6 +55,7 @@ class LinearModel:
     groups = 1
     locked = 1
     context_ranks = 1
+    memo = None
 
     def __init__(self, engine: str, stages: int = 1) -> None:
         self.engine = load_engine(engine)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,10 +79,10 @@ def test_the_work_of_a_rank_is_an_even_share_of_the_causal_half_by_hand() -> Non
     row = next(r for r in load("dense tp2 cp4").rows("prefill", "dense") if r.kind == "attention")
     assert row.parts == 4.0
     asked = Load.of("prefill", load("dense tp1").model.engine, batch=1.0, new=8.0, prefix=4.0)
-    new, before, share = map(float, _own_queries(replace(row, parts=2.0), asked))
+    new, before, share = map(float, _own_queries(row._replace(parts=2.0), asked))
     assert (new, before) == (4.0, 8.0)
     assert share * new * (before + new / 2) == 8 * (4 + 8 / 2) / 2
-    alone = tuple(map(float, _own_queries(replace(row, parts=1.0), asked)))
+    alone = tuple(map(float, _own_queries(row._replace(parts=1.0), asked)))
     assert alone == (8.0, 4.0, 1.0)
 
 

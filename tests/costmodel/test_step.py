@@ -17,10 +17,10 @@ from shardplan.costmodel.kernels.base import Array, ArrayLike
 from shardplan.costmodel.kernels.collectives import collective
 from shardplan.costmodel.kernels.matmul import matmul
 from shardplan.costmodel.kernels.pointwise import pointwise
-from shardplan.costmodel.memo import FEW_POINTS
+from shardplan.costmodel.memo import FEW_POINTS, Memo
 from shardplan.costmodel.optable import Group
 from shardplan.costmodel.serving import step_seconds
-from shardplan.costmodel.step import Load, Parts, StepModel
+from shardplan.costmodel.step import Kept, Load, Parts, StepModel
 from shardplan.models.catalog import load_model
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
@@ -263,8 +263,7 @@ def test_launching_from_the_host_is_never_faster(name: str, phase: Phase, batch:
     host = replace(graph, decode_graph=False, prefill_graph=False)
     case = load(name)
     captured, launched = (
-        replace(case.model, engine=engine, sums={}, memo=type(case.model.memo)())
-        for engine in (graph, host)
+        replace(case.model, engine=engine, kept=Kept(), memo=Memo()) for engine in (graph, host)
     )
     (fast, stages), (slow, _) = (step(m, phase, batch) for m in (captured, launched))
     assert slow >= fast
