@@ -31,6 +31,7 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Load, Parts
+from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import Group, Row
 from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
@@ -85,9 +86,9 @@ class ScaledModel:
         return replace(self, factors=factors)
 
     @property
-    def memo(self) -> None:
-        """Factors may add dims to prices: every point is priced as it is."""
-        return None
+    def memo(self) -> Memo:
+        """The model's memory."""
+        return self.model.memo
 
     @property
     def engine(self) -> EngineProfile:

@@ -30,6 +30,11 @@ class Parts(NamedTuple):
     kernels: float
 
     @property
+    def seconds(self) -> tuple[Array, Array, Array, Array]:
+        """The arrays alone."""
+        return self.compute_s, self.memory_s, self.collective_s, self.overhead_s
+
+    @property
     def total_s(self) -> Array:
         """All of it."""
         return self.compute_s + self.memory_s + self.collective_s + self.overhead_s
@@ -58,7 +63,7 @@ class Parts(NamedTuple):
         """Spread from the different points over the grid that they stand for, where told."""
         if points is None:
             return self
-        a, b, c, d = (points.spread(one) for one in self[:4])
+        a, b, c, d = map(points.spread, self.seconds)
         return Parts(a, b, c, d, self.kernels)
 
 

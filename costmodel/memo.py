@@ -40,8 +40,9 @@ class Points:
     """Of the grid's shape: which point stands where."""
 
     def spread(self, values: Array) -> Array:
-        """Values of the points over the grid; one value for all as it is."""
-        return values[self.inverse] if values.ndim else values
+        """Values `[..., points]` over the grid; those that are the same for all as they are."""
+        same = not values.ndim or values.shape[-1] == 1
+        return values if same else values[..., self.inverse]
 
 
 @dataclass(slots=True)

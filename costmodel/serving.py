@@ -66,24 +66,27 @@ from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.memo import Points
-from shardplan.costmodel.pace import Pace, flow_s, stage_times, timed
+from shardplan.costmodel.pace import Timed, flow_s, stage_times, timed
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
 __all__ = [
     "Serving",
     "ServingInput",
+    "Steady",
     "Steps",
     "decode_stages",
     "prompt_stages",
     "replay",
     "serve",
+    "steady",
     "steady_steps",
     "step_seconds",
 ]
 
 Weigh = Callable[[str], None]
 Weighed = Callable[[Array], None]
+Indices = NDArray[np.int64]
 
 
 class Steps(NamedTuple):
@@ -322,9 +325,46 @@ def steady_steps(model: Pricer, given: ServingInput) -> tuple[list[Parts], list[
     return decode, [one.at(steps.mixed_at) for one in steps.mixed]
 
 
-def serve(
+class Steady(NamedTuple):
+    """The steady state of a grid: what requests see, and the steps that it is made of."""
+
+    timed: Timed
+    steps: Steps
+
+    def mean_parts(self, at: Indices | None = None) -> Parts:
+        """Parts of an average step: the stages a token passes, weighted by how often they run.
+
+        `at`: at flat places `[n]` of the grid's shape (that of the times) alone.
+        """
+        steps, pace = self.steps, self.timed.pace
+        shape = self.timed.end_to_end_s.shape
+        one = _placed(functools.reduce(Parts.plus, steps.decode), steps.decode_at, shape, at)
+        two = _placed(functools.reduce(Parts.plus, steps.mixed), steps.mixed_at, shape, at)
+        pure, mixed = (
+            share if at is None else np.broadcast_to(share, shape).ravel()[at]
+            for share in (pace.pure, pace.mixed)
+        )
+        a, b, c, d = (pure * own + mixed * other for own, other in zip(one, two, strict=True))
+        return Parts(a, b, c, d, 0.0)
+
+
+def _placed(
+    parts: Parts, points: Points | None, shape: tuple[int, ...], at: Indices | None
+) -> list[Array]:
+    """Seconds of parts over the grid, or at flat places of its shape."""
+    seconds = parts.seconds
+    if at is None:
+        return [one if points is None else points.spread(one) for one in seconds]
+    if points is not None and all(one.ndim <= 1 for one in seconds):
+        inside = points.inverse.ravel()[at % points.inverse.size]
+        return [one[inside] if one.ndim else one for one in seconds]
+    whole = (one if points is None else points.spread(one) for one in seconds)
+    return [np.broadcast_to(one, shape).ravel()[at] for one in whole]
+
+
+def steady(
     model: Pricer, given: ServingInput, watch: Callable[[Steps], None] | None = None
-) -> Serving:
+) -> Steady:
     """Steady state of one layout over a grid of slots and step sizes.
 
     `watch` is shown the steps that it is made of.
@@ -335,9 +375,14 @@ def serve(
         watch(steps)
     decode = stage_times(model, steps.decode, "decode").at(steps.decode_at)
     mixed = stage_times(model, steps.mixed, "prefill").at(steps.mixed_at)
-    found = timed(model, given, mix.shares, decode, mixed)
+    return Steady(timed(model, given, mix.shares, decode, mixed), steps)
+
+
+def serve(model: Pricer, given: ServingInput) -> Serving:
+    """All that is known of a steady state over a grid of slots and step sizes."""
+    state = steady(model, given)
+    found, means = state.timed, state.mean_parts()
     pace, rate = found.pace, found.requests_per_s
-    means = _mean_parts(steps, pace)
     return Serving(
         ttft_s=found.ttft_s,
         tpot_s=found.tpot_s,
@@ -355,21 +400,4 @@ def serve(
         memory_s=means.memory_s,
         collective_s=means.collective_s,
         overhead_s=pace.step_s - means.compute_s - means.memory_s - means.collective_s,
-    )
-
-
-def _mean_parts(steps: Steps, pace: Pace) -> Parts:
-    """Parts of an average step: the stages a token passes, weighted by how often they run."""
-    one = functools.reduce(Parts.plus, steps.decode).at(steps.decode_at)
-    two = functools.reduce(Parts.plus, steps.mixed).at(steps.mixed_at)
-
-    def blend(a: Array, b: Array) -> Array:
-        return np.asarray(pace.pure * a + pace.mixed * b)
-
-    return Parts(
-        blend(one.compute_s, two.compute_s),
-        blend(one.memory_s, two.memory_s),
-        blend(one.collective_s, two.collective_s),
-        blend(one.overhead_s, two.overhead_s),
-        0.0,
     )

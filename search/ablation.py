@@ -149,7 +149,7 @@ def _batched(
         speed = np.where(scores.feasible, scores.columns["output_tokens_per_s"], -1.0)
         at = np.unravel_index(int(np.argmax(speed)), speed.shape)
         if speed[at] > (best[0] if best else 0.0):
-            columns = {name: float(values[at]) for name, values in scores.columns.items()}
+            columns = {name: float(values[at]) for name, values in scores.every().items()}
             slots, step = space.batches[int(at[0])], space.chunks[int(at[1])]
             best = float(speed[at]), scorer, columns, slots, step
     if best is None:

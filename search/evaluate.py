@@ -27,7 +27,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
-from shardplan.costmodel.serving import ServingInput, Steps, serve
+from shardplan.costmodel.serving import ServingInput, Steady, Steps, steady
 from shardplan.costmodel.step import StepModel
 from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
@@ -62,12 +62,48 @@ class Scores:
     """Arrays of the grid's shape; `limit` is an index into `LIMITS`, -1 where feasible."""
 
     columns: Mapping[str, Array]
+    """What a search decides by."""
     limit: NDArray[np.int8]
+    steady: Steady
+    cards: int
+    capacity_bytes: float
 
     @property
     def feasible(self) -> NDArray[np.bool_]:
         """Which strategies satisfy every limit."""
         return np.asarray(self.limit < 0)
+
+    def every(self) -> dict[str, Array]:
+        """All columns of all strategies, in the grid's shape."""
+        found = self.at(np.arange(self.limit.size))
+        return {name: values.reshape(self.limit.shape) for name, values in found.items()}
+
+    def at(self, places: NDArray[np.int64]) -> dict[str, Array]:
+        """All columns of the strategies at flat places `[n]` of the grid."""
+        timed = self.steady.timed
+        pace, means = timed.pace, self.steady.mean_parts(places)
+
+        def some(values: Array) -> Array:
+            return np.asarray(np.broadcast_to(values, self.limit.shape).ravel()[places])
+
+        own = {name: some(values) for name, values in self.columns.items()}
+        parts = {
+            "compute_s": means.compute_s,
+            "memory_s": means.memory_s,
+            "collective_s": means.collective_s,
+            "overhead_s": some(pace.step_s) - means.compute_s - means.memory_s - means.collective_s,
+        }
+        return {
+            **own,
+            "output_tokens_per_s_per_card": own["output_tokens_per_s"] / self.cards,
+            "memory_free_bytes": self.capacity_bytes - own["memory_bytes"],
+            **{name: np.broadcast_to(values, places.shape) for name, values in parts.items()},
+            "concurrency": own["requests_per_s"] * own["end_to_end_s"],
+            "prefill_step_s": some(pace.prefill_s),
+            "decode_step_s": some(timed.decode_s),
+            "mixed_step_s": some(timed.mixed_s),
+            "mixed_share": some(pace.mixed),
+        }
 
 
 def context_tokens(workload: Workload) -> int:
@@ -184,39 +220,34 @@ class LayoutScorer:
     ) -> Scores:
         """Price arrays of batch and chunk (broadcast) of one choice.
 
-        `watch`: as of `serve`. `pricer`: in place of the choice's own model; its prices may add
+        `watch`: as of `steady`. `pricer`: in place of the choice's own model; its prices may add
         dims from the left.
         """
         question = self.question
         model = self.model_for(choice) if pricer is None else pricer
-        served = serve(model, self.serving_input(choice, batch, chunk), watch)
-        shape = np.broadcast_shapes(batch.shape, chunk.shape, served.end_to_end_s.shape)
-        memory = np.broadcast_to(self.memory(choice, batch, chunk), shape)
+        found = steady(model, self.serving_input(choice, batch, chunk), watch)
+        timed = found.timed
+        shape = np.broadcast_shapes(batch.shape, chunk.shape, timed.end_to_end_s.shape)
         columns = {
-            "ttft_s": served.ttft_s,
-            "tpot_s": served.tpot_s,
-            "end_to_end_s": served.end_to_end_s,
-            "output_tokens_per_s": served.output_tokens_per_s,
-            "output_tokens_per_s_per_card": served.output_tokens_per_s / question.cards,
-            "requests_per_s": served.requests_per_s,
-            "memory_bytes": memory,
-            "memory_free_bytes": self.ledger.capacity_bytes - memory,
-            "compute_s": served.compute_s,
-            "memory_s": served.memory_s,
-            "collective_s": served.collective_s,
-            "overhead_s": served.overhead_s,
-            "concurrency": served.concurrency,
-            "prefill_step_s": served.prefill_s,
-            "decode_step_s": served.decode_step_s,
-            "mixed_step_s": served.mixed_step_s,
-            "mixed_share": served.mixed_share,
+            "ttft_s": timed.ttft_s,
+            "tpot_s": timed.tpot_s,
+            "end_to_end_s": timed.end_to_end_s,
+            "output_tokens_per_s": timed.requests_per_s * float(question.workload.output_len),
+            "requests_per_s": timed.requests_per_s,
+            "memory_bytes": self.memory(choice, batch, chunk),
+            "objective": self.objective(timed.end_to_end_s, timed.requests_per_s),
         }
         columns = {
             name: value if value.shape == shape else np.broadcast_to(value, shape)
             for name, value in columns.items()
         }
-        columns["objective"] = self.objective(columns["end_to_end_s"], columns["requests_per_s"])
-        return Scores(columns=columns, limit=self._limit(columns, batch, chunk))
+        return Scores(
+            columns=columns,
+            limit=self._limit(columns, batch, chunk),
+            steady=found,
+            cards=question.cards,
+            capacity_bytes=self.ledger.capacity_bytes,
+        )
 
     def objective(self, end_to_end_s: Array, requests_per_s: Array) -> Array:
         """What is maximised: 1 / latency, else output tokens a second."""

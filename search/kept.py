@@ -7,9 +7,9 @@ refused ones; of every limit the strategy that misses it by the least.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,17 +27,20 @@ __all__ = [
     "Tally",
     "column_of",
     "count_refused",
+    "each_of",
     "feasible_of",
     "first_of_each",
     "keep_best",
     "kept_at",
     "note_nearest",
+    "note_one",
     "pareto_mask",
     "rank_key",
 ]
 
 KEPT_PER_GRID = 24
 Indices = NDArray[np.int64]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +121,15 @@ class KeptTable(Sequence[Kept]):
         return np.asarray(self._gather([one.limit for one in self._grids]) < 0)
 
     def column(self, name: str) -> Array:
-        """One column of all, in their order."""
-        return self._gather([one.columns[name] for one in self._grids])
+        """One column of all, in their order; `batch`, `chunk` and `limit` too."""
+        own = name in KeptGrid._fields
+        return self._gather([getattr(g, name) if own else g.columns[name] for g in self._grids])
+
+    def each(self, what: Callable[[KeptGrid], _Value]) -> list[_Value]:
+        """`what` is the same of all of a grid, of each, in their order."""
+        used, where = np.unique(self._grid, return_inverse=True)
+        values = [what(self._grids[grid]) for grid in used]
+        return [values[at] for at in where.tolist()]
 
     def _gather(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
         if not parts:
@@ -146,10 +156,16 @@ def feasible_of(kept: Sequence[Kept]) -> Sequence[Kept]:
 
 
 def column_of(kept: Sequence[Kept], name: str) -> Array:
-    """One column of remembered strategies."""
+    """One column of remembered strategies; `batch`, `chunk` and `limit` too."""
     if isinstance(kept, KeptTable):
         return kept.column(name)
-    return np.array([one.columns[name] for one in kept])
+    own = name in KeptGrid._fields
+    return np.array([getattr(one, name) if own else one.columns[name] for one in kept])
+
+
+def each_of(kept: Sequence[Kept], what: Callable[[Kept | KeptGrid], _Value]) -> list[_Value]:
+    """Of every strategy something that its layout, cut and choice decide."""
+    return kept.each(what) if isinstance(kept, KeptTable) else [what(one) for one in kept]
 
 
 @dataclass(slots=True)
@@ -249,7 +265,7 @@ def kept_at(
         batch=batches,
         chunk=chunks,
         limit=scores.limit.ravel()[at],
-        columns={name: values.ravel()[at] for name, values in scores.columns.items()},
+        columns=scores.at(at),
     )
 
 
@@ -292,5 +308,12 @@ def note_nearest(
         known = tally.nearest.get(name)
         if known is not None and values[at] >= known.columns[column] * sign:
             continue
-        where = np.array([at])
-        tally.nearest[name] = kept_at(scores, par, choice, *grid, where).one(0)
+        note_one(tally, kept_at(scores, par, choice, *grid, np.array([at])).one(0))
+
+
+def note_one(tally: Tally, one: Kept) -> None:
+    """Remember a refused strategy where none misses the same limit by less."""
+    column, sign = _DISTANCE.get(LIMITS[one.limit], ("", 0.0))
+    known = tally.nearest.get(LIMITS[one.limit])
+    if column and (known is None or one.columns[column] * sign < known.columns[column] * sign):
+        tally.nearest[LIMITS[one.limit]] = one

@@ -99,7 +99,9 @@ def _root(
 def main() -> None:
     """Run the command line and exit with its code."""
     _settle_process()
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # or the interpreter looks for cycles among all of them before it ends
+    sys.exit(code)
 
 
 def _settle_process() -> None:

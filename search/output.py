@@ -6,18 +6,19 @@ inputs, seed and version give the same bytes in all but timing.json.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import balanced_stages
 from shardplan.search.evaluate import LIMITS
-from shardplan.search.kept import Kept, Outcome
+from shardplan.search.kept import Kept, KeptGrid, Outcome, column_of, each_of
 from shardplan.search.plan import write_atomically
 from shardplan.search.trial_table import TrialTable
 
@@ -51,30 +52,40 @@ def check_out(out: Path, *, force: bool = False) -> None:
         raise InputError("`--out` cannot be written", got=f"{out}: {error.strerror}") from None
 
 
-def trial_table(outcome: Outcome, kept: Iterable[Kept], engine: str) -> TrialTable:
+def trial_table(outcome: Outcome, kept: Sequence[Kept], engine: str) -> TrialTable:
     """Remembered strategies as a table, best first, columns of `TRIAL_COLUMNS`."""
-    from shardplan.search.trials import LATER_COLUMNS, TRIAL_COLUMNS
+    from shardplan.search.trials import LATER_COLUMNS, NUMBER_COLUMNS, TRIAL_COLUMNS
 
-    rows = []
-    for place, one in enumerate(kept, start=1):
-        par, choice = one.parallel, one.choice
-        rows.append(
-            {
-                **LATER_COLUMNS,
-                **one.columns,
-                "rank": place if one.feasible else 0,
-                "feasible": one.feasible,
-                "limit": "" if one.feasible else LIMITS[one.limit],
-                **{item.name: getattr(par, item.name) for item in fields(par)},
-                **{item.name: getattr(choice, item.name) for item in fields(choice)},
-                "stage_layers": ",".join(map(str, balanced_stages(outcome.space.spec, par))),
-                "order": "-".join(par.order),
-                "batch": one.batch,
-                "chunk": one.chunk,
-                "engine": engine,
-            }
-        )
-    return TrialTable.of_rows(TRIAL_COLUMNS, rows)
+    limits = column_of(kept, "limit").astype(int).tolist()
+    columns: dict[str, list[Any]] = {name: [] for name in TRIAL_COLUMNS}
+    columns |= {name: [value] * len(kept) for name, value in LATER_COLUMNS.items()}
+    columns |= {name: column_of(kept, name).tolist() for name in NUMBER_COLUMNS}
+    for name in ("batch", "chunk"):
+        columns[name] = column_of(kept, name).astype(int).tolist()
+    columns["rank"] = [place if limit < 0 else 0 for place, limit in enumerate(limits, start=1)]
+    columns["feasible"] = [limit < 0 for limit in limits]
+    columns["limit"] = ["" if limit < 0 else LIMITS[limit] for limit in limits]
+    columns["engine"] = [engine] * len(kept)
+    for name, values in _zipped(each_of(kept, functools.partial(_strategy_cells, outcome))):
+        columns[name] = values
+    return TrialTable({name: columns[name] for name in TRIAL_COLUMNS})
+
+
+def _strategy_cells(outcome: Outcome, one: Kept | KeptGrid) -> dict[str, Any]:
+    """What the layout, cut and choice of a strategy say in a row of the table."""
+    par, choice = one.parallel, one.choice
+    return {
+        **{item.name: getattr(par, item.name) for item in fields(par)},
+        **{item.name: getattr(choice, item.name) for item in fields(choice)},
+        "stage_layers": ",".join(map(str, balanced_stages(outcome.space.spec, par))),
+        "order": "-".join(par.order),
+    }
+
+
+def _zipped(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
+    """Rows of the same names as columns."""
+    for name in rows[0] if rows else ():
+        yield name, [row[name] for row in rows]
 
 
 def write_result(result: SearchResult, out: Path, *, force: bool = False) -> list[Path]:

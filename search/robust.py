@@ -268,5 +268,6 @@ def _answers(
         factors[group][at * each : (at + 1) * each] = np.exp(steps[at])
     blocks = list(plan.blocks(factors))
     limit = np.concatenate([one.limit[:, 0] for one in blocks]).astype(np.int64)
-    step_s = sum(np.concatenate([one.columns[name][:, 0] for one in blocks]) for name in _STEP)
+    every = [one.every() for one in blocks]
+    step_s = sum(np.concatenate([one[name][:, 0] for one in every]) for name in _STEP)
     return limit.reshape(count, each), np.reshape(step_s, (count, each))

@@ -37,10 +37,9 @@ from shardplan.search.evaluate import (
     LIMITS,
     LayoutScorer,
     Question,
-    Scores,
     context_tokens,
 )
-from shardplan.search.kept import Kept, Outcome, Tally, keep_best, note_nearest, rank_key
+from shardplan.search.kept import Kept, Outcome, Tally, keep_best, note_one, rank_key
 from shardplan.search.samplers import ENGINES, SampledEngine, make_sampler, values_of
 from shardplan.search.seeding import plant_seeds
 from shardplan.search.space import Space
@@ -287,12 +286,7 @@ def _count(tally: Tally, one: Kept) -> None:
     if one.feasible:
         return
     tally.infeasible[LIMITS[one.limit]] += 1
-    scores = Scores(
-        columns={name: np.array([value]) for name, value in one.columns.items()},
-        limit=np.array([one.limit], dtype=np.int8),
-    )
-    grid = np.array([float(one.batch)]), np.array([float(one.chunk)])
-    note_nearest(tally, scores, one.parallel, one.choice, grid)
+    note_one(tally, one)
 
 
 def _nothing_legal(space: Space) -> Tally:

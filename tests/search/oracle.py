@@ -245,7 +245,7 @@ def brute_force(case: Case) -> list[Found]:
                 for chunk in case.chunks:
                     at = np.array([float(batch)]), np.array([float(chunk)])
                     scores = scorer.score(choice, *at)
-                    columns = {name: float(one[0]) for name, one in scores.columns.items()}
+                    columns = {name: float(one[0]) for name, one in scores.every().items()}
                     value = (
                         1.0 / columns["end_to_end_s"]
                         if question.objective == "latency"

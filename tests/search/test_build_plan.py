@@ -73,7 +73,7 @@ def test_a_plan_tells_what_the_scorer_says(
         np.array([float(plan.strategy.chunk)]),
     )
     for name, value in plan.performance.model_dump().items():
-        assert value == pytest.approx(float(scores.columns[name][0]), rel=1e-12), name
+        assert value == pytest.approx(float(scores.every()[name][0]), rel=1e-12), name
 
 
 def test_the_model_and_machine_are_counted(plan: Plan) -> None:

@@ -100,12 +100,13 @@ def test_a_grid_holds_the_prices_of_its_points(
     scorer = LayoutScorer(case.question, par)
     batch, chunk = np.array(case.batches, float)[:, None], np.array(case.chunks, float)[None, :]
     grid = scorer.score(choice, batch, chunk)
+    every = grid.every()
     rows, columns = grid.limit.shape
     for i, j in ((0, 0), (rows - 1, columns - 1), (3, 2), (rows - 1, 0), (1, columns - 1)):
         one = scorer.score(choice, batch[i], chunk[0, j : j + 1])
         assert one.limit[0] == grid.limit[i, j]
-        for name, values in one.columns.items():
-            assert values[0] == pytest.approx(grid.columns[name][i, j], rel=1e-12, abs=1e-15), name
+        for name, values in one.every().items():
+            assert values[0] == pytest.approx(every[name][i, j], rel=1e-12, abs=1e-15), name
 
 
 def test_a_switch_is_searched_where_it_is_legal_and_counted_where_it_is_not() -> None:
@@ -188,7 +189,7 @@ def test_what_is_kept_has_the_price_of_its_own_layout_and_choice(spec: ModelSpec
     for one in list(seen.values())[:12]:
         at = np.array([float(one.batch)]), np.array([float(one.chunk)])
         alone = LayoutScorer(case.question, one.parallel).score(one.choice, *at)
-        for name, values in alone.columns.items():
+        for name, values in alone.every().items():
             assert values[0] == pytest.approx(one.columns[name], rel=1e-12, abs=1e-15), name
 
 

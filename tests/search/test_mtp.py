@@ -103,8 +103,9 @@ def test_without_drafts_a_layout_scores_as_if_it_had_none() -> None:
         case = small_case(replace(sparse(), mtp_layers=layers), concurrency=9)
         scorer = LayoutScorer(case.question, Parallelism(tp=2, dp=2, ep=4))
         scores.append(scorer.score(case.choices[0], batch, chunk))
-    for name, values in scores[0].columns.items():
-        assert values.tobytes() == scores[1].columns[name].tobytes()
+    other = scores[1].every()
+    for name, values in scores[0].every().items():
+        assert values.tobytes() == other[name].tobytes()
 
 
 def test_a_step_must_hold_all_that_its_slots_verify() -> None:

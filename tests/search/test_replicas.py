@@ -56,7 +56,7 @@ def test_two_replicas_do_twice_the_work_of_one(
     for layout in (one, two):
         case = small_case(spec, cards=layout.ranks)
         scores = LayoutScorer(case.question, layout).score(case.choices[0], *grid)
-        found.append({name: float(values[0]) for name, values in scores.columns.items()})
+        found.append({name: float(values[0]) for name, values in scores.every().items()})
     for name in ("ttft_s", "tpot_s", "memory_bytes"):
         assert found[1][name] == pytest.approx(found[0][name], rel=1e-12)
     twice = 2.0 * found[0]["output_tokens_per_s"]

@@ -83,7 +83,7 @@ class TestEveryEngine:
         at = np.array([float(best.batch)]), np.array([float(best.chunk)])
         scores = LayoutScorer(case.question, best.parallel).score(best.choice, *at)
         assert scores.feasible[0]
-        assert {name: one[0] for name, one in scores.columns.items()} == best.columns
+        assert {name: one[0] for name, one in scores.every().items()} == best.columns
         assert best.columns["objective"] <= proven.columns["objective"] * (1 + 1e-12)
 
     def test_reaches_the_optimum_of_a_small_space(self, engine: SampledEngine) -> None:
