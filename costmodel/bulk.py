@@ -37,7 +37,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.optable import Group
 from shardplan.costmodel.row_stacks import with_sizes
-from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.step import Stacked, StepModel
 from shardplan.costmodel.weight_types import is_mixed
 from shardplan.models.graph import Phase
 
@@ -57,18 +57,6 @@ class Call(NamedTuple):
 
 Watch = Callable[[Phase, Call, Array], None]
 """Phase of the load, the call, seconds `[kernels]` over all stages that run the kernel."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stacked(StepModel):
-    """A step model of many layouts: their data-parallel groups as an array."""
-
-    dp: Array
-
-    @property
-    def groups(self) -> int:
-        """Data-parallel groups, one a kernel."""
-        return cast("int", self.dp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,13 +202,7 @@ class Fleet:
             self.calls[key] = list(self._calls(*key))
         first, groups = self.models[0], self.groups
         for call in self.calls[key]:
-            stand_in = _Stacked(
-                graphs=first.graphs,
-                machine=first.machine,
-                engine=first.engine,
-                rows=first.rows,
-                dp=groups[call.point],
-            )
+            stand_in = Stacked.like(first, groups[call.point])
             row = with_sizes(call.kernels.row, call.kernels.sizes, call.kernel)
             yield call, stand_in.price(row, _at(load, call))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,8 @@ from shardplan.models.graph import Phase
 __all__ = ["PARTS", "SIXTEEN_BIT", "ZERO", "Load", "Parts", "kernel_dtype"]
 
 SIXTEEN_BIT = "bf16"
+_FEW = 8
+"""Loads of fewer points are priced as they are."""
 
 
 class Parts(NamedTuple):
@@ -121,7 +124,13 @@ class Load:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the grid that the arrays span."""
-        return np.broadcast_shapes(*(one.shape for one in self._arrays))
+        shapes = {one.shape for one in self._arrays if one.ndim}
+        return shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
+
+    @property
+    def remembered(self) -> bool:
+        """Whether it has points enough for its prices to be worth remembering."""
+        return math.prod(self.shape) >= _FEW
 
     @property
     def _arrays(self) -> tuple[Array, Array, Array, Array]:

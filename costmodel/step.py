@@ -16,7 +16,6 @@ published A3 profiles show under 1 % of it otherwise.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -29,7 +28,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective, group_size
 from shardplan.costmodel.load import PARTS, ZERO, Load, Parts, kernel_dtype
-from shardplan.costmodel.memo import FEW_POINTS, Memo, Points
+from shardplan.costmodel.memo import Memo, Points
 from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_rows, phase_rows
 from shardplan.costmodel.overlap import fused_parts, prefetched
 from shardplan.costmodel.row_stacks import RowTable, Stack, row_table
@@ -138,7 +137,7 @@ class StepModel:
 
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """Per stage, the rows of one group under a load; stages that are alike share an object."""
-        if math.prod(load.shape) < FEW_POINTS:
+        if not load.remembered:
             return self._stages(group, load, None)
         own, points = load.at_points(self.memo)
         key = (group, points.number, own.kinds)
@@ -149,7 +148,7 @@ class StepModel:
 
     def _stages(self, group: Group, load: Load, points: Points | None) -> list[Parts]:
         """Per stage, the rows of one group, spread over the grid where `points` stand for it."""
-        table = self._table(load.phase, group, is_mixed(load.weight_dtype))
+        table = self.table(group, load)
         if not table.rows:
             return [ZERO] * len(table.stage)
         seconds = np.einsum("sr,r...->s...", table.runs, self._seconds(table, load, points))
@@ -161,8 +160,9 @@ class StepModel:
         ]
         return [sums[which] for which in table.stage]
 
-    def _table(self, phase: Phase, group: Group, by_group: bool) -> RowTable:
+    def table(self, group: Group, load: Load) -> RowTable:
         """The rows of one group in stacks of which weights have one type each."""
+        phase, by_group = load.phase, is_mixed(load.weight_dtype)
         key = (phase, group, by_group)
         found = self.kept.tables.get(key)
         if found is None:
@@ -276,3 +276,20 @@ class StepModel:
             launch=load.launch,
             in_service=True,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stacked(StepModel):
+    """Stands for step models of many layouts: their data-parallel groups as an array."""
+
+    dp: Array
+
+    @classmethod
+    def like(cls, one: StepModel, dp: Array) -> Stacked:
+        """For layouts of the machine and engine of `one`."""
+        return cls(graphs=one.graphs, machine=one.machine, engine=one.engine, rows=one.rows, dp=dp)
+
+    @property
+    def groups(self) -> int:
+        """Data-parallel groups, one a kernel."""
+        return cast("int", self.dp)

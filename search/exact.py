@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from shardplan.costmodel.ahead import price_ahead
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.orders import distinct_orders
@@ -48,6 +50,9 @@ from shardplan.search.refine import Open, Slack, fits_some_cut, most_where, open
 from shardplan.search.space import Choice, Space
 
 __all__ = ["search_exact"]
+
+_TOGETHER = 32
+"""Layouts whose rows are priced together."""
 
 
 @dataclass(slots=True)
@@ -129,16 +134,20 @@ def search_exact(
         memo=Memo() if memo is None else memo,
     )
     layouts = _by_bound(question, space)
-    for index, (bound, par) in enumerate(layouts):
-        if hunt.late:
-            hunt.unreached = max(hunt.unreached, bound)
-            break
-        if bound < hunt.best:
-            hunt.tally.pruned_by["peak"] += space.strategies(par)
-        else:
-            _layout(hunt, par)
-        if progress is not None:
-            progress(index + 1, len(layouts))
+    done = 0
+    while done < len(layouts) and not hunt.late:
+        for bound, task in _prepared(hunt, layouts[done : done + _TOGETHER]):
+            if hunt.late:
+                break
+            if task is None or bound < hunt.best:
+                hunt.tally.pruned_by["peak"] += space.strategies(layouts[done][1])
+            else:
+                _layout(hunt, task)
+            done += 1
+            if progress is not None:
+                progress(done, len(layouts))
+    if done < len(layouts):
+        hunt.unreached = max(hunt.unreached, layouts[done][0])
     _orders(hunt)
     refine_cuts(hunt)
     for rule, count in space.broken_strategies.items():
@@ -146,25 +155,59 @@ def search_exact(
     return _outcome(hunt, start)
 
 
-def _layout(hunt: Hunt, par: Parallelism) -> None:
-    """One layout with all its choices."""
-    space, tally = hunt.space, hunt.tally
+class _Task(NamedTuple):
+    """A layout, and its choices that a rule or the memory leaves out, by what does."""
+
+    scorer: LayoutScorer
+    left_out: Mapping[Choice, str]
+
+
+def _prepared(
+    hunt: Hunt, layouts: Sequence[tuple[float, Parallelism]]
+) -> list[tuple[float, _Task | None]]:
+    """(bound, layout ready to be priced) of each; none where the bound leaves it out already."""
     hunt.memo.make_room()
-    scorer = LayoutScorer(hunt.question, par, hunt.memo)
-    cuts, points = space.cuts_of(par), len(space.batches) * len(space.chunks)
-    orders = len(space.orders_of(par))
+    found = [(bound, None if bound < hunt.best else _task(hunt, par)) for bound, par in layouts]
+    batch, chunk = hunt.grid
+    price_ahead(
+        (task.scorer.model_for(choice), task.scorer.serving_input(choice, batch, chunk))
+        for choice in hunt.space.choices
+        for _, task in found
+        if task is not None and choice not in task.left_out
+    )
+    return found
+
+
+def _task(hunt: Hunt, par: Parallelism) -> _Task:
+    """Apply a layout and see which of its choices are legal and fit."""
+    space = hunt.space
+    scorer, left_out = LayoutScorer(hunt.question, par, hunt.memo), {}
+    hunt.tally.applied += 1
     for choice in space.choices:
         rule = space.broken_switch(par, choice)
         if rule is not None:
-            tally.pruned_by[f"rule {rule}"] += cuts * orders * points
+            left_out[choice] = f"rule {rule}"
             continue
         needed = scorer.least_bytes(choice)
         if needed > scorer.ledger.capacity_bytes:
             if hunt.too_big is None or needed < hunt.too_big[0]:
                 hunt.too_big = needed, par, choice
-            if cuts == 1 or not fits_some_cut(scorer, choice, *np.ones((2, 1))):
-                tally.pruned_by["memory"] += cuts * orders * points
-                continue
+            uneven = space.cuts_of(par) > 1
+            if not uneven or not fits_some_cut(scorer, choice, *np.ones((2, 1))):
+                left_out[choice] = "memory"
+    return _Task(scorer, left_out)
+
+
+def _layout(hunt: Hunt, task: _Task) -> None:
+    """One layout with all its choices."""
+    space, tally, scorer = hunt.space, hunt.tally, task.scorer
+    par = scorer.parallel
+    cuts, points = space.cuts_of(par), len(space.batches) * len(space.chunks)
+    orders = len(space.orders_of(par))
+    for choice in space.choices:
+        if choice in task.left_out:
+            tally.pruned_by[task.left_out[choice]] += cuts * orders * points
+            continue
         slack, scores = _grid(hunt, scorer, choice)
         tally.pruned_by["order"] += (orders - 1) * cuts * points
         if orders > 1:

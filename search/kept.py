@@ -172,6 +172,8 @@ def each_of(kept: Sequence[Kept], what: Callable[[Kept | KeptGrid], _Value]) -> 
 class Tally:
     """What happened to the strategies that were looked at."""
 
+    applied: int = 0
+    """Layouts that were applied to the graph."""
     evaluated: int = 0
     pruned_by: Counter[str] = field(default_factory=Counter)
     infeasible: Counter[str] = field(default_factory=Counter)

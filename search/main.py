@@ -30,7 +30,7 @@ from shardplan.search.cli_search import search
 from shardplan.search.cli_validate import validate
 from shardplan.search.cli_worker import worker
 
-__all__ = ["app", "main"]
+__all__ = ["app_of", "main", "run"]
 
 _GUIDE = """\
 shardplan finds and proves the best way to deploy a large language model on an Ascend cluster.
@@ -49,15 +49,7 @@ _BUG_FRAMES = 4
 _OBJECTS_A_COLLECTION = 200_000
 """New objects after which cycles are looked for."""
 
-app = typer.Typer(
-    name="shardplan",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    help="Finds and proves the best way to deploy a large language model on an Ascend cluster.",
-)
-for _command in (
+_COMMANDS = (
     search,
     worker,
     estimate,
@@ -70,8 +62,7 @@ for _command in (
     devices,
     clusters,
     models,
-):
-    app.command()(_command)
+)
 
 
 def _show_version(wanted: bool) -> None:
@@ -82,7 +73,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: Annotated[
@@ -94,6 +84,22 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(_GUIDE)
+
+
+def app_of(name: str = "") -> typer.Typer:
+    """The whole command line, or what runs the command of that name: the others take time."""
+    app = typer.Typer(
+        name="shardplan",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        help="Finds and proves the best way to deploy a large language model on an Ascend cluster.",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for command in [one for one in _COMMANDS if one.__name__ == name] or _COMMANDS:
+        app.command()(command)
+    return app
 
 
 def main() -> None:
@@ -118,6 +124,7 @@ def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
     as_json = "--json" in arguments
     try:
+        app = app_of(arguments[0] if arguments else "")
         code = app(args=arguments, prog_name="shardplan", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 from typing import TypeAlias
 
-__all__ = ["Attribute", "Html", "raw", "table", "tag"]
+__all__ = ["Attribute", "Html", "attribute_text", "raw", "table", "tag"]
 
 Attribute: TypeAlias = str | float | None
 
@@ -27,7 +27,7 @@ def raw(text: str) -> Html:
 def tag(name: str, /, *children: str, **attributes: Attribute) -> Html:
     """An element; `class_` and `aria_label` stand for `class` and `aria-label`, None for none."""
     start = name + "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_text(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(attribute_text(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -74,6 +74,6 @@ def table(
     return tag("div", tag("table", *parts), **scroller)
 
 
-def _text(value: str | float) -> str:
+def attribute_text(value: str | float) -> str:
     """An attribute's value; coordinates to a hundredth."""
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)

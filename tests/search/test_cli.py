@@ -17,7 +17,7 @@ import typer
 from shardplan import __version__
 from shardplan.models.errors import InfeasibleError
 from shardplan.search import cli_estimate, main
-from shardplan.search.main import app, run
+from shardplan.search.main import app_of, run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SURFACE = Path(__file__).parent / "cli_surface.json"
@@ -42,7 +42,7 @@ def launch(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 def surface() -> dict[str, list[str]]:
     """Commands with the names of their options and arguments."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(app_of())
     commands: dict[str, Any] = group.commands  # type: ignore[attr-defined]  # a group
     found = {"": sorted(name for p in group.params for name in p.opts)}
     for name, command in commands.items():
