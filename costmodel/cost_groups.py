@@ -86,9 +86,10 @@ class ScaledModel:
         return replace(self, factors=factors)
 
     @property
-    def memo(self) -> Memo:
-        """The model's memory."""
-        return self.model.memo
+    def memo(self) -> Memo | None:
+        """The model's memory; none where factors are those of a grid of two dims."""
+        wide = any(one.ndim > len(("factors", "points")) for one in self.factors.values())
+        return None if wide else self.model.memo
 
     @property
     def engine(self) -> EngineProfile:

@@ -43,7 +43,8 @@ from numpy.typing import NDArray
 from shardplan.costmodel.bulk import Fleet, Indices
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
-from shardplan.costmodel.serving import Serving, ServingInput, serve, step_seconds
+from shardplan.costmodel.serving import Serving, ServingInput, serve
+from shardplan.costmodel.steps import step_seconds
 
 __all__ = ["Run", "run_out"]
 

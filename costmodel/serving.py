@@ -55,55 +55,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.forward import Pricer, forward_loads
-from shardplan.costmodel.kernels.attention import AttentionKernel
-from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
-from shardplan.costmodel.load import Load, Parts
+from shardplan.costmodel.forward import Pricer
+from shardplan.costmodel.kernels.base import Array, as_array
+from shardplan.costmodel.load import Parts
 from shardplan.costmodel.memo import Points
-from shardplan.costmodel.pace import Timed, flow_s, stage_times, timed
-from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
-from shardplan.models.graph import Phase
+from shardplan.costmodel.pace import Timed, stage_times, timed
+from shardplan.costmodel.step_mix import ServingInput, step_shares
+from shardplan.costmodel.steps import Mix, Steps, mix_of, steps_of
 
 __all__ = [
     "Serving",
     "ServingInput",
     "Steady",
     "Steps",
-    "decode_stages",
-    "prompt_stages",
     "replay",
     "serve",
     "steady",
     "steady_steps",
-    "step_seconds",
 ]
 
-Weigh = Callable[[str], None]
 Weighed = Callable[[Array], None]
 Indices = NDArray[np.int64]
-
-
-class Steps(NamedTuple):
-    """A decode step and a mixed step, per stage, at their different points where those are told."""
-
-    decode: list[Parts]
-    mixed: list[Parts]
-    decode_at: Points | None = None
-    mixed_at: Points | None = None
-
-
-class _Mix(NamedTuple):
-    """What the steps of a grid hold, and which of them are different."""
-
-    shares: Shares
-    decode_at: Points | None = None
-    mixed_at: Points | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,195 +110,20 @@ class Serving:
     """The four: of one average step."""
 
 
-def _sum(*groups: list[Parts]) -> list[Parts]:
-    """Stage by stage; stages that share their parts share the sum."""
-    sums: dict[tuple[int, ...], Parts] = {}
-    out = []
-    for parts in zip(*groups, strict=True):
-        key = tuple(map(id, parts))
-        if key not in sums:
-            sums[key] = functools.reduce(Parts.plus, parts)
-        out.append(sums[key])
-    return out
-
-
-def step_seconds(
-    model: Pricer,
-    phase: Phase,
-    *,
-    batch: ArrayLike,
-    new: ArrayLike,
-    prefix: ArrayLike,
-    weight_dtype: str,
-    kv_dtype: str,
-    attention: AttentionKernel,
-    mtp: ArrayLike = 0.0,
-) -> tuple[Array, list[Parts]]:
-    """(seconds, parts per stage) of one forward pass of `batch` sequences of one dp group."""
-    loads = forward_loads(
-        phase,
-        model.engine,
-        batch=batch,
-        new=new,
-        prefix=prefix,
-        weight_dtype=weight_dtype,
-        kv_dtype=kv_dtype,
-        attention=attention,
-        mtp=mtp,
-    )
-    stages = _sum(*(model.parts(group, load) for group, load in loads.items()))
-    return flow_s(model, stage_times(model, stages, phase), phase, 1.0), stages
-
-
-def decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
-    """A decode step of `sequences` of one microbatch at the mean context."""
-    dtype = given.weight_dtype
-    token = Load.of("decode", model.engine, tokens=sequences * given.width, weight_dtype=dtype)
-    return _sum(
-        model.parts("token", token),
-        model.parts("attention", _cached(model, given, sequences)),
-        model.parts("logits", token),
-        *_first_draft(model, given, "decode", sequences),
-        *_later_drafts(model, given, sequences),
-    )
-
-
-def _first_draft(
-    model: Pricer, given: ServingInput, phase: Phase, sequences: Array
-) -> list[list[Parts]]:
-    """The head of the first draft of `sequences`; its layer is among the token rows."""
-    if not np.any(given.mtp):
-        return []
-    one = Load.of(phase, model.engine, tokens=sequences, weight_dtype=given.weight_dtype)
-    return [model.parts("draft_logits", one)]
-
-
-def _later_drafts(model: Pricer, given: ServingInput, sequences: Array) -> list[list[Parts]]:
-    """Every draft of `sequences` after the first."""
-    if np.max(as_array(given.mtp)) <= 1.0:
-        return []
-    one = Load.of("decode", model.engine, tokens=sequences, weight_dtype=given.weight_dtype)
-    cached = _cached(model, given, sequences)
-    after = replace(cached, new=as_array(1.0), prefix=cached.prefix + cached.new)
-    return [model.parts("draft", one), model.parts("draft_attention", after)]
-
-
-def _cached(model: Pricer, given: ServingInput, sequences: Array) -> Load:
-    """The new tokens of each sequence at the mean context."""
-    return Load.of(
-        "decode",
-        model.engine,
-        batch=sequences,
-        new=given.width,
-        prefix=as_array(given.input_len) + as_array(given.output_len) / 2.0,
-        kv_dtype=given.kv_dtype,
-        attention=given.attention,
-    )
-
-
-def prompt_stages(
-    model: Pricer, given: ServingInput, *, piece: Array, prompt: Array, sequences: Array
-) -> list[Parts]:
-    """A step of `sequences` decoding beside `piece` tokens of prompts, but for their attention.
-
-    `prompt`: tokens of one prompt that are computed; a larger piece holds several prompts.
-    """
-    engine = model.engine
-    kept = as_array(given.input_len) - prompt
-    decoding, dtype = sequences * given.width * as_array(model.context_ranks), given.weight_dtype
-    tokens = Load.of("prefill", engine, tokens=decoding + piece, weight_dtype=dtype)
-    many, new = np.maximum(piece / prompt, 1.0), np.minimum(piece, prompt)
-    chunk = Load.of(
-        "prefill",
-        engine,
-        batch=many,
-        new=new,
-        prefix=kept + (prompt - new) / 2.0,
-        kv_dtype=given.kv_dtype,
-        attention=given.attention,
-    )
-    rows = Load.of("prefill", engine, tokens=decoding + many, weight_dtype=dtype)
-    return _sum(
-        model.parts("token", tokens),
-        model.parts("attention", chunk),
-        model.parts("logits", rows),
-        *_first_draft(model, given, "prefill", sequences + many),
-    )
-
-
-def _beside_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
-    """What only `sequences` that decode beside a prompt run; launches where there are none."""
-    least = np.maximum(sequences, 1.0)
-    beside = model.parts("attention", _cached(model, given, least))
-    return _where(sequences > 0.0, _sum(beside, *_later_drafts(model, given, least)))
-
-
-def _mix(model: Pricer, given: ServingInput) -> _Mix:
-    """The average step of every grid point; equal ones are told where the model remembers them."""
-    first, stages = model.engine.prefill_first, model.stages
-    memo, key = model.memo, given.key
-    if memo is None or key is None:
-        return _Mix(step_shares(given, first, stages))
-    key = (*key, first, float(stages))
-    found: _Mix | None = memo.mixes.get(key)
-    if found is None:
-        shares = step_shares(given, first, stages)
-        decoding, beside = _sequences(shares)
-        decode_at = memo.different((decoding,))
-        found = memo.mixes[key] = _Mix(shares, decode_at, memo.different((beside, shares.piece)))
-    return found
-
-
-def _sequences(shares: Shares) -> tuple[Array, Array]:
-    """(those of a decode step, those that decode beside a prompt), whole."""
-    return np.maximum(np.ceil(shares.decoding), 1.0), np.ceil(shares.beside)
-
-
-def _steps(model: Pricer, given: ServingInput, mix: _Mix, weigh: Weigh) -> Steps:
-    """The steps of a steady state; `weigh` is told what is priced next."""
-    decoding, beside = _sequences(mix.shares)
-    piece = mix.shares.piece
-    if mix.decode_at is not None and mix.mixed_at is not None:
-        (decoding,), (beside, piece) = mix.decode_at.arrays, mix.mixed_at.arrays
-    weigh("decode")
-    decode = decode_stages(model, given, decoding)
-    weigh("mixed")
-    mixed = prompt_stages(model, given, piece=piece, prompt=mix.shares.prompt, sequences=beside)
-    if not model.engine.prefill_first:
-        weigh("beside")
-        mixed = _sum(mixed, _beside_stages(model, given, beside))
-    return Steps(decode, mixed, mix.decode_at, mix.mixed_at)
-
-
 def replay(model: Pricer, given: ServingInput, served: Serving, weigh: Weighed) -> None:
     """Price the steps of a steady state again, for whoever watches the model.
 
     `weigh` is told, before each part of them, how often an average step runs it.
     """
-    mix = _Mix(step_shares(given, model.engine.prefill_first, model.stages))
+    mix = Mix(step_shares(given, model.engine.prefill_first, model.stages))
     beside = served.mixed_share * (np.ceil(mix.shares.beside) > 0.0)
     often = {"decode": served.pure_share, "mixed": served.mixed_share, "beside": beside}
-    _steps(model, given, mix, lambda part: weigh(often[part]))
-
-
-def _where(present: NDArray[np.bool_], stages: list[Parts]) -> list[Parts]:
-    """The parts where they are present; their launches everywhere."""
-    known = {
-        id(parts): Parts(
-            parts.compute_s * present,
-            parts.memory_s * present,
-            parts.collective_s * present,
-            parts.overhead_s * present,
-            parts.kernels,
-        )
-        for parts in stages
-    }
-    return [known[id(parts)] for parts in stages]
+    steps_of(model, given, mix, lambda part: weigh(often[part]))
 
 
 def steady_steps(model: Pricer, given: ServingInput) -> tuple[list[Parts], list[Parts]]:
     """(decode step, mixed step) of the steady state, per stage of the model, over the grid."""
-    steps = _steps(model, given, _mix(model, given), lambda _: None)
+    steps = steps_of(model, given, mix_of(model, given), lambda _: None)
     decode = [one.at(steps.decode_at) for one in steps.decode]
     return decode, [one.at(steps.mixed_at) for one in steps.mixed]
 
@@ -369,8 +172,8 @@ def steady(
 
     `watch` is shown the steps that it is made of.
     """
-    mix = _mix(model, given)
-    steps = _steps(model, given, mix, lambda _: None)
+    mix = mix_of(model, given)
+    steps = steps_of(model, given, mix, lambda _: None)
     if watch is not None:
         watch(steps)
     decode = stage_times(model, steps.decode, "decode").at(steps.decode_at)

@@ -11,22 +11,23 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.memo import Memo
 from shardplan.models.errors import InputError, ProofError
-from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
+from shardplan.search.aside import aside
+from shardplan.search.beside import Beside, search_beside
 from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
-from shardplan.search.kept import Outcome, first_of_each
+from shardplan.search.kept import Kept, Outcome
 from shardplan.search.output import MOST_ROWS, trial_table
-from shardplan.search.plan import Plan
+from shardplan.search.plan import Plan, ProofInfo
 from shardplan.search.proof import prove_strategy
 from shardplan.search.request import (
     DEFAULT_TRIALS,
@@ -36,7 +37,7 @@ from shardplan.search.request import (
     without_limits,
 )
 from shardplan.search.robust_plan import study, with_study
-from shardplan.search.space import Choice, Space, batch_grid, build_space, chunk_grid
+from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
 from shardplan.search.trial_table import TrialTable
 from shardplan.search.workload import whole
 
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["SearchResult", "estimate", "search", "space_of", "subject_of"]
 
 Progress = Callable[[int, int], None]
-_BESIDE_LAYOUTS = 4
 _MOST_SLOTS = 1024
 _MOST_ALTERNATIVES = 1000
 
@@ -122,25 +122,23 @@ def _search_aggregated(
     best = outcomes[-1].best
     if best is None:
         raise nothing_feasible(resolved, question, outcomes[-1])
-    best, robustness = study(question, outcomes[-1], robust=resolved.request.robust)
+    left_s = _time_left(resolved, [outcomes[-1]])
+    show = functools.partial(_shown, resolved, question, outcomes[-1], memo, left_s)
+    robust = resolved.request.robust
+    shown = show if robust else aside(functools.partial(show, best))
+    studying = time.perf_counter()
+    best, robustness = study(question, outcomes[-1], robust=robust)
     studied = time.perf_counter()
-    beside = _search_beside(resolved, question, outcomes[-1], memo)
-    quantized = time.perf_counter()
+    beside, proof, timing = show(best) if robust else shown()
     scorer = LayoutScorer(question, best.parallel)
-    proof = prove_strategy(resolved.spec, best.parallel, scorer=scorer, choice=best.choice)
-    if not proof.passed:
-        raise ProofError(
-            "the best strategy does not compute what the model computes",
-            got=f"{best.parallel.describe()}: {'; '.join(proof.failures)}",
-        )
-    proven = time.perf_counter()
     plan = build_plan(
         resolved,
         scorer,
         outcomes,
         best,
         proof,
-        beside=beside,
+        quantization=beside.quantization,
+        switches=beside.switches,
         top=top,
         version=__version__,
         notes=_notes(resolved, outcomes[-1], beside),
@@ -154,13 +152,43 @@ def _search_aggregated(
         pareto_table=trial_table(outcome, pareto_front(outcome), engine),
         timing={
             "search_s": searched - start,
-            "robustness_s": studied - searched,
-            "quantization_s": quantized - studied,
-            "proof_s": proven - quantized,
+            "robustness_s": studied - studying,
+            **timing,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": plan.certificate.evaluated / max(searched - start, 1e-9),
         },
     )
+
+
+class _Shown(NamedTuple):
+    """What stands beside the best strategy, and its proof."""
+
+    beside: Beside
+    proof: ProofInfo
+    timing: dict[str, float]
+
+
+def _shown(
+    resolved: Resolved,
+    question: Question,
+    outcome: Outcome,
+    memo: Memo,
+    left_s: float | None,
+    best: Kept,
+) -> _Shown:
+    """Other dtypes and switches, with as much time as is left of a limit, and the proof."""
+    start = time.perf_counter()
+    beside = search_beside(resolved, question, outcome, best, memo, left_s)
+    found = time.perf_counter()
+    scorer = LayoutScorer(question, best.parallel)
+    proof = prove_strategy(resolved.spec, best.parallel, scorer=scorer, choice=best.choice)
+    if not proof.passed:
+        raise ProofError(
+            "the best strategy does not compute what the model computes",
+            got=f"{best.parallel.describe()}: {'; '.join(proof.failures)}",
+        )
+    timing = {"quantization_s": found - start, "proof_s": time.perf_counter() - found}
+    return _Shown(beside, proof, timing)
 
 
 def _question(resolved: Resolved, cards: int) -> Question:
@@ -289,47 +317,7 @@ def _run(
     )
 
 
-def _search_beside(
-    resolved: Resolved, question: Question, outcome: Outcome, memo: Memo
-) -> Outcome | None:
-    """Other dtypes and switches over the layouts that did best (all, where they are few).
-
-    With a time limit they get as much time as is left of it.
-    """
-    choices = (*resolved.beside, *resolved.switches)
-    if not choices:
-        return None
-    layouts = _beside_layouts(outcome, choices)
-    space = replace(
-        outcome.space,
-        choices=choices,
-        layouts=layouts,
-        broken={},
-        broken_ways={},
-        reach=replace(outcome.space.reach, ways=False),
-    )
-    left_s = _time_left(resolved, [outcome])
-    return search_exact(question, space, time_limit_s=left_s, memo=memo)
-
-
-def _beside_layouts(outcome: Outcome, choices: tuple[Choice, ...]) -> tuple[Parallelism, ...]:
-    """The layouts that did best, of all and of those that allow each switch."""
-    space = outcome.space
-    if len(space.layouts) <= _BESIDE_LAYOUTS:
-        return space.layouts
-    ranked = tuple(
-        dict.fromkeys(
-            space.layout_of(one.parallel) for one in first_of_each(outcome.kept) if one.feasible
-        )
-    )
-    found = dict.fromkeys(ranked[:_BESIDE_LAYOUTS])
-    for choice in (one for one in choices if one.switched):
-        able = [par for par in ranked if space.broken_switch(par, choice) is None]
-        found |= dict.fromkeys(able[:_BESIDE_LAYOUTS])
-    return tuple(found)
-
-
-def _notes(resolved: Resolved, outcome: Outcome, beside: Outcome | None) -> tuple[str, ...]:
+def _notes(resolved: Resolved, outcome: Outcome, beside: Beside) -> tuple[str, ...]:
     notes = list(resolved.notes)
     if resolved.time_limit_s is not None and not outcome.complete:
         notes.append(
@@ -343,10 +331,8 @@ def _notes(resolved: Resolved, outcome: Outcome, beside: Outcome | None) -> tupl
             f"trials.csv holds {len(outcome.kept)} strategies: of every layout and choice the "
             "best and the Pareto points"
         )
-    if beside is not None and len(beside.space.layouts) < len(outcome.space.layouts):
-        notes.append(
-            f"other dtypes were priced on the best {len(beside.space.layouts)} layouts only"
-        )
+    if beside.layouts is not None and beside.layouts < len(outcome.space.layouts):
+        notes.append(f"other dtypes were priced on the best {beside.layouts} layouts only")
     return tuple(notes)
 
 

@@ -292,62 +292,6 @@ def _certificate(resolved: Resolved, outcomes: list[Outcome]) -> Certificate:
     )
 
 
-def _quantization(beside: Outcome | None, best: Kept) -> tuple[QuantizationRow, ...]:
-    if beside is None:
-        return ()
-    rows = []
-    pairs = dict.fromkeys(
-        (c.weight_dtype, c.kv_dtype) for c in beside.space.choices if not c.switched
-    )
-    for weight, kv in pairs:
-        found = next(
-            (
-                one
-                for one in first_of_each(beside.kept)
-                if one.feasible
-                and not one.choice.switched
-                and (one.choice.weight_dtype, one.choice.kv_dtype) == (weight, kv)
-            ),
-            None,
-        )
-        rows.append(
-            QuantizationRow(
-                weight_dtype=weight,
-                kv_dtype=kv,
-                objective=found.columns["objective"] if found else None,
-                gain=found.columns["objective"] / best.columns["objective"] if found else None,
-                strategy=candidate(beside, found).strategy if found else None,
-            )
-        )
-    return tuple(rows)
-
-
-def _switches(beside: Outcome | None, best: Kept) -> tuple[SwitchRow, ...]:
-    """What each switch that was not searched would give, alone."""
-    if beside is None:
-        return ()
-    rows = []
-    for overlap in dict.fromkeys(c.overlap for c in beside.space.choices if c.switched):
-        found = next(
-            (
-                one
-                for one in first_of_each(beside.kept)
-                if one.feasible and one.choice.overlap == overlap
-            ),
-            None,
-        )
-        rows.append(
-            SwitchRow(
-                weight_prefetch=overlap.weight_prefetch,
-                fused_collectives=overlap.fused_collectives,
-                objective=found.columns["objective"] if found else None,
-                gain=found.columns["objective"] / best.columns["objective"] if found else None,
-                strategy=candidate(beside, found).strategy if found else None,
-            )
-        )
-    return tuple(rows)
-
-
 def build_plan(
     resolved: Resolved,
     scorer: LayoutScorer,
@@ -355,7 +299,8 @@ def build_plan(
     best: Kept,
     proof: ProofInfo,
     *,
-    beside: Outcome | None,
+    quantization: tuple[QuantizationRow, ...],
+    switches: tuple[SwitchRow, ...],
     top: int,
     version: str,
     notes: tuple[str, ...],
@@ -380,8 +325,8 @@ def build_plan(
         certificate=_certificate(resolved, outcomes),
         pareto=tuple(candidate(outcome, one) for one in pareto_front(outcome)[:_PARETO_KEPT]),
         alternatives=tuple(_distinct(outcome, best, top)),
-        quantization=_quantization(beside, best),
-        switches=_switches(beside, best),
+        quantization=quantization,
+        switches=switches,
         notes=(*notes, _mean_note(best)),
     )
 

@@ -20,9 +20,9 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger, weight_element_bytes
 from shardplan.costmodel.load import ZERO, Parts
 from shardplan.costmodel.memo import Memo
-from shardplan.costmodel.serving import decode_stages, prompt_stages
 from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.step_mix import ServingInput, computed_prompt
+from shardplan.costmodel.steps import decode_stages, prompt_stages
 from shardplan.models.apply import ShardedGraph, Stage, apply
 from shardplan.models.build import build_graph
 from shardplan.models.counts import parameter_count

@@ -29,7 +29,7 @@ from shardplan.costmodel.forward import forward_loads, parts_by_kind
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Parts
-from shardplan.costmodel.serving import step_seconds
+from shardplan.costmodel.steps import step_seconds
 from shardplan.models.graph import Phase
 from shardplan.search.estimate_layout import Layout
 

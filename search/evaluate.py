@@ -27,8 +27,9 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
-from shardplan.costmodel.serving import ServingInput, Steady, Steps, steady
+from shardplan.costmodel.serving import ServingInput, Steady, steady
 from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.steps import Steps
 from shardplan.models.apply import ShardedGraph, apply
 from shardplan.models.build import build_graph
 from shardplan.models.graph import Phase

@@ -114,10 +114,12 @@ def _settle_process() -> None:
     """Switch off, in a process of our own, what a short search does not need.
 
     Collections: most objects of a search live to its end. Plugins of pydantic: it would read the
-    metadata of every installed package to find them, and none is of use here.
+    metadata of every installed package to find them, and none is of use here. Threads of linear
+    algebra: a search multiplies no matrices, and a process of one thread can be forked (`aside`).
     """
     gc.set_threshold(_OBJECTS_A_COLLECTION)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def run(arguments: list[str]) -> int:

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.pace import Span, serve_spans
-from shardplan.costmodel.serving import Steps
 from shardplan.costmodel.step import StepModel
+from shardplan.costmodel.steps import Steps
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import balanced_stages
 from shardplan.search.cuts import front, least, least_of_many

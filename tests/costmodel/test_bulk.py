@@ -16,7 +16,8 @@ from shardplan.costmodel.bulk_memory import FleetMemory
 from shardplan.costmodel.forward import forward_loads
 from shardplan.costmodel.kernels.base import Array, as_array
 from shardplan.costmodel.run_out import run_out
-from shardplan.costmodel.serving import ServingInput, step_seconds
+from shardplan.costmodel.serving import ServingInput
+from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism

@@ -23,7 +23,8 @@ from shardplan.costmodel.confidence import (
     serving_confidence,
 )
 from shardplan.costmodel.forward import forward_loads
-from shardplan.costmodel.serving import ServingInput, serve, step_seconds
+from shardplan.costmodel.serving import ServingInput, serve
+from shardplan.costmodel.steps import step_seconds
 from shardplan.models.graph import Phase
 
 DTYPES = Dtypes("w8a8", "bf16", "flash")

@@ -23,9 +23,10 @@ from shardplan.costmodel.kernels.attention import attention_decode
 from shardplan.costmodel.kernels.base import Machine, as_array
 from shardplan.costmodel.kernels.mla import mla_decode
 from shardplan.costmodel.run_out import run_out
-from shardplan.costmodel.serving import Serving, ServingInput, serve, step_seconds
+from shardplan.costmodel.serving import Serving, ServingInput, serve
 from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.step_mix import tokens_per_step
+from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism

@@ -19,8 +19,8 @@ from shardplan.costmodel.kernels.matmul import matmul
 from shardplan.costmodel.kernels.pointwise import pointwise
 from shardplan.costmodel.memo import FEW_POINTS, Memo
 from shardplan.costmodel.optable import Group
-from shardplan.costmodel.serving import step_seconds
 from shardplan.costmodel.step import Kept, Load, Parts, StepModel
+from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism

@@ -18,7 +18,8 @@ from tests.search.oracle import specs
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.disagg import link_between, unbounded_utilisation
 from shardplan.costmodel.engines import load_engine
-from shardplan.costmodel.serving import ServingInput, decode_stages, prompt_stages
+from shardplan.costmodel.serving import ServingInput
+from shardplan.costmodel.steps import decode_stages, prompt_stages
 from shardplan.models.errors import LayoutError
 from shardplan.models.parallel import Exchange, Parallelism
 from shardplan.models.spec import ModelSpec

@@ -14,8 +14,8 @@ from rich.console import Console
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.serving import step_seconds
 from shardplan.costmodel.step import Load
+from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.counts import kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
