@@ -226,8 +226,9 @@ def report(runs: int, command: str) -> str:
     )
     cold_text = (
         "From the start of the interpreter to the end of the process, with plan.json, trials.csv, "
-        "pareto.csv and report.html written. Space, evaluated and gap are those of the certificate "
-        "in plan.json; a gap of 0 says that nothing in the space is better."
+        "pareto.csv and report.html written; bytecode compiled before, as of an installed package. "
+        "The peak is that of the largest process. Space, evaluated and gap are those of the "
+        "certificate in plan.json; a gap of 0 says that nothing in the space is better."
     )
     layers_text = (
         f"{DEEP[0]} with other numbers of layers on {DEEP[2]} cards of {DEEP[1]}, pp to {DEEP[2]}, "

@@ -42,7 +42,7 @@ _DIES_4096 = "search --model deepseek-v3 --cluster cloudmatrix-384 --nodes 256 -
 COMMANDS = (
     Command(words=README_SEARCH),
     Command(words=DENSE_32, most_s=1.0),
-    Command(words="search --model qwen3-235b-a22b --cluster atlas-800i-a3 --nodes 4"),
+    Command(words="search --model qwen3-235b-a22b --cluster atlas-800i-a3 --nodes 4", most_s=2.0),
     Command(words=f"{_DIES_384} --serving disagg", most_s=10.0),
     Command(words=_DIES_384),
     Command(words=_DIES_4096, most_bytes=GB),

@@ -1,15 +1,20 @@
 """How the benchmarks measure: best of several runs, cold processes timed from outside, the machine.
 
 A cold process is timed from outside, start of the interpreter included, with files already in the
-page cache. The best of several runs is the one that other load on the machine disturbed the least.
+page cache and bytecode compiled, as `pip install` leaves a package. The best of several runs is the
+one that other load on the machine disturbed the least.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +35,7 @@ print(wall_s, usage.ru_utime, usage.ru_stime, usage.ru_maxrss, code, file=sys.st
 """
 """Times one command, its output on stdout; wall, user and system seconds, peak, exit code on
 stderr."""
+_NO_BYTECODE = "PYTHONDONTWRITEBYTECODE"
 MIB = 2.0**20
 _KIB = 1024
 """`ru_maxrss` is in KiB on Linux and in bytes on macOS."""
@@ -70,13 +76,26 @@ def cold(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         [*launch, sys.executable, "-c", _ENTRY, *arguments],
         capture_output=True,
         check=True,
-        env={**os.environ, **(environment or {})},
+        env={**_installed(), **(environment or {})},
     )
     wall_s, user_s, system_s, peak, code = (float(number) for number in done.stderr.split())
     if code:
         raise SystemExit(f"{' '.join(arguments)}: {done.stdout.decode(errors='replace')}")
     unit = 1 if sys.platform == "darwin" else _KIB
     return Process(wall_s=wall_s, user_s=user_s, system_s=system_s, peak_bytes=peak * unit)
+
+
+def _installed() -> dict[str, str]:
+    """This environment, with a folder that keeps bytecode from one process to the next."""
+    kept = {name: value for name, value in os.environ.items() if name != _NO_BYTECODE}
+    return {**kept, "PYTHONPYCACHEPREFIX": _bytecode()}
+
+
+@functools.cache
+def _bytecode() -> str:
+    folder = tempfile.mkdtemp(prefix="bytecode-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def best_process(arguments: Sequence[str], runs: int) -> Process:
