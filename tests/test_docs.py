@@ -75,7 +75,9 @@ def python_of(page: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", filter(python_of, PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name
+)
 def test_every_python_example_of_the_pages_runs(page: Path, tmp_path: Path) -> None:
     code = python_of(page)
     done = subprocess.run(
