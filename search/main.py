@@ -23,6 +23,7 @@ from shardplan.search.cli_analyze import analyze
 from shardplan.search.cli_calibrate import calibrate
 from shardplan.search.cli_common import note, print_json
 from shardplan.search.cli_estimate import estimate
+from shardplan.search.cli_lint import lint
 from shardplan.search.cli_list import clusters, devices, models
 from shardplan.search.cli_plan import emit, verify
 from shardplan.search.cli_profile import profile
@@ -55,6 +56,7 @@ _COMMANDS = (
     estimate,
     verify,
     emit,
+    lint,
     analyze,
     calibrate,
     profile,
