@@ -19,9 +19,10 @@ from shardplan.search.cli_common import (
 )
 
 if TYPE_CHECKING:
+    from shardplan.search.explain import Known
     from shardplan.search.plan import ProofInfo
 
-__all__ = ["emit", "verify"]
+__all__ = ["emit", "explain", "verify"]
 
 PlanFile = Annotated[Path, typer.Argument(help="plan.json of a search.")]
 
@@ -126,3 +127,50 @@ def emit(
         return
     for path in paths:
         typer.echo(path)
+
+
+def explain(
+    plan: PlanFile,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="A rival: tp=8,pp=2,... or what `shardplan lint` reads (a script, a command).",
+        ),
+    ] = None,
+    model: OptionalModel = None,
+    shadows: Annotated[
+        bool,
+        typer.Option("--shadows/--no-shadows", help="Search what each change would buy."),
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Say why a plan is as it is, what would change it, and where a rival loses."""
+    from shardplan.search.explain import explain as why
+    from shardplan.search.explain import known_of
+    from shardplan.search.plan import Plan
+
+    loaded = Plan.load(plan)
+    found = why(loaded, model=model, shadows=shadows)
+    if against is not None:
+        from shardplan.search.rival import rival_of
+
+        known = known_of(loaded, model)
+        rival = rival_of(known, _rival(against, known))
+        found = found.model_copy(update={"rival": rival})
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    from shardplan.search.tables_explain import print_explanation
+
+    print_explanation(found, stdout_console())
+
+
+def _rival(against: str, known: Known) -> dict[str, Any]:
+    """A rival's axes, of its own words or of a configuration."""
+    from shardplan.search.cli_lint import read
+    from shardplan.search.rival import values_of, words_of
+
+    if "vllm" in against or Path(against).is_file():
+        return values_of(read(against, "")[0], known)
+    return words_of(against)

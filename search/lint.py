@@ -54,7 +54,7 @@ def lint(config: Configuration, asked: Asked, *, best: bool = True) -> LintRepor
         return _report(config, spec, par, (*found, refused, *notes))
     found += _rules(case)
     try:
-        scorer = LayoutScorer(case.question, par)
+        scorer = LayoutScorer(case.question, case.parallel)
     except LayoutError as error:
         found.append(_refusal(error))
         return _report(config, spec, par, (*found, *notes), case=case)

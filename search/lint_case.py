@@ -15,6 +15,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.configuration import Configuration
 from shardplan.search.evaluate import Question
+from shardplan.search.layouts import base_order
 from shardplan.search.plan import Plan
 from shardplan.search.request import Asked, Resolved, resolve
 from shardplan.search.space import Choice
@@ -113,6 +114,7 @@ def case_of(config: Configuration, spec: ModelSpec, par: Parallelism, asked: Ask
         memory_fraction=config.memory_fraction or own.memory_fraction,
         kv_block_tokens=config.block_size or own.kv_block_tokens,
     )
+    par = replace(par, order=base_order(engine, par))
     question = Question(
         spec=spec,
         cluster=resolved.cluster,

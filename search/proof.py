@@ -21,7 +21,13 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import ClusterInfo, Plan, ProofInfo, StrategyInfo
 from shardplan.search.space import Choice
 
-__all__ = ["merged_proof", "model_digest", "prove_strategy", "verify_plan"]
+__all__ = [
+    "merged_proof",
+    "model_digest",
+    "model_of_plan",
+    "prove_strategy",
+    "verify_plan",
+]
 
 
 def model_digest(spec: ModelSpec) -> str:
@@ -109,11 +115,8 @@ def merged_proof(proofs: list[tuple[str, ProofInfo]]) -> ProofInfo:
     )
 
 
-def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
-    """Prove a plan's strategies again on its model, named by the plan or by `model`.
-
-    `InputError` when the model found is not the one the plan was made for.
-    """
+def model_of_plan(plan: Plan, model: str | None = None) -> ModelSpec:
+    """The model of a plan, named by it or by `model`; `InputError` where it is another one."""
     known = plan.model.name if plan.model.name in model_names() else plan.model.source
     spec = load_model(model or known)
     if model_digest(spec) != plan.model.digest:
@@ -122,6 +125,15 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
             got=f"{spec.name}: {model_digest(spec)[:12]}, plan: {plan.model.digest[:12]}",
             hint="name the model's config.json with --model",
         )
+    return spec
+
+
+def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
+    """Prove a plan's strategies again on its model, named by the plan or by `model`.
+
+    `InputError` when the model found is not the one the plan was made for.
+    """
+    spec = model_of_plan(plan, model)
     ways: list[tuple[str, ClusterInfo, StrategyInfo]] = [
         (pool.role, pool.cluster, pool.strategy) for pool in plan.pools
     ]

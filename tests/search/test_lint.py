@@ -160,6 +160,12 @@ def test_rules_are_named_with_their_source() -> None:
     assert all(one.source == rules()[one.rule].source for one in broken)
 
 
+def test_stages_and_groups_are_numbered_as_the_engine_does() -> None:
+    report = judged(f"{PLAIN} -tp 2 -pp 2 -dp 2")
+    assert "order-engine" not in rules_of(report)
+    assert report.runs
+
+
 def test_sizes_that_contradict_one_another_are_errors() -> None:
     command = f"{PLAIN} -tp 2 --max-num-seqs 512 --max-num-batched-tokens 256 --max-model-len 512"
     report = judged(command)
