@@ -111,7 +111,12 @@ def _show(proof: ProofInfo, what: str, as_json: bool) -> None:
 
 def emit(
     plan: PlanFile,
-    target: Annotated[str, typer.Option("--target", help="atc, vllm-ascend, or a plug-in's.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target", help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
     force: Force = False,
     json: Json = False,

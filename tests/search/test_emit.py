@@ -92,8 +92,10 @@ def test_unknown_targets_and_options_name_what_there_is(tmp_path: Path) -> None:
 def test_another_package_can_add_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found through the entry-point group, with its own options."""
     _register(monkeypatch, "tests.search.emit_cases:toy_target")
-    assert target_names() == ("atc", "toy", "vllm-ascend")
-    script, text = emit(emit_plan(tp=4), "toy", tmp_path, greeting="good-day")
+    assert target_names() == tuple(sorted({*BUILT_IN, "toy"}))
+    blob, script, text = emit(emit_plan(tp=4), "toy", tmp_path, greeting="good-day")
+    assert blob == tmp_path / "parts" / "ranks.bin"
+    assert blob.read_bytes() == bytes(range(4))
     assert "echo good-day" in script.read_text(encoding="utf-8")
     assert text.read_text(encoding="utf-8") == "4\n"
 
@@ -113,7 +115,9 @@ def test_a_target_that_does_not_load_is_told_by_name(
         emit(emit_plan(), "toy", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../up.sh", "/etc/x", "a/b", ".hidden", "", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["../up.sh", "/etc/x", "a/../b", "a/b/c", "a/", ".hidden", "", "a\nb"]
+)
 def test_no_file_leaves_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -155,7 +159,7 @@ def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]
             yield from _facts(item, f"{where}[{index}]")
 
 
-@pytest.mark.parametrize("name", ["ascend_families", "atc", "vllm_ascend"])
+@pytest.mark.parametrize("name", ["ascend_families", "atc", "hf_names", "megatron", "vllm_ascend"])
 def test_every_fact_has_a_source_and_every_number_a_kind(name: str) -> None:
     """In the tables that the targets are written from."""
     kinds = {"datasheet", "measured", "derived", "assumed"}
@@ -167,4 +171,4 @@ def test_every_fact_has_a_source_and_every_number_a_kind(name: str) -> None:
         if numbers:
             assert facts[f"{prefix}kind"] in kinds, where
         seen += 1
-    assert seen > 3
+    assert seen > 1
