@@ -118,6 +118,10 @@ def emit(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="NAME=VALUE of the target, as door=shards; may be repeated."),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -125,9 +129,29 @@ def emit(
     from shardplan.search.emit import emit as write
     from shardplan.search.plan import Plan
 
-    paths = write(Plan.load(plan), target, out, force=force)
+    paths = write(Plan.load(plan), target, out, force=force, **_options(option or []))
     if json:
         print_json({"target": target, "files": [str(path) for path in paths]})
         return
     for path in paths:
         typer.echo(path)
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    """Options of a target by name; `InputError` for a word that is none, or given twice."""
+    found: dict[str, str] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (equals and name.isidentifier()) or name in {
+            *found,
+            "force",
+            "plan",
+            "target",
+            "out",
+        }:
+            raise InputError(
+                "`--option` is NAME=VALUE, each name once", got=repr(word[:100]), hint="door=shards"
+            )
+        found[name] = value
+    return found

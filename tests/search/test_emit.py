@@ -83,7 +83,9 @@ def test_unknown_targets_and_options_name_what_there_is(tmp_path: Path) -> None:
     """Close names are proposed, options are listed."""
     with pytest.raises(UnknownNameError, match="did you mean vllm-ascend"):
         emit(emit_plan(), "vllm_ascend", tmp_path)
-    with pytest.raises(InputError, match=r"no such option \(can\); options: cann, soc_version"):
+    with pytest.raises(
+        InputError, match=r"no such option \(can\); options: door, cann, soc_version"
+    ):
         emit(emit_plan(), "atc", tmp_path, can=8)
     with pytest.raises(InputError, match="options: none"):
         emit(emit_plan(), "vllm-ascend", tmp_path, cann=8)
