@@ -162,9 +162,10 @@ def _shards(build: _Build) -> dict[str, str | bytes]:
     if build.model is not None:
         _check_strategy(plan, build.family)
     worlds = [tensor_world(plan)] if build.model is not None else list(worlds_of(plan))
-    if worlds[0].ranks == 1 and way.pp == 1:
-        rule = "one rank holds the whole model, so there is nothing to slice"
-        raise refuse(TARGET, rule, got=f"tp={way.tp}", hint="use door split")
+    if worlds[0].ranks == 1:
+        rule = "one rank holds all of a stage, so there is nothing to slice"
+        hint = "use door split" if way.pp == 1 else "search with pp=1, or a wider tp"
+        raise refuse(TARGET, rule, got=f"tp={way.tp}, pp={way.pp}", hint=hint)
     hosts, ports = _listed(build, worlds)
     made: dict[str, str | bytes] = {}
     for world in worlds:
@@ -181,7 +182,9 @@ def _shards(build: _Build) -> dict[str, str | bytes]:
     marks = [world.mark for world in worlds]
     made["atc.sh"] = shard_script(build.soc, marks, build.model)
     names = sorted({*made, "README.md"})
-    made["README.md"] = shard_readme(plan, build.release, build.soc, names, left, build.model)
+    made["README.md"] = shard_readme(
+        plan, build.release, build.soc, names, left, build.model, worlds[0]
+    )
     return made
 
 

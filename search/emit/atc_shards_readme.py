@@ -7,7 +7,7 @@ from typing import Any
 
 from shardplan.models.parallel import balanced_stages
 from shardplan.search.emit.atc_readme import loading, switches
-from shardplan.search.emit.atc_shards import AIR
+from shardplan.search.emit.atc_shards import AIR, World
 from shardplan.search.emit.common import (
     Raw,
     command_line,
@@ -83,8 +83,9 @@ def shard_readme(
     names: Sequence[str],
     left: Sequence[str],
     model: OnnxFile | None,
+    world: World,
 ) -> str:
-    """README.md of door `shards`."""
+    """README.md of door `shards`; `world` is that of any stage."""
     way = plan.strategy
     lines = [
         f"# {model_name(plan)} with ATC, from slices: {way.parallelism().describe()}",
@@ -95,7 +96,7 @@ def shard_readme(
         "## Steps",
         "",
         *(_export(plan) if model is None else _cut(way.tp)),
-        *loading(way.ranks // (way.pp * way.dp), way.dp),
+        *loading(world.ranks, len(world.replicas)),
         "",
         "## Assumed",
         "",
@@ -130,9 +131,9 @@ def _export(plan: Plan) -> list[str]:
     holds = [f"stage {i}: layers {end - layers[i]} to {end - 1}" for i, end in enumerate(ends)]
     return [
         "1. Export one graph a rank and phase, holding the plan's slices of the weights "
-        f"(target torch or mindspore writes them) and its collectives, as {AIR.format(rank=0)}, "
-        f"{AIR.format(rank=1)}, ... (torchair.dynamo_export), into {where}. "
-        + ("; ".join(holds) + "." if len(holds) > 1 else ""),
+        f"(target mindspore slices a checkpoint so) and its collectives, as {AIR.format(rank=0)}, "
+        f"{AIR.format(rank=1)}, ... (torchair.dynamo_export), into {where}."
+        + (f" {'; '.join(holds)}." if len(holds) > 1 else ""),
         "2. Name the groups of the collectives as comm_group in model_relation_config does, or "
         "write your export's names there; then load the CANN environment.",
         "3. `PREFILL_SHARDS=prefill DECODE_SHARDS=decode ./atc.sh` writes the offline models. "
@@ -147,7 +148,8 @@ def _assumed(plan: Plan) -> list[str]:
     ]
     if plan.strategy.pp > 1:
         lines.append(
-            "- Each stage is a model of its own: the application passes the hidden state from one "
-            "to the next, and keeps as many microbatches in flight as there are stages."
+            "- Each stage is a model of its own, loaded in a session on its own devices: the "
+            "application passes the hidden state from one to the next, and keeps as many "
+            "microbatches in flight as there are stages."
         )
     return lines

@@ -35,6 +35,7 @@ from shardplan.search.plan import Plan
 __all__ = ["files"]
 
 _TARGET = "torch"
+_TIED = ["    model.lm_head.weight = model.model.embed_tokens.weight  # one table, held once"]
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 
@@ -144,7 +145,9 @@ def _module(plan: Plan, graph: ShardedGraph) -> str:
         "",
         "def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:",
         '    """Split a Hugging Face causal language model over the tp dim of the mesh."""',
-        '    return parallelize_module(model, mesh["tp"], plan())',
+        '    model = parallelize_module(model, mesh["tp"], plan())',
+        *(_TIED if graph.model.spec.tied_embeddings else []),
+        "    return model",
     ]
     return "\n".join(lines) + "\n"
 

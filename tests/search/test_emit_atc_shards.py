@@ -89,6 +89,7 @@ def test_experts_over_data_parallel_groups_are_one_world(tmp_path: Path) -> None
     assert groups["tp0_group_1"] == "[4,5,6,7]"
     assert groups["dp1_group_3"] == "[3,7]"
     assert len(config["deploy_config"]) == 8
+    assert "processes" not in (out / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def test_groups_are_those_of_the_graphs_collectives(
         ({"soc": "Ascend310P3", "tp": 4}, "310P item holds two dies", "door split"),
         ({"tp": 4, "dp": 2, "pp": 2, "ep": 8, "model": MIXTRAL}, "side by side", "pp=1"),
         ({"tp": 1}, "nothing to slice", "door split"),
+        ({"tp": 1, "pp": 2, "stage_layers": (40, 40)}, "nothing to slice", "wider tp"),
         ({"tp": 16, "dp": 2, "model": {"name": "llama-3.1-8b"}}, "one node each", "dp=1"),
     ],
 )

@@ -31,14 +31,23 @@ def _counts(plan: Any, tokens: int) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TORCH, reason="needs torch")
 @pytest.mark.parametrize(
-    "way", [{"tp": 4}, {"tp": 4, "sp": True}, {"tp": 2, "dp": 2}, {"tp": 1, "dp": 4}]
+    ("way", "tied"),
+    [
+        ({"tp": 4}, False),
+        ({"tp": 4, "sp": True}, False),
+        ({"tp": 2, "dp": 2}, True),
+        ({"tp": 1, "dp": 4}, True),
+    ],
 )
-def test_the_file_makes_the_predicted_collectives(tmp_path: Path, way: dict[str, Any]) -> None:
+def test_the_file_makes_the_predicted_collectives(
+    tmp_path: Path, way: dict[str, Any], tied: bool
+) -> None:
     """On a fake process group of the plan's size, with DTensor's own count."""
-    plan = emit_plan(model=tiny_llama(tmp_path), **way)
+    plan = emit_plan(model=tiny_llama(tmp_path, tie_word_embeddings=tied), **way)
     emit(plan, "torch", tmp_path / "out")
     done = subprocess.run(
-        [sys.executable, str(RUN), str(tmp_path / "out"), str(plan.strategy.ranks)],
+        [sys.executable, str(RUN), str(tmp_path / "out"), str(plan.strategy.ranks)]
+        + ["tied"] * tied,
         capture_output=True,
         text=True,
         timeout=300,
@@ -47,6 +56,7 @@ def test_the_file_makes_the_predicted_collectives(tmp_path: Path, way: dict[str,
     assert done.returncode == 0, done.stderr
     counted = dict(line.split() for line in done.stdout.splitlines() if line)
     held = int(counted.pop("parameters"))
+    assert float(counted.pop("error", "0")) < 1e-5
     assert {name: int(count) for name, count in counted.items()} == _counts(plan, 16)
     graph = applied(plan, "torch")
     norms = (2 * graph.model.spec.layers + 1) * graph.model.spec.hidden

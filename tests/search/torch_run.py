@@ -1,13 +1,15 @@
 """Runs an emitted DTensor plan on a small Llama in a fake process group; prints what it counted.
 
-    python torch_run.py FOLDER RANKS   ->   `all_reduce 9` ..., `parameters N`
+    python torch_run.py FOLDER RANKS [tied]   ->   `all_reduce 9` ..., `parameters N`, `error X`
 
-The model has the module names and the calling conventions of LlamaForCausalLM in transformers.
+The numbers come from a second run, of all ranks in one process (torch's LocalTensorMode, which is
+private: skipped where a torch has none). The model has the module names and the calling conventions of LlamaForCausalLM in transformers.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import Any, cast
 
@@ -98,6 +100,27 @@ class Model(nn.Module):
         return self.lm_head(self.model(ids))
 
 
+def _model() -> Model:
+    """The same numbers each time; the head on the embedding's table where asked."""
+    torch.manual_seed(0)
+    model = Model()
+    if "tied" in sys.argv:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def _error(parallel_plan: Any, ranks: int) -> float:
+    """Largest difference of the logits of all ranks, run in one process, from the whole model's."""
+    local = importlib.import_module("torch.distributed._local_tensor")
+    model, ids = _model(), torch.randint(0, VOCAB, (1, TOKENS))
+    with torch.no_grad():
+        expected = model(ids)
+        with local.LocalTensorMode(ranks):
+            found = parallel_plan.parallelize(model, parallel_plan.device_mesh("cpu"))(ids)
+            whole = found.reconcile() if hasattr(found, "reconcile") else found
+    return float((whole - expected).abs().max())
+
+
 def main() -> None:
     """Count the collectives of one prompt and the parameters that rank 0 holds."""
     folder, ranks = sys.argv[1], int(sys.argv[2])
@@ -105,7 +128,7 @@ def main() -> None:
     parallel_plan = importlib.import_module("parallel_plan")
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    model = parallel_plan.parallelize(Model(), parallel_plan.device_mesh("cpu"))
+    model = parallel_plan.parallelize(_model(), parallel_plan.device_mesh("cpu"))
     counter = cast(Any, CommDebugMode)()
     with torch.no_grad(), counter:
         model(torch.zeros(1, TOKENS, dtype=torch.long))
@@ -117,6 +140,8 @@ def main() -> None:
         (one.to_local() if hasattr(one, "to_local") else one).numel() for one in model.parameters()
     )
     print("parameters", held)
+    if importlib.util.find_spec("torch.distributed._local_tensor"):
+        print("error", _error(parallel_plan, ranks))
 
 
 if __name__ == "__main__":
