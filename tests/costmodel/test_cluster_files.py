@@ -22,7 +22,7 @@ DATAFLOW = """{
   "cluster": [{
     "cluster_nodes": [
       {"node_id": 0, "node_type": "ATLAS900", "ipaddr": "10.0.0.1", "port": 2509, // the master
-       "memory": 25165824, "is_local": true, "deploy_res_path": "/home//x",
+       "memory": 25165824, "is_local": true, "deploy_res_path": "/opt//x",
        "item_list": [{"item_id": 0, "device_id": 4, "ipaddr": "10.1.0.1"},
                      {"item_id": 1, "device_id": 5, "ipaddr": "10.1.0.2"},]},
     ],

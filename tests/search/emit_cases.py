@@ -198,7 +198,7 @@ def parser_of(data: str, command: str) -> argparse.ArgumentParser:
 
 
 def toy_target(plan: Plan, *, greeting: str = "hello") -> dict[str, str | bytes]:
-    """A target as another package would register it (docs/emitters.md shows this one)."""
+    """A target as another package would register it; docs/emitters.md has one that works."""
     return {
         "parts/ranks.bin": bytes(range(plan.strategy.ranks)),
         "toy.sh": f"#!/bin/sh\necho {greeting}\n",

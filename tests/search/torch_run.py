@@ -3,7 +3,8 @@
     python torch_run.py FOLDER RANKS [tied]   ->   `all_reduce 9` ..., `parameters N`, `error X`
 
 The numbers come from a second run, of all ranks in one process (torch's LocalTensorMode, which is
-private: skipped where a torch has none). The model has the module names and the calling conventions of LlamaForCausalLM in transformers.
+private: skipped where a torch has none). The model has the module names and the calling conventions
+of LlamaForCausalLM in transformers.
 """
 
 from __future__ import annotations
