@@ -132,7 +132,7 @@ def _model(plan: Plan, path: str) -> OnnxFile:
 
 def _split(build: _Build) -> dict[str, str | bytes]:
     plan, way = build.plan, build.plan.strategy
-    _check_strategy(plan, build.family)
+    _check_strategy(plan, _or_shards(build.family) + or_elsewhere(build.family))
     world = tensor_world(plan)
     hosts, ports = _listed(build, [world])
     check_worlds(world.replicas, build.family, hosts, replicas=way.dp)
@@ -160,7 +160,7 @@ def _shards(build: _Build) -> dict[str, str | bytes]:
             hint="use door split",
         )
     if build.model is not None:
-        _check_strategy(plan, build.family)
+        _check_strategy(plan, or_elsewhere(build.family))
     worlds = [tensor_world(plan)] if build.model is not None else list(worlds_of(plan))
     if worlds[0].ranks == 1:
         rule = "one rank holds all of a stage, so there is nothing to slice"
@@ -248,8 +248,8 @@ def _soc(plan: Plan, asked: str | None) -> str:
     return asked or known[0]
 
 
-def _check_strategy(plan: Plan, family: str) -> None:
-    """`InputError` for an axis that the compiler has no option for."""
+def _check_strategy(plan: Plan, others: str) -> None:
+    """`InputError` for an axis that is not tp; `others` ends the hint, as `, or use ...`."""
     way = plan.strategy
     wider = way.tp * way.pp
     example = f", for example tp={wider}" if wider <= plan.cluster.ranks_per_node else ""
@@ -260,18 +260,18 @@ def _check_strategy(plan: Plan, family: str) -> None:
     )
     for axis, size, rule, more in rules:
         if size > 1:
-            hint = f"search with {axis}=1{more}{_or_shards(family)}{or_elsewhere(family)}"
+            hint = f"search with {axis}=1{more}{others}"
             raise refuse(TARGET, rule, got=f"{axis}={size}", hint=hint)
     for module in MODULES:
         ranks = module_ranks(way.parallelism(), module)
         if ranks != way.tp:
             rule = "the compiler splits all modules over the same ranks"
-            hint = f"search with {module}_tp=0{_or_shards(family)}{or_elsewhere(family)}"
+            hint = f"search with {module}_tp=0{others}"
             raise refuse(TARGET, rule, got=f"{module}_tp={ranks}, tp={way.tp}", hint=hint)
 
 
 def _or_shards(family: str) -> str:
-    """The other door, where it knows the device."""
+    """The other door, for the end of a hint, where it knows the device."""
     return "" if family == "310p" else ", or use door shards"
 
 

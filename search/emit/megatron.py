@@ -6,7 +6,7 @@
 Ranks: Megatron's default order tp-cp-ep-dp-pp (tp fastest) is the plan's pp>dp>cp>tp, and
 --use-tp-pp-dp-mapping its dp>pp>cp>tp. Experts over ep ranks: within a tp group ep comes after
 expert tp, beyond it the experts are whole on a rank (--expert-tensor-parallel-size 1).
-Source: NVIDIA/Megatron-LM core_v0.13.0 megatron/training/arguments.py and
+Source: NVIDIA/Megatron-LM megatron/training/arguments.py and
 megatron/core/parallel_state.py (`RankGenerator`). Left out, and refused: modules over other ranks
 than tp, stage cuts that are uneven in the middle, tokens sent to experts without sequence
 parallelism (Megatron asks for it), other rank orders.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, EntryPoints
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.search.emit_cases import emit_plan
+from tests.search.emit_cases import emit_plan, tiny_llama
 
 from shardplan.models.errors import InputError, UnknownNameError
 from shardplan.search import emit as module
@@ -27,7 +29,7 @@ def _register(monkeypatch: pytest.MonkeyPatch, value: str, name: str = "toy") ->
 
 def test_files_are_written_sorted_and_scripts_can_be_run(tmp_path: Path) -> None:
     """The plan's own method does the same as the function."""
-    paths = emit_plan().emit("atc", tmp_path / "new" / "folder")
+    paths = emit_plan().emit("atc", tmp_path / "new" / "folder", cann=7)
     assert paths == sorted(paths)
     assert {path.name for path in paths} == set(os.listdir(tmp_path / "new" / "folder"))
     for path in paths:
@@ -129,6 +131,25 @@ def test_no_file_leaves_the_folder(
     with pytest.raises(InputError, match="plain file name"):
         emit(emit_plan(), "toy", tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("target", sorted(BUILT_IN))
+def test_a_hostile_name_stays_text_in_every_target(tmp_path: Path, target: str) -> None:
+    """Scripts and modules parse, and nothing of the name can run in them."""
+    name = '../x"""\nimport pwned\n\'"`touch pwned`$(touch pwned); touch pwned #'
+    plan = emit_plan(model={**tiny_llama(tmp_path), "name": name}, tp=2)
+    for path in emit(plan, target, tmp_path / "out"):
+        assert path.parent == tmp_path / "out"
+        if path.suffix == ".py":
+            found = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            imports = [node for node in found if isinstance(node, ast.Import)]
+            assert "pwned" not in {alias.name for node in imports for alias in node.names}
+        if path.suffix == ".sh":
+            subprocess.run(["bash", "-n", str(path)], check=True)
+        if path.suffix in (".sh", ".md"):
+            text = path.read_text(encoding="utf-8")
+            assert "`touch" not in text
+            assert "$(touch" not in text
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,20 @@ def test_what_slices_cannot_express_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_world_of_several_nodes_lists_them(tmp_path: Path) -> None:
+    """tp 16 on two nodes: slices 8 to 15 lie on node 1, which has its own address."""
+    plan = emit_plan(tp=16, model={"name": "llama-3.1-8b", "layers": 32})
+    hosts, ports = "10.0.0.1,10.0.0.2", ",".join(f"10.1.0.{i}" for i in range(16))
+    options = {"door": "shards", "addresses": hosts, "device_addresses": ports}
+    plan.emit("atc", tmp_path, **options)
+    deployed = _json(tmp_path, "model_relation_config.json")["deploy_config"]
+    assert deployed[9]["deploy_device_id_list"] == "0:1:1"
+    (cluster,) = _json(tmp_path, "numa_config.json")["cluster"]
+    assert [node["ipaddr"] for node in cluster["cluster_nodes"]] == hosts.split(",")
+    servers = _json(tmp_path, "rank_table.json")["server_list"]
+    assert servers[1]["device"][1]["rank_id"] == "9"
+
+
 def test_a_door_that_is_none_is_refused(tmp_path: Path) -> None:
     """By name."""
     with pytest.raises(InputError, match=r"split or shards.*window"):
