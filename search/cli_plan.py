@@ -112,8 +112,17 @@ def _show(proof: ProofInfo, what: str, as_json: bool) -> None:
 
 def emit(
     plan: PlanFile,
-    target: Annotated[str, typer.Option("--target", help="atc, vllm-ascend, or a plug-in's.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target", help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="NAME=VALUE of the target, as door=shards; may be repeated."),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -121,7 +130,7 @@ def emit(
     from shardplan.search.emit import emit as write
     from shardplan.search.plan import Plan
 
-    paths = write(Plan.load(plan), target, out, force=force)
+    paths = write(Plan.load(plan), target, out, force=force, **_options(option or []))
     if json:
         print_json({"target": target, "files": [str(path) for path in paths]})
         return
@@ -174,3 +183,23 @@ def _rival(against: str, known: Known) -> dict[str, Any]:
     if "vllm" in against or Path(against).is_file():
         return values_of(read(against, "")[0], known)
     return words_of(against)
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    """Options of a target by name; `InputError` for a word that is none, or given twice."""
+    found: dict[str, str] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (equals and name.isidentifier()) or name in {
+            *found,
+            "force",
+            "plan",
+            "target",
+            "out",
+        }:
+            raise InputError(
+                "`--option` is NAME=VALUE, each name once", got=repr(word[:100]), hint="door=shards"
+            )
+        found[name] = value
+    return found

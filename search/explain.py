@@ -25,7 +25,7 @@ from shardplan.search.evaluate import LIMITS, LayoutScorer, Question
 from shardplan.search.explanation import Binding, Explanation, Shadow
 from shardplan.search.kept import Kept, kept_at
 from shardplan.search.plan import Plan
-from shardplan.search.proof import model_of_plan
+from shardplan.search.proof import model_of
 from shardplan.search.space import Choice, batch_grid
 
 __all__ = ["Known", "explain", "known_of"]
@@ -57,7 +57,7 @@ def known_of(plan: Plan, model: str | None = None) -> Known:
             got=f"{len(plan.pools)} pools",
             hint="its report shows both pools; explain the plan of --serving agg",
         )
-    spec = model_of_plan(plan, model)
+    spec = model_of(plan, model)
     machine, way = plan.cluster, plan.strategy
     try:
         cluster = load_cluster(machine.name, nodes=machine.nodes, device=machine.device)

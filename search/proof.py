@@ -21,13 +21,7 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import ClusterInfo, Plan, ProofInfo, StrategyInfo
 from shardplan.search.space import Choice
 
-__all__ = [
-    "merged_proof",
-    "model_digest",
-    "model_of_plan",
-    "prove_strategy",
-    "verify_plan",
-]
+__all__ = ["merged_proof", "model_digest", "model_of", "prove_strategy", "verify_plan"]
 
 
 def model_digest(spec: ModelSpec) -> str:
@@ -115,8 +109,11 @@ def merged_proof(proofs: list[tuple[str, ProofInfo]]) -> ProofInfo:
     )
 
 
-def model_of_plan(plan: Plan, model: str | None = None) -> ModelSpec:
-    """The model of a plan, named by it or by `model`; `InputError` where it is another one."""
+def model_of(plan: Plan, model: str | None = None) -> ModelSpec:
+    """The model that a plan was made for, named by the plan or by `model`.
+
+    `InputError` when the model found is not that one.
+    """
     known = plan.model.name if plan.model.name in model_names() else plan.model.source
     spec = load_model(model or known)
     if model_digest(spec) != plan.model.digest:
@@ -129,11 +126,8 @@ def model_of_plan(plan: Plan, model: str | None = None) -> ModelSpec:
 
 
 def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
-    """Prove a plan's strategies again on its model, named by the plan or by `model`.
-
-    `InputError` when the model found is not the one the plan was made for.
-    """
-    spec = model_of_plan(plan, model)
+    """Prove a plan's strategies again on its model (`model_of`, which may raise)."""
+    spec = model_of(plan, model)
     ways: list[tuple[str, ClusterInfo, StrategyInfo]] = [
         (pool.role, pool.cluster, pool.strategy) for pool in plan.pools
     ]

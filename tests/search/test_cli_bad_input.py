@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.search.emit_cases import emit_plan
 
 from shardplan.search.estimate import price_columns
 from shardplan.search.estimate_csv import MAX_POINTS_BYTES
@@ -248,6 +249,19 @@ def test_plans_that_are_none(
     refused(["verify", str(plan)], capsys, *words)
     out = tmp_path / "deploy"
     refused(["emit", str(plan), "--target", "atc", "--out", str(out)], capsys, *words)
+    assert not out.exists()
+
+
+def test_options_of_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NAME=VALUE, each once, and only the target's own."""
+    plan, out = tmp_path / "plan.json", tmp_path / "deploy"
+    emit_plan(tp=2).save(plan)
+    words = ["emit", str(plan), "--target", "atc", "--out", str(out)]
+    refused([*words, "--option", "door"], capsys, "NAME=VALUE")
+    refused([*words, "--option", "cann=7", "--option", "cann=8"], capsys, "each name once")
+    refused([*words, "--option", "force=1"], capsys, "NAME=VALUE")
+    refused([*words, "--option", "width=2"], capsys, "no such option", "door")
+    refused([*words, "--option", "cann=9"], capsys, "try 7")
     assert not out.exists()
 
 
