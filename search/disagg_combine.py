@@ -9,6 +9,7 @@ limit, more are more cards. Without a limit that is one instance.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.disagg import Demand, Link, Pools, Service, serve_pools, transfer_s
 from shardplan.costmodel.kernels.base import Array
-from shardplan.search.disagg_pools import Options
+from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_space import Pool
 from shardplan.search.kept import pareto_mask
 from shardplan.search.plan import Limits
@@ -84,6 +85,10 @@ class Combination:
         """Whether it satisfies every limit."""
         return not self.limit
 
+    def worth(self, objective: str) -> float:
+        """Larger is better: the objective, or fewer cards."""
+        return -self.columns["cards"] if objective == "cards" else self.columns["objective"]
+
 
 @dataclass(slots=True)
 class DisaggTally:
@@ -92,6 +97,8 @@ class DisaggTally:
     evaluated: int = 0
     pruned_by: Counter[str] = field(default_factory=Counter)
     infeasible: Counter[str] = field(default_factory=Counter)
+    unreached: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Prefill options that the time limit left out."""
 
 
 class _Best(NamedTuple):
@@ -215,9 +222,14 @@ def _pairs(
     decode: Options,
     allowed: Mask,
     tally: DisaggTally,
+    until_s: float,
 ) -> Iterator[_Best]:
-    """The best counts of each legal pair, prefill option by prefill option."""
-    for index in range(prefill.size):
+    """The best counts of each legal pair, prefill option by prefill option, fast ones first."""
+    order = np.argsort(prefill.columns["slow_s"], kind="stable")
+    for turn, index in enumerate(order):
+        if time.perf_counter() > until_s:
+            tally.unreached = order[turn:]
+            return
         partners = np.flatnonzero(allowed[index])
         one = {name: float(column[index]) for name, column in prefill.columns.items()}
         if not partners.size:
@@ -230,6 +242,8 @@ def _pairs(
             x = np.arange(start, min(start + step, most + 1), dtype=np.int64)
             objective, used, y, feasible = _counts_of(question, one, columns, x, tally)
             row, fits = _first_best(question, objective, used, feasible)
+            if not fits.any():
+                continue
             column = np.arange(partners.size)
             yield _Best(
                 prefill=np.full(int(fits.sum()), index),
@@ -249,9 +263,13 @@ def combine(
     decode: Options,
     allowed: Mask,
     tally: DisaggTally,
+    until_s: float = np.inf,
 ) -> list[Combination]:
-    """The deployments worth remembering, the best first; `allowed`: legal pairs of options."""
-    found = list(_pairs(question, prefill, decode, allowed, tally))
+    """The deployments worth remembering, the best first; `allowed`: legal pairs of options.
+
+    `until_s`: reading of `time.perf_counter` after which no other prefill option is begun.
+    """
+    found = list(_pairs(question, prefill, decode, allowed, tally, until_s))
     if not found:
         return []
     best = _Best(*(np.concatenate(columns) for columns in zip(*found, strict=True)))

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 from shardplan.search.disagg_combine import Combination, DisaggQuestion
-from shardplan.search.disagg_pools import Options
+from shardplan.search.disagg_options import Options
 
 __all__ = ["COSTS", "undominated", "worth_another_look"]
 

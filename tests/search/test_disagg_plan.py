@@ -93,6 +93,19 @@ def test_the_same_question_gives_the_same_bytes(found: SearchResult) -> None:
     assert again.trials.equals(found.trials)
 
 
+def test_a_time_limit_says_what_it_leaves_open() -> None:
+    """Nothing found in time is no answer; both ways of serving share the time."""
+    with pytest.raises(InfeasibleError, match="within the time limit"):
+        _search(time_limit=0)
+    done = _search(time_limit=60)
+    assert done.plan.certificate.gap == 0
+    both = search("llama-3.1-8b", "atlas-800t-a2", **_ASKED, serving="auto", time_limit=60)
+    assert len(both.plan.servings) == 2
+    assert "shared the time limit of 60 s" in both.plan.notes[-1]
+    with pytest.raises(InfeasibleError, match=r"time_limit=0 s"):
+        search("llama-3.1-8b", "atlas-800t-a2", **_ASKED, serving="auto", time_limit=0)
+
+
 def test_quantizing_is_shown_and_never_applied(found: SearchResult) -> None:
     """int8 weights serve more; the plan keeps the checkpoint's."""
     gains = {(row.weight_dtype, row.kv_dtype): row.gain for row in found.plan.quantization}
