@@ -1,16 +1,19 @@
 """What no deployment can do better: bounds on pairs of instances, priced or not.
 
 p and q are the seconds that a card of a prefill and of a decode instance is taken by a request, s
-the seconds of a prompt alone, t those of a decode step, O output tokens, C requests in flight. With
-N cards of both pools, or N_P and N_D apart:
+the seconds of a prompt alone, t those of a decode step, d those of all steps after the first, O
+output tokens, C requests in flight. With N cards of both pools, or N_P and N_D apart:
 
-    rate   <= N / (p + q), or min(N_P / p, N_D / q)      rate <= C / (s + O t)
-    latency >= s + O t                                   cards >= rate asked * (p + q)
+    rate   <= N / (p + q), or min(N_P / p, N_D / q)      rate <= C / (s + t + d)
+    latency >= s + t + d                                 cards >= rate asked * (p + q)
 
-p, q, s and t of layouts that were not priced are at least what the device's peak leaves of them
+p, q, s, t and d of layouts that were not priced are at least what the device's peak leaves of them
 (`shardplan.search.bounds`): f operations a token, I' computed prompt tokens, at F a rank
 
-    p >= I' f / F      q >= O f / F      s >= I' f / (tp pp cp F)      t >= f / (tp F)
+    p >= I' f / F      q >= O f / F
+    s >= I' f / (tp pp cp F)      t >= f / (tp F)      d >= (O - 1) f / (tp F)
+
+(a step of k + 1 verified tokens gives at most as many).
 """
 
 from __future__ import annotations
@@ -39,18 +42,20 @@ class Floor(NamedTuple):
     """Seconds that a card is taken by a request; inf where there are no instances."""
     alone_s: float = math.inf
     """Seconds of one prompt, or of a decode step."""
+    later_s: float = math.inf
+    """Decode: seconds of all steps of a request after the first."""
 
     def either(self, other: Floor) -> Floor:
         """Of both together."""
-        return Floor(min(self.card_s, other.card_s), min(self.alone_s, other.alone_s))
+        return Floor(*map(min, self, other))
 
 
 def floor_of(options: Options, role: str) -> Floor:
     """The least of priced options."""
     if not options.size:
         return Floor()
-    alone = options.columns["service_s" if role == "prefill" else "step_s"]
-    return Floor(float(options.columns["slow_s"].min()), float(alone.min()))
+    names = ("service_s", "service_s") if role == "prefill" else ("step_s", "later_s")
+    return Floor(*(float(options.columns[name].min()) for name in ("slow_s", *names)))
 
 
 def peak_floor(pool: Pool, layouts: Iterable[Parallelism]) -> Floor:
@@ -65,7 +70,8 @@ def peak_floor(pool: Pool, layouts: Iterable[Parallelism]) -> Floor:
             alone_s = prompt * token_s / (par.tp * par.pp * par.cp)
             found = found.either(Floor(prompt * token_s, alone_s))
         else:
-            found = found.either(Floor(work.output_len * token_s, token_s / par.tp))
+            each_s, later = token_s / par.tp, work.output_len - 1.0
+            found = found.either(Floor(work.output_len * token_s, each_s, later * each_s))
     return found
 
 
@@ -78,7 +84,7 @@ def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> float:
     if not (math.isfinite(prefill.card_s) and math.isfinite(decode.card_s)):
         return -math.inf
     first_s = prefill.alone_s + decode.alone_s
-    latency_s = first_s + (demand.output_len - 1.0) * decode.alone_s
+    latency_s = first_s + decode.later_s
     rate = _most_rate(question, prefill, decode)
     if demand.in_flight is not None:
         rate = min(rate, demand.in_flight / latency_s)
@@ -89,7 +95,7 @@ def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> float:
         return -max(2.0, math.ceil(asked * (prefill.card_s + decode.card_s) / _SLACK))
     if question.objective == "latency":
         return _SLACK / latency_s
-    return _SLACK * rate * demand.output_len
+    return _SLACK * rate * question.decode.workload.output_len
 
 
 def _most_rate(question: DisaggQuestion, prefill: Floor, decode: Floor) -> float:

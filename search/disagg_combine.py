@@ -61,7 +61,6 @@ class DisaggQuestion:
         latency = self.objective == "latency"
         alone = latency and work.concurrency is None and work.request_rate is None
         return Demand(
-            output_len=work.output_len,
             in_flight=1.0 if alone else work.concurrency,
             offered_per_s=work.request_rate if latency else None,
             ttft_s=self.limits.ttft_s,
@@ -130,6 +129,7 @@ def deployments(
         service_s=prefill["service_s"],
         decode_per_s=y * decode["rate"],
         step_s=decode["step_s"],
+        later_s=decode["later_s"],
         transfer_s=transfer_s(link, decode["bytes"] * prefill["sent"], decode["received"]),
         transfer_per_s=ranks * link.bytes_per_s / decode["bytes"],
     )
@@ -155,7 +155,7 @@ def _needed(question: DisaggQuestion, decode: Mapping[str, Array]) -> Array:
     need = np.full(decode["rate"].shape, work.request_rate or 0.0)
     if demand.in_flight is None or demand.ttft_s is None:
         return need
-    longest = demand.ttft_s + (demand.output_len - 1.0) * decode["step_s"]
+    longest = demand.ttft_s + decode["later_s"]
     return np.asarray(np.maximum(need, demand.in_flight / longest))
 
 
@@ -253,7 +253,7 @@ def _pairs(
                 objective=objective[row, column][fits],
                 used=used[row, column][fits].astype(np.int64),
                 feasible=feasible[row, column][fits],
-                tpot_s=columns["step_s"][fits],
+                tpot_s=columns["tpot_s"][fits],
             )
 
 
@@ -336,7 +336,7 @@ def _columns(
     return {
         "objective": _objective(question, service),
         "ttft_s": service.ttft_s,
-        "tpot_s": given.step_s if question.decode.workload.output_len > 1 else 0.0 * rate,
+        "tpot_s": decode["tpot_s"] if question.decode.workload.output_len > 1 else 0.0 * rate,
         "end_to_end_s": service.end_to_end_s,
         "output_tokens_per_s": tokens,
         "output_tokens_per_s_per_card": tokens / used,

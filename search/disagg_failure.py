@@ -37,7 +37,7 @@ def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleE
     name, allowed, what = (
         ("ttft", limits.ttft_s, "one prompt")
         if pool.role == "prefill"
-        else ("tpot", limits.tpot_s, "a decode step")
+        else ("tpot", limits.tpot_s, "a token")
     )
     if math.isfinite(priced.least_s) and allowed is not None:
         return InfeasibleError(
@@ -73,7 +73,7 @@ def _enough_ms(outcome: DisaggOutcome, pool: Pool) -> int:
     if other.options.size:
         link = outcome.question.link
         sent_s = float(other.options.columns["bytes"].max()) / link.bytes_per_s
-        seconds += other.least_s + link.latency_s + sent_s
+        seconds += float(other.options.columns["step_s"].min()) + link.latency_s + sent_s
     return math.ceil(seconds * 1e3) + 1
 
 

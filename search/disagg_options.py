@@ -26,7 +26,7 @@ class Options:
     layouts: list[Parallelism]
     choices: tuple[Choice, ...]
     columns: dict[str, Array]
-    """cards, layout, choice, point, slots, rate, memory, free, the costs and the parts of a
+    """cards, layout, choice, chunk, slots, rate, memory, free, the costs and the parts of a
     step: compute, transfer of memory, collectives, overhead, seconds."""
 
     @property
@@ -61,7 +61,7 @@ class Priced:
     least_bytes: float = np.inf
     """Memory that the leanest of those that do not fit needs."""
     least_s: float = np.inf
-    """Service (prefill) or step (decode) of the fastest of those that fit."""
+    """Service (prefill) or TPOT (decode) of the fastest of those that fit."""
     unreached: tuple[Parallelism, ...] = ()
     """Legal layouts that the time limit left unpriced."""
 
@@ -86,7 +86,7 @@ def fitting(priced: Priced, pool: Pool, limit_s: float) -> Priced:
     found = priced.options
     if not found.size:
         return priced
-    time = found.columns["service_s" if pool.role == "prefill" else "step_s"]
+    time = found.columns["service_s" if pool.role == "prefill" else "tpot_s"]
     big = found.columns["free"] < 0.0
     priced.least_s = float(time[~big].min(initial=np.inf))
     slow = ~big & (time > limit_s)

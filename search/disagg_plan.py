@@ -53,7 +53,7 @@ def _strategy(pool: Side, options: Options, index: int) -> StrategyInfo:
     layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
     chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
     layout["stage_layers"] = balanced_stages(pool.spec, par)
-    batch, chunk = (int(options.columns[name][index]) for name in ("slots", "point"))
+    batch, chunk = (int(options.columns[name][index]) for name in ("slots", "chunk"))
     return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
 
 
@@ -126,7 +126,6 @@ def _pool(
     kept = Kept(parallel=par, choice=choice, batch=way.batch, chunk=way.chunk, limit=-1, columns={})
     rows = memory_rows(scorer, kept)
     held = {name: float(column[index]) for name, column in options.columns.items()}
-    output_len = side.workload.output_len
     pool = Pool(
         role=side.role,
         instances=count,
@@ -136,7 +135,7 @@ def _pool(
             requests_per_s=held["rate"],
             used=best.columns[f"{side.role}_used"],
             step_s=held["busy_s"] if first else held["step_s"],
-            service_s=held["service_s"] if first else held["step_s"] * output_len,
+            service_s=held["service_s"] if first else held["step_s"] + held["later_s"],
         ),
         memory=rows,
         largest_lever=lever(rows, kept, side.cluster.device),
@@ -175,7 +174,7 @@ def _certificate(outcome: DisaggOutcome) -> Certificate:
     for pool in (outcome.question.prefill, outcome.question.decode):
         legal = [par for par, rule in pool.layouts if not rule]
         space[f"{pool.role}_cards"] = list(pool.sizes)
-        for name in ("tp", "pp", "dp", "ep", "sp", "exchange"):
+        for name in ("tp", "pp", "dp", "ep", "sp", "exchange", "mtp"):
             space[f"{pool.role}_{name}"] = sorted({getattr(par, name) for par in legal})
         for name in ("attention", "weight_dtype", "kv_dtype"):
             space[f"{pool.role}_{name}"] = sorted({getattr(one, name) for one in pool.choices})

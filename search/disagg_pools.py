@@ -27,6 +27,7 @@ from shardplan.models.counts import parameter_count
 from shardplan.models.parallel import AXES, Parallelism
 from shardplan.search.disagg_options import Options, Priced, Row, fitting, stacked
 from shardplan.search.disagg_space import Pool
+from shardplan.search.evaluate import acceptance_of
 from shardplan.search.space import Choice
 
 __all__ = ["PoolPricing"]
@@ -46,8 +47,10 @@ class _Base:
         ledgers: dict[Parallelism, Ledger],
     ) -> None:
         self.pool, self.par = pool, par
-        prefill = apply(build_graph(pool.spec, "prefill"), par)
-        graph = prefill if pool.role == "prefill" else apply(build_graph(pool.spec, "decode"), par)
+        prefill, graph = (
+            apply(build_graph(pool.spec, phase, mtp=par.mtp > 0), par)
+            for phase in ("prefill", pool.role)
+        )
         wires = () if par.pp > 1 else ("send", "recv")
         self.names = [name for name in graph.blocks if name not in wires]
         alone = tuple(
@@ -97,6 +100,8 @@ class _Base:
             weight_dtype=choice.weight_dtype,
             kv_dtype=choice.kv_dtype,
             attention=choice.attention,
+            mtp=self.par.mtp,
+            acceptance=acceptance_of(self.pool.spec, work),
         )
 
     def templates(self, choice: Choice, stages: int) -> dict[str, Parts]:
@@ -195,12 +200,14 @@ def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
         tokens = grid
     else:
         found = decode_times(
-            model, parts, runs, groups=groups, slots=grid, output_len=pool.workload.output_len
+            model, parts, runs, groups=groups, slots=grid, given=base.given(choice)
         )
-        slots, rate, tokens = grid, found.requests_per_s, grid
+        slots, rate, tokens = grid, found.requests_per_s, grid * (1.0 + par.mtp)
         held = _sent_bytes(pool, base, graph, runs, choice.kv_dtype)
         costs = {
             "step_s": found.step_s,
+            "later_s": found.later_s,
+            "tpot_s": found.tpot_s,
             "bytes": np.asarray(held),
             "received": np.asarray(held / rank),
         }
@@ -210,7 +217,7 @@ def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
     memory = _memory(pool, base, graph, choice, slots, tokens)
     return {
         "cards": cards,
-        "point": grid,
+        "chunk": tokens,
         "slots": slots,
         "rate": rate,
         "slow_s": cards / rate,

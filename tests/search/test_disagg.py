@@ -10,7 +10,8 @@ from unittest.mock import patch
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.disagg_oracle import best_deployment, disagg_cases, space_size
+from tests.search.disagg_cases import disagg_cases
+from tests.search.disagg_oracle import best_deployment, space_size
 from tests.search.oracle import sparse
 
 from shardplan.costmodel.catalog import load_cluster
