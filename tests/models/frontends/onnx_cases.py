@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ OPSET = 20
 def save(
     path: Path,
     nodes: Sequence[onnx.NodeProto],
-    inputs: dict[str, Sequence[int | str]],
+    inputs: Mapping[str, Sequence[int]],
     outputs: Sequence[str],
     weights: dict[str, Any],
     opset: int = OPSET,
