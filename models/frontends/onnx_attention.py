@@ -27,7 +27,10 @@ Member = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Fused:
-    """An operator of several nodes: `inside` gives each part the loop of its own for each loop."""
+    """An operator of several nodes, in the place of the last: `inside` gives each part the loop of
+    its own for each loop."""
+
+    last: str
 
     operator: Operator
     inside: Mapping[str, Mapping[str, str]]
@@ -182,7 +185,7 @@ def _fuse(wiring: _Wiring, parts: list[Operator], last: Operator) -> Fused:
                 named = _named(one, access, classes, loops)
                 reads[access.tensor, named] = Access(tensor=access.tensor, loops=named)
     operator = Operator(
-        name=last.name,
+        name=f"{last.name}/attention",
         kind="attention",
         reads=tuple(reads.values()),
         writes=(
@@ -196,7 +199,7 @@ def _fuse(wiring: _Wiring, parts: list[Operator], last: Operator) -> Fused:
         where=last.where,
         attrs=_sizes(wiring, parts, last, loops["h"].size if "h" in loops else 0),
     )
-    return Fused(operator, inside)
+    return Fused(last.name, operator, inside)
 
 
 def _named(

@@ -67,6 +67,15 @@ class OnnxFile:
     proto: ModelProto
     payloads: Mapping[str, Payload]
 
+    def whole(self) -> ModelProto:
+        """The model as it lies in the file: payloads that are in it included, nodes named."""
+        onnx = need_onnx()
+        proto: ModelProto = onnx.load(self.path, load_external_data=False)
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+        _check_nodes(proto, self.path)
+        return proto
+
     @property
     def opset(self) -> int:
         """Version of the default operator set."""
