@@ -12,7 +12,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -84,7 +84,8 @@ def _run(slices: list[Path], x: Any) -> list[Any]:
 
     def rank(index: int) -> None:
         run = ReferenceEvaluator(str(slices[index]), new_ops=joins)
-        found[index] = run.run(None, {"x": x})[0]
+        (result,) = cast("list[Any]", run.run(None, {"x": x}))
+        found[index] = result
 
     threads = [threading.Thread(target=rank, args=(i,), name=str(i)) for i in range(len(slices))]
     for one in threads:
@@ -146,7 +147,7 @@ def test_slices_compute_what_the_whole_does(
     held = sum(int(np.prod(w.dims)) for w in model.graph.initializer if w.name.startswith("w"))
     assert held < count if len(sizes) > 2 else held == count // ranks
     x = np.random.default_rng(3).standard_normal((2, sizes[0])).astype(np.float32)
-    expected = ReferenceEvaluator(whole).run(None, {"x": x})[0]
+    (expected,) = cast("list[Any]", ReferenceEvaluator(whole).run(None, {"x": x}))
     for found in _run(slices, x):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 

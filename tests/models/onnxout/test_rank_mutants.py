@@ -27,11 +27,13 @@ Models = list[onnx.ModelProto]
 
 
 def _of(model: onnx.ModelProto, op: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if node.op_type == op)
+    found: onnx.NodeProto = next(node for node in model.graph.node if node.op_type == op)
+    return found
 
 
 def _weight(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
-    return next(one for one in model.graph.initializer if one.name == name)
+    found: onnx.TensorProto = next(one for one in model.graph.initializer if one.name == name)
+    return found
 
 
 def drop_all_reduce(models: Models) -> None:
