@@ -22,7 +22,7 @@ def save(
     outputs: Sequence[str],
     weights: dict[str, Any],
     opset: int = OPSET,
-    types: dict[str, int] | None = None,
+    types: Mapping[str, int] | None = None,
 ) -> Path:
     """A model of these nodes; weights are kept in the file."""
     graph = helper.make_graph(

@@ -155,3 +155,14 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, places: Tensor) -> Any:
         return self.layers(self.words(ids) + self.places(places))
+
+
+class Logits(nn.Module):
+    """A causal model of transformers: token ids to logits, no cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids, use_cache=False).logits

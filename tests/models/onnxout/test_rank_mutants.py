@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,11 +27,11 @@ SEEN = 1e-3
 Models = list[onnx.ModelProto]
 
 
-def _of(model: onnx.ModelProto, op: str) -> onnx.NodeProto:
+def _of(model: onnx.ModelProto, op: str) -> Any:
     return next(node for node in model.graph.node if node.op_type == op)
 
 
-def _weight(model: onnx.ModelProto, name: str) -> onnx.TensorProto:
+def _weight(model: onnx.ModelProto, name: str) -> Any:
     return next(one for one in model.graph.initializer if one.name == name)
 
 

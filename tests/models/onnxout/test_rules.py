@@ -6,6 +6,7 @@ onnx's reference, for operators that it lacks) runs the ranks and the whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Case:
     outputs: tuple[str, ...] = ("y",)
     inputs: tuple[str, ...] = ()
     opset: int = 20
-    types: dict[str, int] = field(default_factory=dict)
+    types: Mapping[str, int] = field(default_factory=dict)
     to: int = 0
     """Type that the output is cast to, where a collective does not take its own."""
 
@@ -49,7 +50,7 @@ def ints(*values: int) -> Any:
     return np.array(values, np.int64)
 
 
-IDS = {"i": TensorProto.INT64}
+IDS: dict[str, int] = {"i": TensorProto.INT64}
 TWO = {"a": (4, 6, 8), "b": (6, 8)}
 CASES = {
     "matmul, weight": Case("MatMul", "b0 m k n", weights={"w": cases.numbers(8, 10)}),
