@@ -274,6 +274,7 @@ def _sizes(
     inner = {write.tensor for one in parts for write in one.writes}
     masks = {name for one in parts if one.kind == "pointwise" for name in one.inputs} - inner
     causal = any(is_causal(array) for name in masks for array in _constants(wiring, name))
+    causal = causal or 1 == shape[-2] < shape[-1]  # a decode step: nothing later is there
     kv_heads = kv_heads if repeated else shape[1]
     return head_attrs(shape[1], kv_heads, queries[-1], values[-1], shape[-1], int(causal))
 

@@ -278,6 +278,36 @@ def test_models_of_transformers_are_recognised_and_their_ranks_agree(
         proven(path, lay(graph, choose(graph, on), on, stages), tmp_path / plan)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp2", "tp4", "tp2 pp2"])
+def test_a_decode_step_with_caches_agrees(plan: str, tmp_path: Path) -> None:
+    """Caches are inputs and outputs, held by kv heads; the decoder is recognised in it."""
+    torch = pytest.importorskip("torch")
+    from tests.models.frontends.torch_modules import Decoder, DecodeStep
+
+    past = [(torch.zeros(2, 4, 5, 4), torch.zeros(2, 4, 5, 4)) for _ in range(2)]
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    path = cases.export(tmp_path / "m.onnx", DecodeStep(Decoder()), ids, past)
+    assert load_model(path).kv_heads == 4
+    graph, (on, choose, stages) = read_onnx(path), PLANS[plan]
+    laid = lay(graph, choose(graph, on), on, stages)
+    write_ranks(laid, tmp_path / "out")
+    given = inputs_of(path)
+    states = [name for name, one in graph.raw.tensors.items() if one.kind == "state"]
+    assert len(states) == 4
+    parts = [
+        given | {name: np.split(given[name], on.ranks, 1)[rank % on.ranks] for name in states}
+        for rank in range(laid.ranks)
+    ]
+    ranks, whole = run_ranks(tmp_path / "out", parts), run_whole(path, given)
+    for name, value in whole.items():
+        found = [one[name] for one in ranks if name in one]
+        assert len(found) == on.ranks
+        logits = found[0].shape == value.shape
+        together = found[0] if logits else np.concatenate(found, axis=1)
+        assert np.abs(together - value).max() < TOLERANCE * np.abs(value).max()
+
+
 @pytest.mark.parametrize("plan", ["tp2", "tp4", "tp2 dp2", "tp 2x2"])
 def test_every_element_of_a_weight_is_owned_the_right_number_of_times(
     plan: str, tmp_path: Path
