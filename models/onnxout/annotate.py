@@ -42,7 +42,7 @@ def annotate(
     """Write the whole model with the strategy as annotations; arguments as those of `lay`.
 
     A model whose weights lie outside is written into their folder. `LayoutError` for a strategy
-    that cannot be laid, `InputError` for another folder.
+    that cannot be laid, `InputError` for another folder or a file that cannot be written.
     """
     proto = source.file.whole()
     outside = any(one.data_location for one in proto.graph.initializer)
@@ -81,7 +81,12 @@ def annotate(
         for name, layout in layouts.items():
             _write_spec(entry, name, layout, source.walked.shapes[name], mesh, place)
     check_annotations(proto, source.walked.shapes)
-    path.write_bytes(proto.SerializeToString())
+    try:
+        path.write_bytes(proto.SerializeToString())
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be written: {error.strerror}", got=f"file={path}"
+        ) from None
 
 
 def read_annotations(source: OnnxGraph) -> tuple[Mesh, dict[str, dict[str, str]], list[int]]:

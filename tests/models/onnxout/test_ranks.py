@@ -365,5 +365,8 @@ def test_a_collective_that_does_not_know_a_type_is_refused(tmp_path: Path) -> No
     types = {"x": onnx.TensorProto.INT32}
     path = cases.save(tmp_path / "m.onnx", nodes, {"x": (8,)}, ["y"], {}, types=types)
     laid = lay(read_onnx(path), {"total": {"x": "d0"}}, mesh(2))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written.*folder="):
+        write_ranks(laid, tmp_path / "file")
     with pytest.raises(InputError, match=r"AllReduce takes float16.*dtype=int32"):
         write_ranks(laid, tmp_path / "out")
