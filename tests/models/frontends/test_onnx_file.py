@@ -183,3 +183,23 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"shardplan\[onnx\]"):
         open_onnx(path)
+
+
+def test_scalars_that_numpy_lacks_are_not_computed_with(tmp_path: Path) -> None:
+    """A bfloat16 scale stays what it is; a chain of thousands of nodes is read."""
+    scale = helper.make_tensor("scale", TensorProto.BFLOAT16, [], [0.5])
+    nodes = [helper.make_node("Cast", ["scale"], ["s"], "cast", to=TensorProto.FLOAT)]
+    nodes += [helper.make_node("Mul", ["x", "s"], ["y0"], "mul")]
+    for index in range(3000):
+        pair = [f"y{index}", f"y{index}"]
+        nodes.append(helper.make_node("Add", pair, [f"y{index + 1}"], f"add{index}"))
+    nodes.append(helper.make_node("MatMul", ["y3000", "y2999"], ["z"], "product"))
+    path = cases.save(tmp_path / "m.onnx", nodes[1:], {"x": (4, 4), "s": ()}, ["z"], {})
+    model = onnx.load(path)
+    model.graph.node.insert(0, nodes[0])
+    del model.graph.input[1]
+    model.graph.initializer.append(scale)
+    onnx.save(model, path)
+    graph = read_onnx(path)
+    assert graph.raw.operators[0].name == "cast"
+    assert len(graph.raw.operators) == 3003

@@ -182,3 +182,23 @@ def test_layers_are_found_where_all_read_one_table(tmp_path: Path) -> None:
     layers = {one.name: one.layer for one in graph.operators}
     assert [layers[f"sum{index}"] for index in range(5)] == [0, 1, 2, 3, 4]
     assert (layers["table"], layers["sum"]) == (-1, -1)
+
+
+@pytest.mark.slow
+def test_a_search_takes_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same plan as for the config of the same sizes."""
+    from shardplan.search.main import run
+
+    file = cases.decoder(tmp_path / "model.onnx")
+    config(tmp_path, "LlamaForCausalLM")
+    found = []
+    for model in (file, tmp_path / "config.json"):
+        words = ["search", "--model", str(model), "--cluster", "atlas-800t-a2", "--json"]
+        assert run([*words, "--out", str(tmp_path / model.suffix)]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        found.append({key: value for key, value in plan.items() if key in SAME_PLAN})
+    assert found[0] == found[1]
+    assert set(found[0]) == SAME_PLAN
+
+
+SAME_PLAN = {"strategy", "performance", "memory"}
