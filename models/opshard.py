@@ -138,9 +138,12 @@ class _Walk:
         wanted, written = layouts_of(op, chosen, self.mesh, self.graph.tensors)
         passing = dict.fromkeys(self.passing(op, chosen), PARTIAL)
         sent = self.exchanged.get(op.name, {})
+        once = {axis: PARTIAL for axis, loop in chosen.items() if loop in op.contracted}
         reads = []
         for slot, (access, layout) in enumerate(zip(op.reads, wanted, strict=True)):
             want = {**layout, **passing} if slot in op.linear else dict(layout)
+            if _is_added(op, access):
+                want |= once
             if self.free(access.tensor):
                 want |= self.expert_dims(access, sent)
             reads.append(self.bring(access.tensor, self.key(want)))
@@ -246,6 +249,11 @@ class _Walk:
                 )
                 self.ready[tensor].append(after)
             before = after
+
+
+def _is_added(op: Operator, access: Access) -> bool:
+    """Whether a product adds a tensor to its sum, as a bias: of partial sums only one may."""
+    return op.kind == "matmul" and not set(access.loops) & set(op.contracted)
 
 
 def route(

@@ -13,18 +13,34 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear
 
 from shardplan.models.errors import InputError
 from shardplan.models.fx.experts import experts, gates
+from shardplan.models.fx.loops import opgraph_of
+from shardplan.models.fx.step import Exported, exported_of
 from shardplan.models.fx.torch_lib import transformers_lib
+from shardplan.models.graph import Phase
+from shardplan.models.opgraph import OpGraph
 
-__all__ = ["Decode", "Prefill", "Quantized", "RoutedExperts", "export", "prepare", "quantize"]
+__all__ = [
+    "Decode",
+    "Prefill",
+    "Quantized",
+    "RoutedExperts",
+    "export",
+    "export_step",
+    "prepare",
+    "quantize",
+]
 
 _BLOCKS = (
     "DeepseekV2Moe",
@@ -35,7 +51,19 @@ _BLOCKS = (
 _ALWAYS_NORMALISED = ("MixtralSparseMoeBlock",)
 
 
-def _cache(model: Any, held: Sequence[Tensor]) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A cache, as the keyword argument that a model takes it by."""
+
+    layers: list[Any]
+    named: dict[str, Any]
+
+    def tensors(self) -> list[Tensor]:
+        """Key and value of each layer in turn."""
+        return [one for layer in self.layers for one in (layer.keys, layer.values)]
+
+
+def _cache(model: Any, held: Sequence[Tensor]) -> _Held:
     """A cache with key and value of each layer in turn, or an empty one.
 
     Its layers start with what they are given, where the library's join it to an empty tensor.
@@ -53,7 +81,9 @@ def _cache(model: Any, held: Sequence[Tensor]) -> Any:
     layers = [kind() for _ in range(model.config.num_hidden_layers)]
     for layer, key, value in zip(layers, held[::2], held[1::2], strict=False):
         layer.update(key, value)
-    return library.Cache(layers=layers)
+    takes = inspect.signature(type(model).forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
+    return _Held(layers, {name: library.Cache(layers=layers)})
 
 
 class Prefill(nn.Module):
@@ -65,13 +95,9 @@ class Prefill(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         """ids [batch, tokens]."""
-        out = self.model(
-            input_ids=ids,
-            past_key_values=_cache(self.model, ()),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return (out.logits, *_caches(out.past_key_values))
+        cache = _cache(self.model, ())
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache.named)
+        return (out.logits, *cache.tensors())
 
 
 class Decode(nn.Module):
@@ -84,12 +110,8 @@ class Decode(nn.Module):
     def forward(self, ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         """ids [batch, 1]; caches are key and value of each layer in turn."""
         cache = _cache(self.model, caches)
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
-        return (out.logits, *_caches(out.past_key_values))
-
-
-def _caches(cache: Any) -> list[Tensor]:
-    return [one for layer in cache.layers for one in (layer.keys, layer.values)]
+        out = self.model(input_ids=ids, use_cache=True, **cache.named)
+        return (out.logits, *cache.tensors())
 
 
 class RoutedExperts(nn.Module):
@@ -231,6 +253,23 @@ def quantize(model: Any) -> Any:
         if isinstance(module, nn.Linear) and ".layers." in name and "router" not in name:
             made.set_submodule(name, Quantized(module))
     return made
+
+
+def export_step(ready: Any, phase: Phase, batch: int, tokens: int) -> tuple[Exported, OpGraph]:
+    """A prefill of `tokens`, or a decode step against a cache of so many; with its graph.
+
+    `ready` is a prepared decoder; shapes are those of the whole deployment.
+    """
+    device = next(ready.parameters()).device
+    ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+    if phase == "prefill":
+        found = exported_of(export(Prefill(ready), [ids]))
+    else:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            caches = Prefill(ready)(ids)[1:]
+        held = [torch.empty(one.shape, dtype=one.dtype, device=device) for one in caches]
+        found = exported_of(export(Decode(ready), [ids[:, :1], *held]))
+    return found, opgraph_of(found)
 
 
 def export(module: nn.Module, inputs: Sequence[Tensor]) -> Any:

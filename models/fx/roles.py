@@ -4,7 +4,7 @@
     gate up               columns over ffn_tp           down       rows
     experts               over ep, their width over the rest of tp
     embedding, head       vocabulary over embed_tp, head_tp
-    norms between blocks  tokens over tp where sp is on
+    norms, residual sums  tokens over tp where sp is on
     everything else       follows what it reads
 
 The axes and groups are those of `shardplan.models.parallel.make_mesh`, so that what is inserted
@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardplan.models.errors import LayoutError
+from shardplan.models.errors import InputError, LayoutError
 from shardplan.models.graph import Phase
 from shardplan.models.modules import module_is_whole
 from shardplan.models.opgraph import Layout, Operator, OpGraph
 from shardplan.models.opshard import Program, place
 from shardplan.models.parallel import Mesh, Parallelism
 
-__all__ = ["decoder_program"]
+__all__ = ["check_split", "decoder_program"]
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
 _LATENT = ("q_a_proj", "kv_a_proj_with_mqa", "q_a_layernorm", "kv_a_layernorm")
@@ -68,7 +68,7 @@ class _Roles:
             return self.experts(op)
         if op.kind == "matmul" and len(op.reads) > 1:
             return self.product(op, path)
-        if self.is_norm(path) and len(op.writes[0].loops) > 1:
+        if (self.is_norm(path) or path[-1].isdigit()) and len(op.writes[0].loops) > 1:
             return self.tokens(op.writes[0].loops)
         return None
 
@@ -141,18 +141,23 @@ class _Roles:
         return {**self.sequences(x), **dict.fromkeys(self.mesh.groups["ep"], expert), **inner}
 
 
+def check_split(par: Parallelism) -> None:
+    """`InputError` for what graphs of PyTorch are not split by."""
+    if par.cp > 1 or par.mtp:
+        raise InputError(
+            "graphs of PyTorch are split over tp, sp, pp, dp, ep and modules",
+            got=f"cp={par.cp}, mtp={par.mtp}",
+            hint="prove contexts and predicted tokens with --level 1",
+        )
+
+
 def decoder_program(graph: OpGraph, mesh: Mesh, par: Parallelism, phase: Phase) -> Program:
     """The program of a step as `shardplan.models.fx.decoders` exports it.
 
     Inputs are ids, then caches; outputs logits, then caches. Sequences lie over dp, caches over
-    tp by their heads. Raises `LayoutError` for what no export is split by (cp, mtp).
+    tp by their heads. Raises `InputError` for what no export is split by (cp, mtp).
     """
-    if par.cp > 1 or par.mtp:
-        raise LayoutError(
-            "graphs of PyTorch are split over tp, sp, pp, dp, ep and modules",
-            got=f"cp={par.cp}, mtp={par.mtp}",
-            hint="prove them at level 1",
-        )
+    check_split(par)
     strategy, exchanged = _Roles(graph, mesh, par, phase).strategy()
     data = dict.fromkeys(mesh.groups["dp"], 0)
     heads: Layout = {**data, **dict.fromkeys(mesh.groups["tp"], 1)}

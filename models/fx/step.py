@@ -77,6 +77,8 @@ class SplitStep:
 
     program: Program
     stages: tuple[StageGraph, ...]
+    tensors: Mapping[str, Any]
+    """Whole parameters, buffers and constants by name."""
     weights: tuple[tuple[Mapping[str, Any], ...], ...]
     inputs: tuple[str, ...]
 
@@ -122,7 +124,13 @@ def split_step(exported: Exported, program: Program, layers: Sequence[int]) -> S
         tuple(held_by(stage.held, exported.tensors, mesh, rank) for rank in range(mesh.ranks))
         for stage in stages
     )
-    return SplitStep(program=program, stages=stages, weights=weights, inputs=whole.inputs)
+    return SplitStep(
+        program=program,
+        stages=stages,
+        tensors=exported.tensors,
+        weights=weights,
+        inputs=whole.inputs,
+    )
 
 
 def unsplit(exported: Exported, graph: Any, inputs: Sequence[Any]) -> list[Any]:

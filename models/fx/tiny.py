@@ -8,7 +8,7 @@ from shardplan.models.errors import InputError
 from shardplan.models.fx.torch_lib import torch_lib, transformers_lib
 from shardplan.models.spec import ModelSpec
 
-__all__ = ["ARCHITECTURES", "tiny_model"]
+__all__ = ["ARCHITECTURES", "model_type", "tiny_model"]
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -23,11 +23,8 @@ _DEVIATION = 0.2
 """Of random weights: products of a few elements stay of the order of 1."""
 
 
-def tiny_model(spec: ModelSpec, *, seed: int = 0, dtype: str = "float32") -> Any:
-    """A `PreTrainedModel` with the sizes of a spec.
-
-    `InputError` for an architecture that is not among `ARCHITECTURES`.
-    """
+def model_type(spec: ModelSpec) -> str:
+    """The library's name of an architecture. `InputError` for one not among `ARCHITECTURES`."""
     kind = ARCHITECTURES.get(spec.architecture)
     if kind is None:
         raise InputError(
@@ -35,8 +32,16 @@ def tiny_model(spec: ModelSpec, *, seed: int = 0, dtype: str = "float32") -> Any
             got=spec.architecture,
             hint="known: " + ", ".join(ARCHITECTURES) + "; use --level 1 for others",
         )
+    return kind
+
+
+def tiny_model(spec: ModelSpec, *, seed: int = 0, dtype: str = "float32") -> Any:
+    """A `PreTrainedModel` with the sizes of a spec.
+
+    `InputError` for an architecture that is not among `ARCHITECTURES`.
+    """
     torch, library = torch_lib(), transformers_lib()
-    config = library.AutoConfig.for_model(kind, **_settings(spec))
+    config = library.AutoConfig.for_model(model_type(spec), **_settings(spec))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = library.AutoModelForCausalLM.from_config(
