@@ -33,6 +33,7 @@ MAX_LOOKED = 2**26
 """Largest constant of the file that is looked at, elements (a mask of 8192 by 8192)."""
 _PLAIN = tuple(name for name, bits in DTYPES.values() if bits >= 8 and hasattr(np, name))
 """Types that numpy computes with."""
+_PACKED = tuple(name for name, bits in DTYPES.values() if bits < 8)
 _INFERRED = 1024
 """Largest constant that shape inference is shown, elements: shapes, axes, counts."""
 _LIKE_FIRST = (
@@ -62,10 +63,13 @@ class Walked:
     """Initializers of the file."""
 
     def constant(self, name: str) -> Array | None:
-        """The elements of a constant of up to MAX_LOOKED elements, None for other tensors."""
+        """The elements of a constant of up to MAX_LOOKED elements, None for other tensors.
+
+        Types that numpy lacks come as their bits, which is enough to tell what is hidden.
+        """
         if name in self.values:
             return self.values[name]
-        known = name in self.weights and self.dtypes[name] in _PLAIN
+        known = name in self.weights and self.dtypes[name] not in _PACKED
         small = known and math.prod(self.shapes[name]) <= MAX_LOOKED
         return self.file.weight(name) if small else None
 

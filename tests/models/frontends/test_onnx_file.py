@@ -96,6 +96,18 @@ def _symbol(model: Any) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "rows"
 
 
+def _shape_of_weight(model: Any) -> None:
+    """A small weight, whose bytes stay in the message."""
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float32), "small"))
+    model.graph.initializer[-1].dims[0] = 5
+
+
+def _typed_too_short(model: Any) -> None:
+    weight = next(one for one in model.graph.initializer if one.name == "w2")
+    weight.ClearField("raw_data")
+    weight.float_data.extend([1.0, 2.0])
+
+
 REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "no rule": (_node("Hardmax", ["h"]), "no rule for the operator Hardmax.*node=second"),
     "unknown operator": (_node("Magic", ["h"]), "no rule for the operator Magic.*node=second"),
@@ -108,6 +120,8 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "control flow": (_branch, "control flow.*node=choice, operator=If"),
     "complex weight": (_complex, "not complex.*initializer=phases"),
     "complex input": (_complex_input, "not complex.*tensor=x"),
+    "bytes of a weight": (_shape_of_weight, r"as many bytes.*initializer=small, shape=\[5, 4\]"),
+    "elements of a weight": (_typed_too_short, "as many elements.*initializer=w2"),
     "symbol": (_symbol, "symbolic dim needs a size.*input=x, dim=rows"),
 }
 

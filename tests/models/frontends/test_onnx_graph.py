@@ -127,6 +127,18 @@ def test_other_exports_of_a_decoder_say_the_same(options: Any, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_weights_of_sixteen_bits_are_recognised(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from tests.models.frontends.torch_modules import Decoder
+
+    ids = torch.arange(16).reshape(2, 8)
+    for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        file = cases.export(tmp_path / f"{name}.onnx", Decoder(tied=True).to(kind), ids)
+        spec = load_model(file)
+        assert (spec.dtype, spec.tied_embeddings, spec.layers) == (name, True, 2)
+
+
+@pytest.mark.slow
 def test_an_encoder_and_a_vit_are_counted_and_not_taken_for_decoders(tmp_path: Path) -> None:
     from tests.models.frontends.torch_modules import Encoder, VitBlock
 

@@ -113,8 +113,9 @@ class Decoder(nn.Module):
         angles = places[:, None] * steps[None]
         angles = torch.cat((angles, angles), -1)
         x = self.embed_tokens(ids)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x, angles.cos(), angles.sin())
+            x = layer(x, cos, sin)
         return self.lm_head(self.norm(x))
 
 
