@@ -325,7 +325,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29511)
     parser.add_argument("--out", default="")
     given = vars(parser.parse_args())
-    given["config"] = given["config"] or str(CONFIGS[given["model"]])
+    if given["config"]:
+        given["model"] = Path(given["config"]).stem
+    else:
+        given["config"] = str(CONFIGS[given["model"]])
     asked = Asked(**{**given, "points": points_of(given["points"])})
     mp.spawn(run, args=(asked,), nprocs=asked.tp)
 
