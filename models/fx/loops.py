@@ -341,6 +341,19 @@ def _complex(rules: _Rules) -> None:
     rules.write(rules.node, dims if len(out) < len(shape) else [*dims, ""])
 
 
+def _norm(rules: _Rules) -> None:
+    """Over the last dims, as many as the weight has; they stay whole."""
+    rules.kind = "norm"
+    source, normed = rules.node.args[:2]
+    shape = _shape(source)
+    first = len(shape) - len(normed)
+    dims = rules.each(shape, whole=range(first, len(shape)))
+    rules.read(source, dims)
+    for one in rules.tensors()[1:]:
+        rules.read(one, dims[first:])
+    rules.write(rules.node, dims)
+
+
 def _gates(rules: _Rules) -> None:
     rules.kind = "softmax"
     scores = rules.node.args[0]
@@ -377,16 +390,10 @@ RULES: Mapping[str, Callable[[_Rules], None]] = {
     "expand": _expanded,
     "view_as_complex": _complex,
     "view_as_real": _complex,
-    "softmax": _along(1, "dim", -1),
-    "_softmax": _along(1, "dim", -1),
-    "cumsum": _along(1, "dim", -1),
-    "mean": _along(1, "dim", -1),
-    "cat": _along(1, "dim", 0),
-    "slice": _along(1, "dim", 0),
-    "select": _along(1, "dim", 0),
-    "split": _along(2, "dim", 0),
-    "split_with_sizes": _along(2, "dim", 0),
-    "chunk": _along(2, "dim", 0),
+    **dict.fromkeys(("softmax", "_softmax", "cumsum", "mean"), _along(1, "dim", -1)),
+    **dict.fromkeys(("cat", "slice", "select"), _along(1, "dim", 0)),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _along(2, "dim", 0)),
+    **dict.fromkeys(("rms_norm", "layer_norm"), _norm),
     "gates": _gates,
     "experts": _experts,
 }
