@@ -1,4 +1,4 @@
-"""Clusters by name or from a TOML file (`data/clusters`), and how many ranks a job may take.
+"""Clusters by name or from a file, and how many ranks a job may take.
 
 A file holds facts (`shardplan.costmodel.datafile`); GB = 1e9 bytes and us = 1e-6 s are converted
 here. Devices come from `shardplan.costmodel.devices`, whose functions are given on here as well.
@@ -7,6 +7,9 @@ A cluster names its device by catalogue name, by a path relative to the cluster'
 it in a `[device]` table. Its `[[tiers]]` go from the inside out; `ranks = "all"` on the last one
 means every rank. The file describes the fabric at `max_nodes`; a cluster of fewer nodes keeps the
 tiers that it still crosses, cut to its own number of ranks.
+
+A `.json` file is a cluster file of CANN or HCCL (`shardplan.costmodel.cluster_files`): it stands
+for the shipped cluster of its device and ranks a node, with as many nodes as it lists.
 
 Left out: per-link faults, oversubscribed spines, hosts (processors, memory, PCIe to the host).
 """
@@ -20,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, get_args
 
+from shardplan.costmodel.cluster_files import read_cluster_file
 from shardplan.costmodel.datafile import (
     Field,
     check_keys,
@@ -83,7 +87,7 @@ def load_cluster(
     device: str | Path | Device | None = None,
     cards: int | None = None,
 ) -> Cluster:
-    """A shipped cluster by name (case ignored), or one from a TOML file.
+    """A shipped cluster by name (case ignored), or one from a TOML or a CANN cluster file.
 
     `nodes` replaces the file's own number of nodes and `device` its device (the same server is sold
     with several bins). With `cards` and no `nodes`, a cluster too small for the cards gets the
@@ -92,6 +96,8 @@ def load_cluster(
     """
     if is_file_name(name_or_path):
         path = Path(name_or_path)
+        if path.suffix == ".json":
+            return _listed_cluster(path, nodes, device)
         table = read_toml(path, "cluster")
         if is_profile(table):
             full, default = _profiled_cluster(table, path)
@@ -103,6 +109,40 @@ def load_cluster(
         nodes = max(default, -(-cards // full.ranks_per_node) if cards else 0)
     cluster = _scaled(full, nodes)
     return cluster if device is None else _with_device(cluster, device)
+
+
+def _listed_cluster(path: Path, nodes: int | None, device: str | Path | Device | None) -> Cluster:
+    """The shipped cluster that a CANN or HCCL file describes; `device` where it does not say."""
+    listed = read_cluster_file(path)
+    counts = {len(node.devices) for node in listed.nodes}
+    chip = _listed_device(path, listed.soc_version, device)
+    full = [_shipped_cluster(name)[0] for name in cluster_names()]
+    own = [one for one in full if one.device.soc_versions == chip.soc_versions]
+    found = [one for one in own if {one.ranks_per_node} == counts]
+    if len(found) != 1:
+        sold = ", ".join(one.name for one in own or full if one.device.vendor == chip.vendor)
+        raise DataFileError(
+            "a cluster file lists whole servers, of a kind that one shipped cluster describes",
+            got=f"{path}: {len(listed.nodes)} nodes of {sorted(counts)} x {chip.name}",
+            hint=f"give --cluster as one of {sold}, with --nodes {len(listed.nodes)} "
+            f"--device {chip.name} --cards {listed.ranks}",
+        )
+    return _scaled(replace(found[0], device=chip), nodes or len(listed.nodes))
+
+
+def _listed_device(path: Path, soc: str, asked: str | Path | Device | None) -> Device:
+    """The device asked for, else the catalogue's of that soc_version."""
+    if asked is not None:
+        return asked if isinstance(asked, Device) else load_device(asked)
+    known = [load_device(name) for name in device_names()]
+    for one in known:
+        if soc in one.soc_versions:
+            return one
+    raise DataFileError(
+        "a cluster file names a known device, or --device does",
+        got=f"{path}: {soc or 'no soc_version'}"[:200],
+        hint="known: " + ", ".join(name for one in known for name in one.soc_versions),
+    )
 
 
 def _profiled_cluster(table: Mapping[str, object], path: Path) -> tuple[Cluster, int]:

@@ -98,10 +98,10 @@ def flag(target: str) -> Field:
 
 
 def is_file_name(name_or_path: str | Path) -> bool:
-    """Whether the user means a file: a `Path`, or a string with a separator or `.toml`."""
+    """Whether the user means a file: a `Path`, a string with a separator, `.toml` or `.json`."""
     if isinstance(name_or_path, Path):
         return True
-    return name_or_path.endswith(".toml") or "/" in name_or_path or "\\" in name_or_path
+    return name_or_path.endswith((".toml", ".json")) or "/" in name_or_path or "\\" in name_or_path
 
 
 def _folder(folder: str) -> Traversable:

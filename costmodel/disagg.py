@@ -12,10 +12,11 @@ tokens are computed (those not in the prefix cache):
 
 A decode instance has `b` slots a group and decodes only, at the mean context. Of a request's O
 tokens it makes all: it computes the last prompt token again, as vllm-ascend 0.23.0
-(MooncakeConnectorV1) and vLLM do once the cache is there:
+(MooncakeConnectorV1) and vLLM do once the cache is there. n steps follow: O - 1, or fewer where
+tokens are predicted ahead (`ServingInput.decode_steps`):
 
     t    = max(sum of stages, p * slowest stage) + host time    with b / p sequences a microbatch
-    mu_D = g b / (O t)
+    mu_D = g b / ((1 + n) t)
 
 The cache of a prompt, B bytes over all ranks of a decode group, is pulled when the prompt is
 done, not layer by layer behind the computation. n prompts of a group are done together. With r
@@ -28,15 +29,15 @@ share that a transfer reaches:
 Deployment, M = x mu_P, utilisation rho = rate / M, A = service + X + t:
 
     wait = f rho busy / (2 (1 - rho))         M/D/1, whose server takes a step's prompts at once
-    TTFT = wait + A     TPOT = t     latency = TTFT + (O - 1) t
+    TTFT = wait + A     TPOT = n t / (O - 1)     latency = TTFT + n t
     rate = min(rho_max M, y mu_D, mu_X)
 
   open      f = 1; a limit L on TTFT gives rho_max = 2 w / (busy + 2 w), w = L - A; without one
             rho_max is a stated number
   closed    C requests in flight, rate * latency = C. An arriving request meets the C - 1 others:
             f = (C - 1) / C. Of  rho^2 M (f busy / 2 - a) + rho (M a + C) - C = 0  with
-            a = A + (O - 1) t the root in (0, 1] is rho_max; where decode or transfer is slower
-            than that, requests wait for it: TTFT = C / rate - (O - 1) t
+            a = A + n t the root in (0, 1] is rho_max; where decode or transfer is slower
+            than that, requests wait for it: TTFT = C / rate - n t
   offered   rate = R, for the objective latency
 
 Left out: bursts beyond M/D/1, length distributions, idle groups of a step, transfers that queue
@@ -60,6 +61,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Parts
 from shardplan.costmodel.pace import stage_times
+from shardplan.costmodel.step_mix import ServingInput
 from shardplan.models.errors import InputError
 
 __all__ = [
@@ -114,6 +116,9 @@ class DecodeTimes:
     """One decode instance, arrays over its slots."""
 
     step_s: Array
+    later_s: Array
+    """All tokens of a request after the first."""
+    tpot_s: Array
     requests_per_s: Array
 
 
@@ -152,12 +157,21 @@ def decode_times(
     *,
     groups: int,
     slots: Array,
-    output_len: int,
+    given: ServingInput,
 ) -> DecodeTimes:
-    """Times of an instance whose different stages, `runs` of each, are priced as `stages`."""
+    """Times of an instance whose different stages, `runs` of each, are priced as `stages`.
+
+    `given`: lengths, and the tokens that are predicted ahead.
+    """
     total, slowest = stage_times(model, stages, "decode", runs)
     step = np.maximum(total, slowest * sum(runs)) + model.host_s("decode")
-    return DecodeTimes(step_s=step, requests_per_s=groups * slots / (output_len * step))
+    steps = given.decode_steps
+    return DecodeTimes(
+        step_s=step,
+        later_s=steps * step,
+        tpot_s=given.steps_per_token * step,
+        requests_per_s=groups * slots / ((1.0 + steps) * step),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +227,6 @@ def transfer_s(link: Link, sent_bytes: Array, received_bytes: Array) -> Array:
 class Demand:
     """What is asked of a deployment."""
 
-    output_len: int
     in_flight: float | None = None
     offered_per_s: float | None = None
     """Requests a second that come; None: as many as can be served."""
@@ -229,6 +242,8 @@ class Pools:
     service_s: Array
     decode_per_s: Array
     step_s: Array
+    later_s: Array
+    """All tokens of a request after the first."""
     transfer_s: Array
     transfer_per_s: Array
 
@@ -257,10 +272,9 @@ def _closed(pools: Pools, demand: Demand, alone_s: Array, in_flight: float) -> A
 
 def serve_pools(pools: Pools, demand: Demand) -> Service:
     """Steady state of many deployments at once (the formulas above)."""
-    later = (demand.output_len - 1.0) * pools.step_s
     first = pools.service_s + pools.transfer_s + pools.step_s
     if demand.in_flight is not None:
-        filled = _closed(pools, demand, first + later, demand.in_flight)
+        filled = _closed(pools, demand, first + pools.later_s, demand.in_flight)
     elif demand.ttft_s is not None:
         room = np.maximum(demand.ttft_s - first, 0.0)
         filled = 2.0 * room / (pools.busy_s + 2.0 * room)
@@ -280,11 +294,11 @@ def serve_pools(pools: Pools, demand: Demand) -> Service:
     with np.errstate(divide="ignore", invalid="ignore"):
         wait = used * pools.busy_s / (2.0 * np.maximum(1.0 - used, 1e-300))
         if demand.in_flight is not None:
-            wait = np.maximum(demand.in_flight / rate - later - first, 0.0)
+            wait = np.maximum(demand.in_flight / rate - pools.later_s - first, 0.0)
     return Service(
         requests_per_s=rate,
         ttft_s=wait + first,
-        end_to_end_s=wait + first + later,
+        end_to_end_s=wait + first + pools.later_s,
         wait_s=wait,
         bound=bound,
     )

@@ -40,9 +40,9 @@ class Points:
     """Of the grid's shape: which point stands where."""
 
     def spread(self, values: Array) -> Array:
-        """Values `[..., points]` over the grid; those that are the same for all as they are."""
-        same = not values.ndim or values.shape[-1] == 1
-        return values if same else values[..., self.inverse]
+        """Values `[..., points]` over the grid; those without points of their own as they are."""
+        points = max(one.size for one in self.arrays)
+        return values[..., self.inverse] if values.shape[-1:] == (points,) else values
 
 
 @dataclass(slots=True)

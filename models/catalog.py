@@ -1,5 +1,7 @@
 """Models by name or by file: `load_model("qwen3-32b")`, `load_model("path/to/config.json")`.
 
+An ONNX file (extra `onnx`) is read where the causal decoder in it is recognised.
+
 A preset is a Hugging Face `config.json` under `presets/`, cut down to the keys that matter;
 `presets/sources.toml` says where each comes from and what its publisher says of its size.
 A name is looked up as a preset, then as a Hugging Face repository that a preset stands for,
@@ -32,7 +34,7 @@ __all__ = [
     "read_config",
 ]
 
-_GRAPH_FILES = (".onnx", ".pt2", ".pt", ".om", ".air", ".mindir", ".safetensors", ".gguf")
+_GRAPH_FILES = (".pt2", ".pt", ".om", ".air", ".mindir", ".safetensors", ".gguf")
 MAX_CONFIG_BYTES = 16 * 2**20
 """Largest configuration file that is read, bytes (published ones stay below 100 KB)."""
 
@@ -72,7 +74,7 @@ def preset_sources() -> Mapping[str, Mapping[str, Any]]:
 
 
 def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
-    """The model of a preset, of a `config.json`, or of a folder that holds one.
+    """The model of a preset, of a `config.json`, of a folder that holds one, or of an ONNX file.
 
     A string is first a preset name (or the Hugging Face repository of a preset), then a path;
     a path object is always a path. Raises InputError for a file that cannot be read or breaks
@@ -83,11 +85,15 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
         if preset is not None:
             return _load_preset(preset)
     path = Path(name_or_path)
+    if path.suffix == ".onnx":
+        from shardplan.models.frontends.onnx_model import spec_from_onnx
+
+        return spec_from_onnx(path)
     if path.suffix in _GRAPH_FILES:
         raise InputError(
-            "a model is a preset or a Hugging Face config.json",
+            "a model is a preset, a Hugging Face config.json or an ONNX file",
             got=_printable(path),
-            hint="graph files are not read by this version; give the config.json beside it",
+            hint="graph files of this kind are not read; give the config.json beside it",
         )
     if isinstance(name_or_path, str) and not _looks_like_path(name_or_path):
         raise UnknownNameError("model", name_or_path[:100], model_names())

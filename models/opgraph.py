@@ -188,7 +188,8 @@ class _Node:
     inputs: tuple[str, ...]
 
 
-_BYTES = {"float64": 8, "int64": 8, "complex64": 8, "float32": 4, "int32": 4, "complex128": 16}
+_BYTES = {"float64": 8, "int64": 8, "uint64": 8, "complex64": 8, "complex128": 16}
+_BYTES |= {"float32": 4, "int32": 4, "uint32": 4}
 _TWO = ("bfloat16", "float16", "int16", "uint16")
 
 

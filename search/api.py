@@ -21,7 +21,7 @@ from shardplan.models.errors import InputError, ProofError
 from shardplan.search.apply_plan import is_module, spec_of_module
 from shardplan.search.aside import aside
 from shardplan.search.beside import Beside, search_beside
-from shardplan.search.build_plan import build_plan, pareto_front
+from shardplan.search.build_plan import build_plan, pareto_front, time_note
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
@@ -99,15 +99,15 @@ def search(
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
     place = _place(resolved, storage, study, resume)
-    aggregated = functools.partial(
-        _search_aggregated, resolved, top=top, place=place, progress=progress
-    )
+    aggregated = functools.partial(_search_aggregated, top=top, place=place, progress=progress)
     if question.serving == "agg":
-        return aggregated()
+        return aggregated(resolved)
     from shardplan.search.disagg_api import better_serving, search_disaggregated
 
-    apart = functools.partial(search_disaggregated, question, resolved, top=top)
-    return apart() if question.serving == "disagg" else better_serving(aggregated, apart)
+    apart = functools.partial(search_disaggregated, question, top=top)
+    if question.serving == "disagg":
+        return apart(resolved)
+    return better_serving(resolved, aggregated, apart)
 
 
 def _search_aggregated(
@@ -322,12 +322,7 @@ def _run(
 
 
 def _notes(resolved: Resolved, outcome: Outcome, beside: Beside) -> tuple[str, ...]:
-    notes = list(resolved.notes)
-    if resolved.time_limit_s is not None and not outcome.complete:
-        notes.append(
-            f"the time limit of {resolved.time_limit_s:g} s ended the search: another plan may be "
-            "better by as much as the gap says"
-        )
+    notes = [*resolved.notes, *time_note(resolved.time_limit_s, complete=outcome.complete)]
     if len(outcome.kept) > MOST_ROWS:
         notes.append(f"trials.csv holds the best {MOST_ROWS} of {len(outcome.kept)} kept")
     else:

@@ -30,7 +30,7 @@ _MOST_TRIALS = 10**7
 _MOST_SEED_TRIALS = 1000
 _MOST_SEED = 2**32 - 1
 _MOST_SECONDS = 1e7
-_NOT_IN_POOLS = ("time_limit", "robust", "cp", "module_tp", "mtp")
+_NOT_IN_POOLS = ("robust", "cp", "module_tp")
 """What a search of pools does not know."""
 
 

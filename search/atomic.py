@@ -23,16 +23,20 @@ def rounded(value: Any) -> Any:
     return value
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file through a temporary neighbour, so that a crash leaves the old one or the new."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file through a temporary neighbour, so that a crash leaves the old one or the new.
+
+    A text is written as UTF-8. `InputError` where the file cannot be written.
+    """
+    data = content if isinstance(content, bytes) else content.encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise InputError("the file cannot be written", got=f"{path}: {error.strerror}") from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:

@@ -55,6 +55,7 @@ __all__ = [
     "pareto_front",
     "performance",
     "plan_info",
+    "time_note",
 ]
 
 _PARETO_KEPT = 200
@@ -289,6 +290,16 @@ def _certificate(resolved: Resolved, outcomes: list[Outcome]) -> Certificate:
         bound=bound,
         gap=gap,
         wall_s=10.0 ** max(1, int(np.ceil(np.log10(max(wall, 1e-9))))),
+    )
+
+
+def time_note(limit_s: float | None, *, complete: bool) -> tuple[str, ...]:
+    """What a reader must know of a search that a time limit ended."""
+    if limit_s is None or complete:
+        return ()
+    return (
+        f"the time limit of {limit_s:g} s ended the search: another plan may be better by as much "
+        "as the gap says",
     )
 
 

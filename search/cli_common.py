@@ -80,9 +80,11 @@ def number(name: str, text: str) -> Any:
 
 OptionalModel = Annotated[str | None, typer.Option("--model", help="Preset name or config.json.")]
 OptionalCluster = Annotated[
-    str | None, typer.Option("--cluster", help="Cluster name or TOML file.")
+    str | None, typer.Option("--cluster", help="Cluster name, TOML file, or cluster JSON of CANN.")
 ]
-Cluster = Annotated[str, typer.Option("--cluster", help="Cluster name or TOML file.")]
+Cluster = Annotated[
+    str, typer.Option("--cluster", help="Cluster name, TOML file, or cluster JSON of CANN.")
+]
 Nodes = Annotated[int | None, whole("--nodes", "Nodes of the cluster.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="Device in place of the cluster's own.")

@@ -19,9 +19,10 @@ from shardplan.search.cli_common import (
 )
 
 if TYPE_CHECKING:
+    from shardplan.search.explain import Known
     from shardplan.search.plan import ProofInfo
 
-__all__ = ["emit", "verify"]
+__all__ = ["emit", "explain", "verify"]
 
 _LEVELS = "0: shapes; 1: arithmetic too; 2: PyTorch graphs too; 3: processes too (extra torch)."
 PlanFile = Annotated[Path, typer.Argument(help="plan.json of a search.")]
@@ -112,8 +113,17 @@ def _show(proof: ProofInfo, what: str, as_json: bool) -> None:
 
 def emit(
     plan: PlanFile,
-    target: Annotated[str, typer.Option("--target", help="atc, vllm-ascend, or a plug-in's.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target", help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="NAME=VALUE of the target, as door=shards; may be repeated."),
+    ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -121,9 +131,76 @@ def emit(
     from shardplan.search.emit import emit as write
     from shardplan.search.plan import Plan
 
-    paths = write(Plan.load(plan), target, out, force=force)
+    paths = write(Plan.load(plan), target, out, force=force, **_options(option or []))
     if json:
         print_json({"target": target, "files": [str(path) for path in paths]})
         return
     for path in paths:
         typer.echo(path)
+
+
+def explain(
+    plan: PlanFile,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="A rival: tp=8,pp=2,... or what `shardplan lint` reads (a script, a command).",
+        ),
+    ] = None,
+    model: OptionalModel = None,
+    shadows: Annotated[
+        bool,
+        typer.Option("--shadows/--no-shadows", help="Search what each change would buy."),
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Say why a plan is as it is, what would change it, and where a rival loses."""
+    from shardplan.search.explain import explain as why
+    from shardplan.search.explain import known_of
+    from shardplan.search.plan import Plan
+
+    loaded = Plan.load(plan)
+    found = why(loaded, model=model, shadows=shadows)
+    if against is not None:
+        from shardplan.search.rival import rival_of
+
+        known = known_of(loaded, model)
+        rival = rival_of(known, _rival(against, known))
+        found = found.model_copy(update={"rival": rival})
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    from shardplan.search.tables_explain import print_explanation
+
+    print_explanation(found, stdout_console())
+
+
+def _rival(against: str, known: Known) -> dict[str, Any]:
+    """A rival's axes, of its own words or of a configuration."""
+    from shardplan.search.cli_lint import read
+    from shardplan.search.rival import values_of, words_of
+
+    if "vllm" in against or Path(against).is_file():
+        return values_of(read(against, "")[0], known)
+    return words_of(against)
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    """Options of a target by name; `InputError` for a word that is none, or given twice."""
+    found: dict[str, str] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if not (equals and name.isidentifier()) or name in {
+            *found,
+            "force",
+            "plan",
+            "target",
+            "out",
+        }:
+            raise InputError(
+                "`--option` is NAME=VALUE, each name once", got=repr(word[:100]), hint="door=shards"
+            )
+        found[name] = value
+    return found

@@ -101,13 +101,6 @@ class CostRow:
         """Cost of stage `index` with layers [first, last)."""
         return max(part.stage(first, last, index) for part in self.parts)
 
-    def even_share(self, cut: Cut) -> float:
-        """What the stages cost together at least, however they are cut, over what they cost now."""
-        stages = list(_stages(cut))
-        now = sum(self.stage(first, last, index) for index, first, last in stages)
-        least = max(part.prefix[-1] + sum(part.ends) for part in self.parts)
-        return min(least / now, 1.0) if now > 0.0 else 1.0
-
 
 def cut_count(layers: int, stages: int) -> int:
     """Ways to give each of `stages` stages at least one of `layers` layers in a row."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardplan import __version__
 from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.search.disagg import search_disagg
-from shardplan.search.disagg_beside import quantized_outcomes
+from shardplan.search.disagg_beside import quantized_outcomes, time_left
 from shardplan.search.disagg_failure import nothing_disaggregated
 from shardplan.search.disagg_plan import build_disagg_plan, disagg_front, disagg_table
 from shardplan.search.disagg_request import disagg_question, resolve_sides
@@ -37,14 +37,16 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
     work, longest = resolved.request.workload, resolved.spec.max_context
     if longest and context_tokens(work) > longest:
         raise context_message(work, longest)
-    outcome = search_disagg(disagg_question(sides))
-    if outcome.best is None and resolved.soft_limits:
+    limit_s = resolved.time_limit_s
+    outcome = search_disagg(disagg_question(sides), time_limit_s=limit_s)
+    if outcome.best is None and resolved.soft_limits and outcome.complete:
         sides = replace(sides, decode=without_limits(sides.decode))
-        outcome = search_disagg(disagg_question(sides))
+        limit_s = time_left(limit_s, [outcome])
+        outcome = search_disagg(disagg_question(sides), time_limit_s=limit_s)
     searched = time.perf_counter()
     if outcome.best is None:
-        raise nothing_disaggregated(outcome)
-    quantized = quantized_outcomes(sides, outcome)
+        raise nothing_disaggregated(outcome, resolved.time_limit_s)
+    quantized = quantized_outcomes(sides, outcome, time_left(limit_s, [outcome]))
     beside = time.perf_counter()
     plan = build_disagg_plan(
         sides, outcome, outcome.best, quantized=quantized, top=top, version=__version__
@@ -116,18 +118,25 @@ def _row(
 
 
 def better_serving(
-    aggregated: Callable[[], SearchResult], disaggregated: Callable[[], SearchResult]
+    resolved: Resolved,
+    aggregated: Callable[[Resolved], SearchResult],
+    disaggregated: Callable[[Resolved], SearchResult],
 ) -> SearchResult:
     """The better of both searches, with both told in its plan.
 
+    Of a time limit the aggregated search, which comes first, may take half, the other what is left.
     Raises what the aggregated search raises when neither finds anything.
     """
     found: dict[str, SearchResult | InfeasibleError | InputError] = {}
+    start, limit_s = time.perf_counter(), resolved.time_limit_s
+    left_s = None if limit_s is None else limit_s / 2.0
     for serving, run in (("agg", aggregated), ("disagg", disaggregated)):
         try:
-            found[serving] = run()
+            found[serving] = run(replace(resolved, time_limit_s=left_s))
         except (InfeasibleError, InputError) as error:
             found[serving] = error
+        if limit_s is not None:
+            left_s = max(limit_s - (time.perf_counter() - start), 0.0)
     results = [one for one in found.values() if not isinstance(one, InfeasibleError | InputError)]
     if not results:
         first = found["agg"]
@@ -135,10 +144,28 @@ def better_serving(
         raise first
     best = max(results, key=lambda one: _worth(one.plan))
     rows = tuple(_row(serving, one, best.plan) for serving, one in found.items())
-    said = "disaggregated" if best.plan.pools else "aggregated"
-    note = f"both ways of serving were searched: {said} serving is the better one here"
-    if best.plan.request.prefill_cards is not None:
-        note += "; the aggregated plan has the cards of the decode cluster only"
-    plan = best.plan.model_copy(update={"servings": rows, "notes": (*best.plan.notes, note)})
+    plan = best.plan.model_copy(
+        update={"servings": rows, "notes": (*best.plan.notes, _said(resolved, found, best.plan))}
+    )
     total = sum(one.timing["total_s"] for one in results)
     return replace(best, plan=plan, timing={**best.timing, "total_s": total})
+
+
+def _said(
+    resolved: Resolved,
+    found: Mapping[str, SearchResult | InfeasibleError | InputError],
+    best: Plan,
+) -> str:
+    """Which way of serving is the better one, and what that does not say."""
+    said = "disaggregated" if best.pools else "aggregated"
+    note = f"both ways of serving were searched: {said} serving is the better one here"
+    if best.request.prefill_cards is not None:
+        note += "; the aggregated plan has the cards of the decode cluster only"
+    if resolved.time_limit_s is None:
+        return note
+    for serving, one in found.items():
+        if isinstance(one, InfeasibleError | InputError):
+            note += f"; {serving}: {one}"
+        elif one.plan.certificate.gap != 0:
+            note += f"; {serving} was not searched to its end"
+    return f"{note}; both shared the time limit of {resolved.time_limit_s:g} s"

@@ -8,29 +8,38 @@ from dataclasses import replace
 from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg import DisaggOutcome, search_disagg
 from shardplan.search.disagg_combine import Combination, DisaggQuestion
-from shardplan.search.disagg_pools import Options
+from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_request import Sides
 from shardplan.search.disagg_space import Pool
 from shardplan.search.space import Choice
 
-__all__ = ["BESIDE_LAYOUTS", "quantized_outcomes"]
+__all__ = ["BESIDE_LAYOUTS", "quantized_outcomes", "time_left"]
 
 BESIDE_LAYOUTS = 8
 """Layouts of each pool that other types are priced on."""
 
 
 def quantized_outcomes(
-    sides: Sides, outcome: DisaggOutcome
+    sides: Sides, outcome: DisaggOutcome, time_limit_s: float | None
 ) -> list[tuple[str, str, DisaggOutcome]]:
-    """(weights, cache, best deployments) of each other pair of types that both devices have."""
-    found = []
+    """(weights, cache, best deployments) of each other pair of types that both devices have.
+
+    `time_limit_s`: for all of them together.
+    """
+    found: list[tuple[str, str, DisaggOutcome]] = []
     for weight, cache in dict.fromkeys(
         (choice.weight_dtype, choice.kv_dtype) for choice in sides.decode.beside
     ):
         question = _narrowed(sides, outcome, weight, cache)
         if question is not None:
-            found.append((weight, cache, search_disagg(question)))
+            left_s = time_left(time_limit_s, [one for _, _, one in found])
+            found.append((weight, cache, search_disagg(question, time_limit_s=left_s)))
     return found
+
+
+def time_left(limit_s: float | None, outcomes: Iterable[DisaggOutcome]) -> float | None:
+    """Seconds of a limit that these searches have left; None without a limit."""
+    return None if limit_s is None else max(limit_s - sum(one.wall_s for one in outcomes), 0.0)
 
 
 def _narrowed(

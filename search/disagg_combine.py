@@ -9,6 +9,7 @@ limit, more are more cards. Without a limit that is one instance.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.disagg import Demand, Link, Pools, Service, serve_pools, transfer_s
 from shardplan.costmodel.kernels.base import Array
-from shardplan.search.disagg_pools import Options
+from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_space import Pool
 from shardplan.search.kept import pareto_mask
 from shardplan.search.plan import Limits
@@ -60,7 +61,6 @@ class DisaggQuestion:
         latency = self.objective == "latency"
         alone = latency and work.concurrency is None and work.request_rate is None
         return Demand(
-            output_len=work.output_len,
             in_flight=1.0 if alone else work.concurrency,
             offered_per_s=work.request_rate if latency else None,
             ttft_s=self.limits.ttft_s,
@@ -84,6 +84,10 @@ class Combination:
         """Whether it satisfies every limit."""
         return not self.limit
 
+    def worth(self, objective: str) -> float:
+        """Larger is better: the objective, or fewer cards."""
+        return -self.columns["cards"] if objective == "cards" else self.columns["objective"]
+
 
 @dataclass(slots=True)
 class DisaggTally:
@@ -92,6 +96,8 @@ class DisaggTally:
     evaluated: int = 0
     pruned_by: Counter[str] = field(default_factory=Counter)
     infeasible: Counter[str] = field(default_factory=Counter)
+    unreached: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Prefill options that the time limit left out."""
 
 
 class _Best(NamedTuple):
@@ -123,6 +129,7 @@ def deployments(
         service_s=prefill["service_s"],
         decode_per_s=y * decode["rate"],
         step_s=decode["step_s"],
+        later_s=decode["later_s"],
         transfer_s=transfer_s(link, decode["bytes"] * prefill["sent"], decode["received"]),
         transfer_per_s=ranks * link.bytes_per_s / decode["bytes"],
     )
@@ -148,7 +155,7 @@ def _needed(question: DisaggQuestion, decode: Mapping[str, Array]) -> Array:
     need = np.full(decode["rate"].shape, work.request_rate or 0.0)
     if demand.in_flight is None or demand.ttft_s is None:
         return need
-    longest = demand.ttft_s + (demand.output_len - 1.0) * decode["step_s"]
+    longest = demand.ttft_s + decode["later_s"]
     return np.asarray(np.maximum(need, demand.in_flight / longest))
 
 
@@ -215,9 +222,14 @@ def _pairs(
     decode: Options,
     allowed: Mask,
     tally: DisaggTally,
+    until_s: float,
 ) -> Iterator[_Best]:
-    """The best counts of each legal pair, prefill option by prefill option."""
-    for index in range(prefill.size):
+    """The best counts of each legal pair, prefill option by prefill option, fast ones first."""
+    order = np.argsort(prefill.columns["slow_s"], kind="stable")
+    for turn, index in enumerate(order):
+        if time.perf_counter() > until_s:
+            tally.unreached = order[turn:]
+            return
         partners = np.flatnonzero(allowed[index])
         one = {name: float(column[index]) for name, column in prefill.columns.items()}
         if not partners.size:
@@ -230,6 +242,8 @@ def _pairs(
             x = np.arange(start, min(start + step, most + 1), dtype=np.int64)
             objective, used, y, feasible = _counts_of(question, one, columns, x, tally)
             row, fits = _first_best(question, objective, used, feasible)
+            if not fits.any():
+                continue
             column = np.arange(partners.size)
             yield _Best(
                 prefill=np.full(int(fits.sum()), index),
@@ -239,7 +253,7 @@ def _pairs(
                 objective=objective[row, column][fits],
                 used=used[row, column][fits].astype(np.int64),
                 feasible=feasible[row, column][fits],
-                tpot_s=columns["step_s"][fits],
+                tpot_s=columns["tpot_s"][fits],
             )
 
 
@@ -249,9 +263,13 @@ def combine(
     decode: Options,
     allowed: Mask,
     tally: DisaggTally,
+    until_s: float = np.inf,
 ) -> list[Combination]:
-    """The deployments worth remembering, the best first; `allowed`: legal pairs of options."""
-    found = list(_pairs(question, prefill, decode, allowed, tally))
+    """The deployments worth remembering, the best first; `allowed`: legal pairs of options.
+
+    `until_s`: reading of `time.perf_counter` after which no other prefill option is begun.
+    """
+    found = list(_pairs(question, prefill, decode, allowed, tally, until_s))
     if not found:
         return []
     best = _Best(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
@@ -318,7 +336,7 @@ def _columns(
     return {
         "objective": _objective(question, service),
         "ttft_s": service.ttft_s,
-        "tpot_s": given.step_s if question.decode.workload.output_len > 1 else 0.0 * rate,
+        "tpot_s": decode["tpot_s"] if question.decode.workload.output_len > 1 else 0.0 * rate,
         "end_to_end_s": service.end_to_end_s,
         "output_tokens_per_s": tokens,
         "output_tokens_per_s_per_card": tokens / used,

@@ -4,8 +4,8 @@ An option may be left out where another one may take its place in every deployme
   - its cards divide those of the first by a whole number m, and m of it stand in for one;
   - it has every legal partner that the first has;
   - of m of it, prompts or requests a second are no fewer, and every time and every byte that a
-    deployment's formulas take (busy, service and bytes sent a rank of prefill; step, bytes and
-    bytes received a rank of decode) is no more.
+    deployment's formulas take (busy, service and bytes sent a rank of prefill; step, all
+    later steps, bytes and bytes received a rank of decode) is no more.
 The rate of a deployment does not fall and TTFT, TPOT and latency do not rise when any of these
 improves (`shardplan.costmodel.disagg`), and cards stay the same: objective and limits are kept.
 
@@ -13,9 +13,10 @@ One case is apart. With C requests in flight and a limit L on TTFT, a faster ste
 back to the prompt queue sooner, so TTFT can rise: a slower step may meet L where a faster one does
 not.
 Decode options are then left out only where a bound says that they cannot reach the best found
-(`worth_another_look`). With N cards, p the most prompts and q the requests a second and card:
+(`worth_another_look`). With N cards, p the most prompts and q the requests a second and card, n
+steps of t seconds after the first:
 
-    rate <= N / (1/p + 1/q)    rate <= C / (service + O t)    rate >= C / (L + (O - 1) t)
+    rate <= N / (1/p + 1/q)    rate <= C / (service + t + n t)    rate >= C / (L + n t)
     cards >= rate (1/p + 1/q)
 """
 
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 from shardplan.search.disagg_combine import Combination, DisaggQuestion
-from shardplan.search.disagg_pools import Options
+from shardplan.search.disagg_options import Options
 
 __all__ = ["COSTS", "undominated", "worth_another_look"]
 
@@ -38,7 +39,7 @@ _SLACK = 1.0 + 1e-6
 
 COSTS: Mapping[str, tuple[str, ...]] = {
     "prefill": ("slow_s", "busy_s", "service_s", "sent"),
-    "decode": ("slow_s", "step_s", "bytes", "received"),
+    "decode": ("slow_s", "step_s", "later_s", "bytes", "received"),
 }
 """What is better the less it is, by role; slow_s: cards over requests a second."""
 
@@ -73,7 +74,7 @@ def worth_another_look(
         most = question.cards / (each[0] + each[1])
     else:
         most = np.minimum(question.prefill.cards / each[0], question.decode.cards / each[1])
-    later = (demand.output_len - 1.0) * columns["step_s"]
+    later = columns["later_s"]
     alone = prefill.columns["service_s"].min() + later + columns["step_s"]
     most = np.minimum(most, demand.in_flight / alone) * _SLACK
     asked = question.decode.workload.request_rate or 0.0

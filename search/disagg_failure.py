@@ -9,17 +9,20 @@ from shardplan.costmodel.disagg import BOUNDS
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.disagg import DisaggOutcome
 from shardplan.search.disagg_combine import Combination
-from shardplan.search.disagg_pools import Priced
+from shardplan.search.disagg_options import Priced
 from shardplan.search.disagg_space import Pool
+from shardplan.search.failure import out_of_time
 
 __all__ = ["nothing_disaggregated"]
 
 _GIB = 2.0**30
 
 
-def nothing_disaggregated(outcome: DisaggOutcome) -> InfeasibleError:
-    """The error that says why."""
+def nothing_disaggregated(outcome: DisaggOutcome, limit_s: float | None) -> InfeasibleError:
+    """The error that says why; `limit_s`: the time limit of the search."""
     question = outcome.question
+    if limit_s is not None and not outcome.complete:
+        return out_of_time(limit_s, outcome.tally.evaluated)
     for pool, priced in ((question.prefill, outcome.prefill), (question.decode, outcome.decode)):
         if not priced.options.size:
             return _one_pool(outcome, pool, priced)
@@ -34,7 +37,7 @@ def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleE
     name, allowed, what = (
         ("ttft", limits.ttft_s, "one prompt")
         if pool.role == "prefill"
-        else ("tpot", limits.tpot_s, "a decode step")
+        else ("tpot", limits.tpot_s, "a token")
     )
     if math.isfinite(priced.least_s) and allowed is not None:
         return InfeasibleError(
@@ -70,7 +73,7 @@ def _enough_ms(outcome: DisaggOutcome, pool: Pool) -> int:
     if other.options.size:
         link = outcome.question.link
         sent_s = float(other.options.columns["bytes"].max()) / link.bytes_per_s
-        seconds += other.least_s + link.latency_s + sent_s
+        seconds += float(other.options.columns["step_s"].min()) + link.latency_s + sent_s
     return math.ceil(seconds * 1e3) + 1
 
 

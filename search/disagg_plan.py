@@ -10,11 +10,18 @@ import numpy as np
 from shardplan.costmodel.disagg import BOUNDS
 from shardplan.models.errors import ProofError
 from shardplan.models.parallel import Parallelism, balanced_stages
-from shardplan.search.build_plan import breakdown, lever, memory_rows, performance, plan_info
+from shardplan.search.build_plan import (
+    breakdown,
+    lever,
+    memory_rows,
+    performance,
+    plan_info,
+    time_note,
+)
 from shardplan.search.disagg import DisaggOutcome
 from shardplan.search.disagg_beside import BESIDE_LAYOUTS
 from shardplan.search.disagg_combine import Combination
-from shardplan.search.disagg_pools import Options
+from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_request import Sides, assumptions, role_question
 from shardplan.search.disagg_space import Pool as Side
 from shardplan.search.evaluate import LayoutScorer
@@ -46,7 +53,7 @@ def _strategy(pool: Side, options: Options, index: int) -> StrategyInfo:
     layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
     chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
     layout["stage_layers"] = balanced_stages(pool.spec, par)
-    batch, chunk = (int(options.columns[name][index]) for name in ("slots", "point"))
+    batch, chunk = (int(options.columns[name][index]) for name in ("slots", "chunk"))
     return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
 
 
@@ -119,7 +126,6 @@ def _pool(
     kept = Kept(parallel=par, choice=choice, batch=way.batch, chunk=way.chunk, limit=-1, columns={})
     rows = memory_rows(scorer, kept)
     held = {name: float(column[index]) for name, column in options.columns.items()}
-    output_len = side.workload.output_len
     pool = Pool(
         role=side.role,
         instances=count,
@@ -129,7 +135,7 @@ def _pool(
             requests_per_s=held["rate"],
             used=best.columns[f"{side.role}_used"],
             step_s=held["busy_s"] if first else held["step_s"],
-            service_s=held["service_s"] if first else held["step_s"] * output_len,
+            service_s=held["service_s"] if first else held["step_s"] + held["later_s"],
         ),
         memory=rows,
         largest_lever=lever(rows, kept, side.cluster.device),
@@ -168,13 +174,12 @@ def _certificate(outcome: DisaggOutcome) -> Certificate:
     for pool in (outcome.question.prefill, outcome.question.decode):
         legal = [par for par, rule in pool.layouts if not rule]
         space[f"{pool.role}_cards"] = list(pool.sizes)
-        for name in ("tp", "pp", "dp", "ep", "sp", "exchange"):
+        for name in ("tp", "pp", "dp", "ep", "sp", "exchange", "mtp"):
             space[f"{pool.role}_{name}"] = sorted({getattr(par, name) for par in legal})
         for name in ("attention", "weight_dtype", "kv_dtype"):
             space[f"{pool.role}_{name}"] = sorted({getattr(one, name) for one in pool.choices})
         space["prefill_chunk" if pool.role == "prefill" else "decode_batch"] = list(pool.grid)
     pruned = {name: count for name, count in outcome.tally.pruned_by.items() if count}
-    best = outcome.best
     return Certificate(
         engine="exact",
         space=space,
@@ -183,10 +188,16 @@ def _certificate(outcome: DisaggOutcome) -> Certificate:
         pruned=sum(pruned.values()),
         pruned_by=dict(sorted(pruned.items())),
         infeasible={name: n for name, n in sorted(outcome.tally.infeasible.items()) if n},
-        bound=None if best is None else best.columns["objective"],
-        gap=0.0,
+        bound=outcome.bound,
+        gap=_gap(outcome),
         wall_s=10.0 ** max(1, int(np.ceil(np.log10(max(outcome.wall_s, 1e-9))))),
     )
+
+
+def _gap(outcome: DisaggOutcome) -> float | None:
+    """How far the best is from the bound; None where there is no bound."""
+    best, bound = outcome.best, outcome.bound
+    return None if best is None or bound is None else bound / best.columns["objective"] - 1.0
 
 
 def _quantization(
@@ -252,7 +263,12 @@ def build_disagg_plan(
         pareto=tuple(_candidate(outcome, one) for one in front),
         alternatives=tuple(_others(outcome, best, top)),
         quantization=_quantization(quantized, best, question.objective),
-        notes=(*sides.decode.notes, *assumptions(question), *_kept_notes(outcome)),
+        notes=(
+            *sides.decode.notes,
+            *assumptions(question),
+            *time_note(sides.decode.time_limit_s, complete=outcome.complete),
+            *_kept_notes(outcome),
+        ),
     )
 
 

@@ -7,12 +7,10 @@ over the whole grid, and the layout adds up its different stages (`shardplan.cos
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardplan.costmodel.bulk_memory import Held
 from shardplan.costmodel.disagg import decode_times, prefill_times, step_prompts
@@ -27,58 +25,15 @@ from shardplan.models.apply import ShardedGraph, Stage, apply
 from shardplan.models.build import build_graph
 from shardplan.models.counts import parameter_count
 from shardplan.models.parallel import AXES, Parallelism
+from shardplan.search.disagg_options import Options, Priced, Row, fitting, stacked
 from shardplan.search.disagg_space import Pool
+from shardplan.search.evaluate import acceptance_of
 from shardplan.search.space import Choice
 
-__all__ = ["Options", "Priced", "price_pool"]
+__all__ = ["PoolPricing"]
 
 _INFLIGHT = 2.0
 """Prompts that a prefill rank holds for each that it computes: as many wait to be pulled."""
-
-
-@dataclass(slots=True)
-class Options:
-    """Strategies of one pool side by side: every column has shape `[options]`."""
-
-    layouts: list[Parallelism]
-    choices: tuple[Choice, ...]
-    columns: dict[str, Array]
-    """cards, layout, choice, point, slots, rate, memory, free, the costs and the parts of a
-    step: compute, transfer of memory, collectives, overhead, seconds."""
-
-    @property
-    def size(self) -> int:
-        """Options."""
-        return int(self.columns["cards"].size)
-
-    def at(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> Options:
-        """Some of them."""
-        return Options(
-            self.layouts, self.choices, {name: one[index] for name, one in self.columns.items()}
-        )
-
-    def layout(self, index: int) -> Parallelism:
-        """The layout of one option."""
-        return self.layouts[int(self.columns["layout"][index])]
-
-    def choice(self, index: int) -> Choice:
-        """The choice of one option."""
-        return self.choices[int(self.columns["choice"][index])]
-
-
-@dataclass(slots=True)
-class Priced:
-    """A pool's options, and what became of its other strategies."""
-
-    options: Options
-    total: Counter[int] = field(default_factory=Counter)
-    """Strategies by cards of an instance."""
-    left_out: Counter[tuple[int, str]] = field(default_factory=Counter)
-    """By cards and reason."""
-    least_bytes: float = np.inf
-    """Memory that the leanest of those that do not fit needs."""
-    least_s: float = np.inf
-    """Service (prefill) or step (decode) of the fastest of those that fit."""
 
 
 class _Base:
@@ -92,8 +47,10 @@ class _Base:
         ledgers: dict[Parallelism, Ledger],
     ) -> None:
         self.pool, self.par = pool, par
-        prefill = apply(build_graph(pool.spec, "prefill"), par)
-        graph = prefill if pool.role == "prefill" else apply(build_graph(pool.spec, "decode"), par)
+        prefill, graph = (
+            apply(build_graph(pool.spec, phase, mtp=par.mtp > 0), par)
+            for phase in ("prefill", pool.role)
+        )
         wires = () if par.pp > 1 else ("send", "recv")
         self.names = [name for name in graph.blocks if name not in wires]
         alone = tuple(
@@ -143,6 +100,8 @@ class _Base:
             weight_dtype=choice.weight_dtype,
             kv_dtype=choice.kv_dtype,
             attention=choice.attention,
+            mtp=self.par.mtp,
+            acceptance=acceptance_of(self.pool.spec, work),
         )
 
     def templates(self, choice: Choice, stages: int) -> dict[str, Parts]:
@@ -241,12 +200,14 @@ def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
         tokens = grid
     else:
         found = decode_times(
-            model, parts, runs, groups=groups, slots=grid, output_len=pool.workload.output_len
+            model, parts, runs, groups=groups, slots=grid, given=base.given(choice)
         )
-        slots, rate, tokens = grid, found.requests_per_s, grid
+        slots, rate, tokens = grid, found.requests_per_s, grid * (1.0 + par.mtp)
         held = _sent_bytes(pool, base, graph, runs, choice.kv_dtype)
         costs = {
             "step_s": found.step_s,
+            "later_s": found.later_s,
+            "tpot_s": found.tpot_s,
             "bytes": np.asarray(held),
             "received": np.asarray(held / rank),
         }
@@ -256,7 +217,7 @@ def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
     memory = _memory(pool, base, graph, choice, slots, tokens)
     return {
         "cards": cards,
-        "point": grid,
+        "chunk": tokens,
         "slots": slots,
         "rate": rate,
         "slow_s": cards / rate,
@@ -291,65 +252,45 @@ def _legal(
             priced.left_out[size, f"rule {rule}"] += pool.per_layout
 
 
-def price_pool(
-    pool: Pool,
-    refused: Callable[[Parallelism], str | None],
-    limit_s: float,
-    ledgers: dict[Parallelism, Ledger] | None = None,
-) -> Priced:
-    """The pool's options that fit; `refused`: id of the rule that leaves a layout no partner.
+class PoolPricing:
+    """The pricing of a pool, one layout at a time; `refused`: id of the rule that leaves a layout
+    no partner; `ledgers`: those of layouts without a pipeline, shared by pools of one device and
+    engine."""
 
-    `limit_s`: options whose service (prefill) or step (decode) takes longer break a limit.
-    `ledgers`: those of layouts without a pipeline, shared by pools of one device and engine.
-    """
-    priced = Priced(Options([], pool.choices, {}))
-    legal = list(_legal(pool, refused, priced))
-    memo: Memo = Memo()
-    rows: list[tuple[int, int, dict[str, Array]]] = []
-    held = {} if ledgers is None else ledgers
-    for index, par in enumerate(legal):
-        memo.make_room()
-        base = _Base(pool, par, memo, held)
-        for number, choice in enumerate(pool.choices):
-            rule = pool.broken_switch(par, choice)
+    def __init__(
+        self,
+        pool: Pool,
+        refused: Callable[[Parallelism], str | None],
+        ledgers: dict[Parallelism, Ledger],
+    ) -> None:
+        self.pool, self.ledgers = pool, ledgers
+        self.priced = Priced(Options([], pool.choices, {}))
+        self.legal = list(_legal(pool, refused, self.priced))
+        self.memo: Memo = Memo()
+        self.rows: list[Row] = []
+        self.done = 0
+
+    @property
+    def share(self) -> float:
+        """Share of the layouts that are priced."""
+        return self.done / len(self.legal) if self.legal else 1.0
+
+    def step(self) -> None:
+        """Price the next layout with all its choices."""
+        self.memo.make_room()
+        par = self.legal[self.done]
+        base = _Base(self.pool, par, self.memo, self.ledgers)
+        for number, choice in enumerate(self.pool.choices):
+            rule = self.pool.broken_switch(par, choice)
             if rule is None:
-                rows.append((index, number, _columns(base, par, choice)))
+                self.rows.append((self.done, number, _columns(base, par, choice)))
             else:
-                priced.left_out[par.ranks, f"rule {rule}"] += len(pool.grid)
-    rows.sort(key=lambda row: row[:2])
-    priced.options = Options(legal, pool.choices, _stacked(rows, len(pool.grid)))
-    return _fitting(priced, pool, limit_s)
+                self.priced.left_out[par.ranks, f"rule {rule}"] += len(self.pool.grid)
+        self.done += 1
 
-
-def _stacked(rows: list[tuple[int, int, dict[str, Array]]], points: int) -> dict[str, Array]:
-    """Columns of all rows, one after another."""
-    if not rows:
-        return {"cards": np.zeros(0)}
-    columns = {}
-    for name in rows[0][2]:
-        column = np.empty((len(rows), points))
-        for place, row in enumerate(rows):
-            column[place] = row[2][name]
-        columns[name] = column.ravel()
-    columns["layout"] = np.repeat([float(row[0]) for row in rows], points)
-    columns["choice"] = np.repeat([float(row[1]) for row in rows], points)
-    return columns
-
-
-def _fitting(priced: Priced, pool: Pool, limit_s: float) -> Priced:
-    """The options that fit and can meet the limit; the others are counted."""
-    found = priced.options
-    if not found.size:
-        return priced
-    time = found.columns["service_s" if pool.role == "prefill" else "step_s"]
-    big = found.columns["free"] < 0.0
-    priced.least_s = float(time[~big].min(initial=np.inf))
-    slow = ~big & (time > limit_s)
-    for reason, mask in (("memory", big), ("ttft" if pool.role == "prefill" else "tpot", slow)):
-        sizes, counts = np.unique(found.columns["cards"][mask], return_counts=True)
-        for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-            priced.left_out[int(size), reason] += count
-    if big.any():
-        priced.least_bytes = min(priced.least_bytes, float(found.columns["memory"].min()))
-    priced.options = found.at(~(big | slow))
-    return priced
+    def finish(self, limit_s: float) -> Priced:
+        """The options that fit and take no longer than `limit_s`; what was not priced beside."""
+        columns = stacked(self.rows, len(self.pool.grid))
+        self.priced.options = Options(self.legal, self.pool.choices, columns)
+        self.priced.unreached = tuple(self.legal[self.done :])
+        return fitting(self.priced, self.pool, limit_s)

@@ -150,6 +150,7 @@ def _pool(role: Role, resolved: Resolved, grid: tuple[int, ...], shared: bool) -
         choices=resolved.choices,
         grid=grid,
         workload=resolved.request.workload,
+        reach=resolved.reach,
     )
 
 

@@ -25,7 +25,7 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.layouts import base_order, divisors
+from shardplan.search.layouts import Reach, base_order, divisors
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import Workload
 from shardplan.search.space import Choice
@@ -70,6 +70,8 @@ class Pool:
     workload: Workload
     sizes: tuple[int, ...]
     """Cards that one instance may have."""
+    reach: Reach
+    """What is searched beyond the plain axes."""
     layouts: tuple[tuple[Parallelism, str], ...]
     """Every canonical layout of every size, and the rule that it breaks alone, "" for none."""
 
@@ -84,8 +86,10 @@ class Pool:
         choices: tuple[Choice, ...],
         grid: tuple[int, ...],
         workload: Workload,
+        reach: Reach | None = None,
     ) -> Pool:
         """A pool over instances of these sizes; `subject`: what runs on it, of any layout."""
+        reach = reach or Reach()
         return cls(
             role=role,
             spec=subject.spec,
@@ -96,10 +100,11 @@ class Pool:
             grid=grid,
             workload=workload,
             sizes=sizes,
+            reach=reach,
             layouts=tuple(
                 (par, first_broken_rule(replace(subject, parallel=par, role=role)) or "")
                 for size in sizes
-                for par in instance_layouts(subject.spec, subject.engine, size)
+                for par in instance_layouts(subject.spec, subject.engine, size, role, reach)
             ),
         )
 
@@ -135,10 +140,25 @@ def instance_sizes(cluster: Cluster, cards: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in parts | nodes if size <= cards))
 
 
-def instance_layouts(spec: ModelSpec, engine: EngineProfile, cards: int) -> Iterator[Parallelism]:
+def instance_layouts(
+    spec: ModelSpec, engine: EngineProfile, cards: int, role: Role, reach: Reach
+) -> Iterator[Parallelism]:
     """Every canonical layout of one instance, legal or not, ranks numbered as the engine does."""
+    depths = role_depths(role, reach)
     for one in _instances(spec, cards):
-        yield replace(one, order=base_order(engine, one))
+        order = base_order(engine, one)
+        yield from (replace(one, order=order, mtp=mtp) for mtp in depths)
+
+
+def role_depths(role: Role, reach: Reach) -> tuple[int, ...]:
+    """Tokens that instances of a role predict ahead.
+
+    A prefill instance drafts nothing that is used: it fills the cache of the prediction layer,
+    which one draft a prompt does whatever the depth of the decode instances.
+    """
+    if role == "decode":
+        return reach.depths
+    return tuple(sorted({min(depth, 1) for depth in reach.depths}))
 
 
 def _instances(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:

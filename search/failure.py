@@ -32,7 +32,7 @@ from shardplan.search.plan import Workload
 from shardplan.search.request import Resolved
 from shardplan.search.space import Choice, Space, build_space
 
-__all__ = ["context_message", "no_legal_layout", "nothing_feasible"]
+__all__ = ["context_message", "no_legal_layout", "nothing_feasible", "out_of_time"]
 
 _GIB = 2.0**30
 _MOST_TRIED = 8
@@ -273,16 +273,21 @@ def no_legal_layout(space: Space, broken: Mapping[str, int]) -> InfeasibleError:
     )
 
 
+def out_of_time(limit_s: float, evaluated: int) -> InfeasibleError:
+    """The error of a search that ended before it found anything."""
+    return InfeasibleError(
+        "nothing that satisfies the question was found within the time limit",
+        got=f"time_limit={limit_s:g} s, {evaluated:,} strategies priced",
+        hint="try a larger --time-limit, or none",
+    )
+
+
 def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -> InfeasibleError:
     """The error that says why, for the (last) space that was searched."""
     longest = question.spec.max_context
     limit = resolved.time_limit_s
     if limit is not None and not outcome.complete:
-        return InfeasibleError(
-            "nothing that satisfies the question was found within the time limit",
-            got=f"time_limit={limit:g} s, {outcome.tally.evaluated:,} strategies priced",
-            hint="try a larger --time-limit, or none",
-        )
+        return out_of_time(limit, outcome.tally.evaluated)
     if longest and context_tokens(question.workload) > longest:
         return context_message(question.workload, longest)
     if not _any_legal(outcome.space):

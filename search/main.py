@@ -23,8 +23,9 @@ from shardplan.search.cli_analyze import analyze
 from shardplan.search.cli_calibrate import calibrate
 from shardplan.search.cli_common import note, print_json
 from shardplan.search.cli_estimate import estimate
+from shardplan.search.cli_lint import lint
 from shardplan.search.cli_list import clusters, devices, models
-from shardplan.search.cli_plan import emit, verify
+from shardplan.search.cli_plan import emit, explain, verify
 from shardplan.search.cli_profile import profile
 from shardplan.search.cli_search import search
 from shardplan.search.cli_validate import validate
@@ -55,6 +56,8 @@ _COMMANDS = (
     estimate,
     verify,
     emit,
+    explain,
+    lint,
     analyze,
     calibrate,
     profile,

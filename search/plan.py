@@ -338,11 +338,14 @@ class Plan(Part):
         """Write plan.json, whole or not at all."""
         write_atomically(Path(path), self.dumps())
 
-    def emit(self, target: str, out: str | os.PathLike[str]) -> list[Path]:
-        """Write the files and commands of one engine or compiler into `out`."""
+    def emit(self, target: str, out: str | os.PathLike[str], **options: object) -> list[Path]:
+        """Write the files and commands of one engine or compiler into `out`.
+
+        `options` are the target's own, as `door="shards"` of `atc`.
+        """
         from shardplan.search.emit import emit
 
-        return emit(self, target, Path(out))
+        return emit(self, target, Path(out), force=False, **options)
 
     def verify(self, *, level: int = 1) -> ProofInfo:
         """Prove the plan's strategy again; the model is found by its source."""

@@ -22,7 +22,7 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import ClusterInfo, Plan, ProofInfo, StrategyInfo
 from shardplan.search.space import Choice
 
-__all__ = ["LEVELS", "merged_proof", "model_digest", "prove_strategy", "verify_plan"]
+__all__ = ["LEVELS", "merged_proof", "model_digest", "model_of", "prove_strategy", "verify_plan"]
 
 LEVELS = (0, 1, 2, 3)
 
@@ -126,10 +126,10 @@ def merged_proof(proofs: list[tuple[str, ProofInfo]]) -> ProofInfo:
     )
 
 
-def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
-    """Prove a plan's strategies again on its model, named by the plan or by `model`.
+def model_of(plan: Plan, model: str | None = None) -> ModelSpec:
+    """The model that a plan was made for, named by the plan or by `model`.
 
-    `InputError` when the model found is not the one the plan was made for.
+    `InputError` when the model found is not that one.
     """
     known = plan.model.name if plan.model.name in model_names() else plan.model.source
     spec = load_model(model or known)
@@ -139,6 +139,12 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
             got=f"{spec.name}: {model_digest(spec)[:12]}, plan: {plan.model.digest[:12]}",
             hint="name the model's config.json with --model",
         )
+    return spec
+
+
+def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
+    """Prove a plan's strategies again on its model (`model_of`, which may raise)."""
+    spec = model_of(plan, model)
     ways: list[tuple[str, ClusterInfo, StrategyInfo]] = [
         (pool.role, pool.cluster, pool.strategy) for pool in plan.pools
     ]

@@ -1,9 +1,9 @@
 """From a plan to the files and commands of one engine or compiler.
 
-A target is a function `(plan, **options) -> {file name: text}` that raises `InputError` for a
-plan it cannot express. Two are ours; others register one in the entry-point group
+A target is a function `(plan, **options) -> {file name: text or bytes}` that raises `InputError`
+for a plan it cannot express. Some are ours; others register one in the entry-point group
 `shardplan.emitters` (name = the target's name), which is read when a target is asked for. A
-built-in name cannot be taken over.
+built-in name cannot be taken over. A file name may hold one folder (`shards/rank0.onnx`).
 
 All files are built in memory before the first is written; should a write fail, the files that
 this call created are removed again. Left out: files of an earlier plan in a folder that `force`
@@ -26,14 +26,19 @@ from shardplan.search.plan import Plan, write_atomically
 
 __all__ = ["BUILT_IN", "GROUP", "Emitter", "emit", "target_names"]
 
-Emitter = Callable[..., Mapping[str, str]]
+Emitter = Callable[..., Mapping[str, str | bytes]]
 
 GROUP = "shardplan.emitters"
 BUILT_IN: Mapping[str, str] = {
     "atc": "shardplan.search.emit.atc:files",
+    "jax": "shardplan.search.emit.jax_specs:files",
+    "megatron": "shardplan.search.emit.megatron:files",
+    "mindspore": "shardplan.search.emit.mindspore_strategy:files",
+    "torch": "shardplan.search.emit.torch_plan:files",
     "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
 }
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+_FILE_NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}")
 
 
 def target_names() -> tuple[str, ...]:
@@ -99,19 +104,19 @@ def _check_options(emitter: Emitter, target: str, options: Mapping[str, object])
         )
 
 
-def _checked(texts: Mapping[str, str], target: str) -> dict[str, str]:
+def _checked(texts: Mapping[str, str | bytes], target: str) -> dict[str, str | bytes]:
     """The files, sorted by name; `InputError` for a name that could leave the folder."""
     wrong = [name for name in texts if not _FILE_NAME.fullmatch(name)]
     if wrong or not texts:
         raise InputError(
-            "a target returns texts by plain file name",
+            "a target returns texts or bytes by plain file name",
             got=f"{target}: {wrong or 'no files'}",
             hint="this is a fault of the target's package",
         )
     return dict(sorted(texts.items()))
 
 
-def _write(texts: Mapping[str, str], out: Path, *, force: bool) -> list[Path]:
+def _write(texts: Mapping[str, str | bytes], out: Path, *, force: bool) -> list[Path]:
     paths = {name: out / name for name in texts}
     _check_folder(out, force=force)
     new = [path for path in paths.values() if not path.exists()]

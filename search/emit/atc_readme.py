@@ -14,6 +14,7 @@ from shardplan.search.emit.common import (
     round_up,
     table,
 )
+from shardplan.search.emit.onnx_slices import OnnxFile, file_name
 from shardplan.search.plan import Plan
 
 __all__ = ["assumed", "atc_readme", "build_script", "loading", "no_table", "switches"]
@@ -40,21 +41,18 @@ def no_table() -> str:
     )
 
 
-def build_script(plan: Plan, soc: str) -> str:
+def build_script(plan: Plan, soc: str, model: OnnxFile | None = None) -> str:
+    """atc.sh: both phases of models that the user exports, or the one ONNX file that is given."""
+    if model is not None:
+        return _one_build(plan, soc, file_name(model))
     flags: list[tuple[str, str | None]] = [
         ("--model", Raw('"$1"')),
         ("--framework", str(table("atc")["framework_onnx"]["value"])),
         ("--output", Raw('"$here/$2"')),
         ("--input_shape", Raw('"$3"')),
         ("--soc_version", soc),
+        *_split_flags(plan),
     ]
-    if plan.strategy.tp > 1:
-        flags += [
-            ("--distributed_cluster_build", "1"),
-            ("--cluster_config", Raw('"$here/numa_config.json"')),
-            ("--enable_graph_parallel", Raw('"1"')),
-            ("--graph_parallel_option_path", Raw('"$here/parallel_option.json"')),
-        ]
     shapes = _shapes(plan)
     lines = [
         "#!/usr/bin/env bash",
@@ -75,10 +73,49 @@ def build_script(plan: Plan, soc: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _split_flags(plan: Plan) -> list[tuple[str, str | None]]:
+    if plan.strategy.tp == 1:
+        return []
+    return [
+        ("--distributed_cluster_build", "1"),
+        ("--cluster_config", Raw('"$here/numa_config.json"')),
+        ("--enable_graph_parallel", Raw('"1"')),
+        ("--graph_parallel_option_path", Raw('"$here/parallel_option.json"')),
+    ]
+
+
+def _one_build(plan: Plan, soc: str, name: str) -> str:
+    flags: list[tuple[str, str | None]] = [
+        ("--model", Raw(f'"$here/model/{name}.onnx"')),
+        ("--framework", str(table("atc")["framework_onnx"]["value"])),
+        ("--output", Raw(f'"$here/{name}"')),
+        ("--soc_version", soc),
+        *_split_flags(plan),
+    ]
+    words = ["atc", Raw('${INPUT_SHAPE:+"--input_shape=$INPUT_SHAPE"}')]
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Builds the model; INPUT_SHAPE fixes inputs of dynamic shape, as x:8,1024.",
+        "set -euo pipefail",
+        'here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"',
+        "",
+        command_line("atc", "atc", words, flags),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def atc_readme(
-    plan: Plan, release: Mapping[str, Any], soc: str, names: Sequence[str], left: Sequence[str]
+    plan: Plan,
+    release: Mapping[str, Any],
+    soc: str,
+    names: Sequence[str],
+    left: Sequence[str],
+    model: OnnxFile | None = None,
 ) -> str:
+    """README.md of door `split`."""
     way = plan.strategy
+    if model is not None:
+        return _one_readme(plan, release, soc, names, left)
     held = printable(f"{way.weight_dtype} weights, {way.kv_dtype} KV cache")
     lines = [
         f"# {model_name(plan)} with ATC: tp {way.tp}, {way.dp} replica(s)",
@@ -107,6 +144,32 @@ def atc_readme(
         "",
         *predicted(plan),
         f"- priced for engine profile {printable(plan.request.engine_profile)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _one_readme(
+    plan: Plan, release: Mapping[str, Any], soc: str, names: Sequence[str], left: Sequence[str]
+) -> str:
+    way = plan.strategy
+    lines = [
+        f"# {model_name(plan)} with ATC: tp {way.tp}, {way.dp} replica(s)",
+        "",
+        f"For {printable(plan.cluster.title)}, soc_version {printable(soc)}, CANN "
+        f"{release['versions']} ({release['pages']} of the ATC guide). Files: {', '.join(names)}.",
+        "",
+        "## Steps",
+        "",
+        "1. Load the CANN environment (`source set_env.sh` of the toolkit).",
+        "2. `./atc.sh` builds the model that lies in `model`.",
+        "3. Check its report for operators that were left whole.",
+        *loading(way.tp, way.dp),
+        "",
+        "## Assumed",
+        "",
+        "- The compiler's solver chooses the split of each operator.",
+        *left,
+        "- Not run on a device by the tool that wrote this.",
     ]
     return "\n".join(lines) + "\n"
 

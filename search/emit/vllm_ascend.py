@@ -35,6 +35,7 @@ from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launch
 from shardplan.search.emit.vllm_modules import module_rules, module_sizes
 from shardplan.search.emit.vllm_readme import balancer, bench, readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
+from shardplan.search.legality import Role
 from shardplan.search.plan import Plan
 
 __all__ = ["Flag", "checked_family", "files", "script"]
@@ -69,18 +70,18 @@ def files(plan: Plan) -> dict[str, str]:
     return made
 
 
-def checked_family(plan: Plan) -> str:
+def checked_family(plan: Plan, role: Role = "mixed") -> str:
     """Family of the plan's device. `InputError` for a plan that vLLM on Ascend cannot run."""
     facts = table("vllm_ascend")
     hint = "its devices are 310P, A2, A3 and 950" + (
         "; use target atc" if plan.cluster.soc_versions else "; plan for an Ascend cluster"
     )
     family = family_of(plan, _TARGET, facts["families"], hint)
-    _check_strategy(plan, family)
+    _check_strategy(plan, family, role)
     return family
 
 
-def _check_strategy(plan: Plan, family: str) -> None:
+def _check_strategy(plan: Plan, family: str, role: Role) -> None:
     """`InputError` for what no flag of the engine says."""
     way, work = plan.strategy, plan.request.workload
     longest = work.input_len + work.output_len
@@ -105,7 +106,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
             f"try sp off, or ep={way.tp}",
         ),
         *_switch_rules(plan, family),
-        *_ahead_rules(plan),
+        *_ahead_rules(plan, role),
         *module_rules(plan),
         (
             0 < plan.model.max_context < longest,
@@ -120,7 +121,7 @@ def _check_strategy(plan: Plan, family: str) -> None:
     check_algorithm(_TARGET, plan)
 
 
-def _ahead_rules(plan: Plan) -> list[tuple[bool, str, str, str]]:
+def _ahead_rules(plan: Plan, role: Role) -> list[tuple[bool, str, str, str]]:
     """(broken, rule, got, hint) of tokens predicted ahead."""
     way, facts = plan.strategy, table("vllm_ascend")["speculative"]
     known, most = facts["architectures"], facts["most"]
@@ -138,7 +139,7 @@ def _ahead_rules(plan: Plan) -> list[tuple[bool, str, str, str]]:
             "search with mtp off",
         ),
         (
-            way.mtp > 0 and way.pp > 1,
+            way.mtp > 0 and way.pp > 1 and role != "prefill",
             "a server that predicts tokens ahead has one pipeline stage",
             f"mtp={way.mtp}, pp={way.pp}",
             "search with mtp off, or pp=1",

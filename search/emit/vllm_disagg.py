@@ -31,7 +31,7 @@ from shardplan.search.emit.common import (
 )
 from shardplan.search.emit.vllm_ascend import Flag, checked_family, script
 from shardplan.search.emit.vllm_layout import Launch, Split, split_servers
-from shardplan.search.emit.vllm_readme import bench
+from shardplan.search.emit.vllm_readme import ahead_words, bench
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan, Pool, StrategyInfo
 
@@ -64,7 +64,7 @@ def disagg_files(plan: Plan) -> dict[str, str]:
             hint="search again with --serving disagg",
         )
     plans = [_instance(plan, pool) for pool in plan.pools]
-    families = [checked_family(one) for one in plans]
+    families = [checked_family(one, pool.role) for one, pool in zip(plans, plan.pools, strict=True)]
     if families[0] != families[1]:
         raise refuse(
             _TARGET,
@@ -105,7 +105,7 @@ def _instance(plan: Plan, pool: Pool) -> Plan:
     """The plan of one instance; prefill runs eagerly, as it is priced."""
     way, request = pool.strategy, plan.request
     if pool.role == "prefill":
-        way = way.model_copy(update={"batch": min(way.batch, way.chunk)})
+        way = way.model_copy(update={"batch": min(way.batch, way.chunk // (1 + way.mtp))})
         request = request.model_copy(update={"engine_profile": "vllm-ascend-eager"})
     changes = {
         "strategy": way,
@@ -121,7 +121,14 @@ def _instance(plan: Plan, pool: Pool) -> Plan:
 
 
 def _check_pair(prefill: StrategyInfo, decode: StrategyInfo) -> None:
-    """What the connector asserts of both sides."""
+    """What the connector asserts of both sides, and what a prediction layer needs."""
+    if (prefill.mtp > 0) != (decode.mtp > 0):
+        raise refuse(
+            _TARGET,
+            "both pools predict tokens ahead, or neither: the layer's cache is handed over",
+            got=f"prefill mtp={prefill.mtp}, decode mtp={decode.mtp}",
+            hint="search again with --serving disagg",
+        )
     if prefill.tp % decode.tp:
         raise refuse(
             _TARGET,
@@ -322,6 +329,7 @@ def _readme(plan: Plan, sides: Sequence[_Side], names: Sequence[str]) -> str:
         "It needs the Mooncake transfer engine built with -DUSE_ASCEND_DIRECT=ON.",
         "- Prefill instances run eagerly; their --max-num-seqs is what fits in memory.",
         "- Prompts are spread evenly; the proxy is the plugin's example, not part of its wheel.",
+        *ahead_words(sides[1].plan),
         "- Not run on a device by the tool that wrote this.",
     ]
     return "\n".join(lines) + "\n"

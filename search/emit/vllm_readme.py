@@ -21,7 +21,7 @@ from shardplan.search.emit.vllm_layout import Launch, Split
 from shardplan.search.emit.vllm_schemes import Checkpoint
 from shardplan.search.plan import Plan
 
-__all__ = ["balancer", "bench", "readme"]
+__all__ = ["ahead_words", "balancer", "bench", "readme"]
 
 
 def bench(plan: Plan, checkpoint: Checkpoint, split: Split) -> str:
@@ -209,13 +209,7 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
             "- Fused matmul and all_reduce is on (enable_matmul_allreduce, gone after this "
             "release); priced as a gain of prefill alone, though decode steps run it too."
         )
-    if way.mtp:
-        share = plan.request.workload.mtp_acceptance
-        kept = "" if share is None else f"; the plan assumed that {share:.0%} of drafts are kept"
-        lines.append(
-            f"- The checkpoint holds the model's prediction layer, which drafts {way.mtp} token(s) "
-            f"a step{kept}. Random prompts may be predicted less well: measure with real ones."
-        )
+    lines += ahead_words(plan)
     if way.collectives != "auto":
         lines.append(
             f"- HCCL_ALGO picks {printable(way.collectives)} between servers. HCCL still chooses "
@@ -224,3 +218,16 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
     if way.weight_dtype == "w4a16":
         lines.append("- The engine's W4A16 covers experts; attention stays in 16 bit.")
     return lines
+
+
+def ahead_words(plan: Plan) -> list[str]:
+    """What is assumed of tokens that are predicted ahead; nothing where none are."""
+    way = plan.strategy
+    if not way.mtp:
+        return []
+    share = plan.request.workload.mtp_acceptance
+    kept = "" if share is None else f"; the plan assumed that {share:.0%} of drafts are kept"
+    return [
+        f"- The checkpoint holds the model's prediction layer, which drafts {way.mtp} token(s) "
+        f"a step{kept}. Random prompts may be predicted less well: measure with real ones."
+    ]

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
+from shardplan.search.report.block import block_section
 from shardplan.search.report.breakdown import breakdown_section
 from shardplan.search.report.how_sure import confidence_section
 from shardplan.search.report.markup import Html, raw, table, tag
@@ -64,6 +65,7 @@ def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
         _certificate_section(plan),
         memory_section(plan),
         breakdown_section(plan),
+        block_section(plan),
         confidence_section(plan),
         robustness_section(plan),
         tradeoff_section(plan, TrialTable.of(trials)),

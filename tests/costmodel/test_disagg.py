@@ -31,6 +31,7 @@ def _pools(**changes: float) -> Pools:
         "service_s": 0.2,
         "decode_per_s": 20.0,
         "step_s": 0.05,
+        "later_s": 0.5,
         "transfer_s": 0.01,
         "transfer_per_s": 1000.0,
         **changes,
@@ -44,7 +45,7 @@ def _served(demand: Demand, **changes: float) -> Service:
 
 def test_a_ttft_limit_is_what_the_prefill_queue_is_filled_to() -> None:
     """Limit 0.36 s, alone 0.26 s: a wait of 0.1 s is a utilisation of 2/3 (M/D/1)."""
-    found = _served(Demand(output_len=11, ttft_s=0.36))
+    found = _served(Demand(ttft_s=0.36))
     assert float(found.requests_per_s) == pytest.approx(20.0 / 3.0)
     assert float(found.ttft_s) == pytest.approx(0.36)
     assert float(found.end_to_end_s) == pytest.approx(0.36 + 10 * 0.05)
@@ -53,7 +54,7 @@ def test_a_ttft_limit_is_what_the_prefill_queue_is_filled_to() -> None:
 
 def test_the_slowest_part_binds() -> None:
     """Slots, links or what comes, where they are less than the prompts."""
-    open_ended = Demand(output_len=11, ttft_s=10.0)
+    open_ended = Demand(ttft_s=10.0)
     for name, changes in (
         ("decode", {"decode_per_s": 3.0}),
         ("transfer", {"transfer_per_s": 3.0}),
@@ -61,14 +62,14 @@ def test_the_slowest_part_binds() -> None:
         found = _served(open_ended, **changes)
         assert BOUNDS[int(found.bound)] == name
         assert float(found.requests_per_s) == 3.0
-    offered = _served(Demand(output_len=11, offered_per_s=4.0))
+    offered = _served(Demand(offered_per_s=4.0))
     assert BOUNDS[int(offered.bound)] == "demand"
     assert float(offered.wait_s) == pytest.approx(0.4 * 0.1 / (2 * 0.6))
 
 
 def test_one_request_in_flight_waits_for_nothing() -> None:
     """Its latency is service, transfer and O steps; the rate is one over that."""
-    found = _served(Demand(output_len=11, in_flight=1.0))
+    found = _served(Demand(in_flight=1.0))
     assert float(found.wait_s) == pytest.approx(0.0, abs=1e-12)
     assert float(found.end_to_end_s) == pytest.approx(0.2 + 0.01 + 11 * 0.05)
     assert float(found.requests_per_s) == pytest.approx(1.0 / 0.76)
@@ -76,13 +77,13 @@ def test_one_request_in_flight_waits_for_nothing() -> None:
 
 def test_without_any_bound_the_queue_is_kept_at_a_stated_utilisation() -> None:
     """Nine tenths of the prompts that can be computed."""
-    found = _served(Demand(output_len=11))
+    found = _served(Demand())
     assert float(found.requests_per_s) == pytest.approx(10.0 * unbounded_utilisation())
 
 
 def test_a_limit_below_a_prompt_alone_serves_nothing() -> None:
     """No load meets it."""
-    assert float(_served(Demand(output_len=11, ttft_s=0.25)).requests_per_s) == 0.0
+    assert float(_served(Demand(ttft_s=0.25)).requests_per_s) == 0.0
 
 
 _POSITIVE = st.floats(1e-3, 1e2)
@@ -100,8 +101,8 @@ def test_littles_law_holds_of_a_closed_population(
 ) -> None:
     """Rate times latency is the requests in flight; no pool serves more than it can."""
     changes = {"prefill_per_s": prefill / busy, "busy_s": busy, "service_s": busy}
-    demand = Demand(output_len=20, in_flight=float(in_flight))
-    found = _served(demand, decode_per_s=decode, step_s=step, **changes)
+    demand = Demand(in_flight=float(in_flight))
+    found = _served(demand, decode_per_s=decode, step_s=step, later_s=19 * step, **changes)
     rate = float(found.requests_per_s)
     assert rate <= min(prefill / busy, decode) * (1 + 1e-9)
     wanted = min(in_flight, rate * float(found.end_to_end_s))
@@ -113,7 +114,7 @@ def test_littles_law_holds_of_a_closed_population(
 @given(more=st.floats(1.0, 10.0), limit=st.sampled_from([None, 0.3, 1.0]))
 def test_more_of_anything_never_serves_less(more: float, limit: float | None) -> None:
     """Prompts, slots and links."""
-    demand = Demand(output_len=11, ttft_s=limit, in_flight=None if limit else 40.0)
+    demand = Demand(ttft_s=limit, in_flight=None if limit else 40.0)
     before = float(_served(demand).requests_per_s)
     for name in ("prefill_per_s", "decode_per_s", "transfer_per_s"):
         found = _served(demand, **{name: float(getattr(_pools(), name)) * more})

@@ -14,6 +14,7 @@ from tests.costmodel.discrete import BASE_S, TOKEN_S, LinearModel, Setting, meas
 from tests.costmodel.priced import CASES, case_names, load, price
 
 from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.serving import Serving, ServingInput, serve
 from shardplan.costmodel.step import Load, StepModel
 from shardplan.costmodel.steps import step_seconds
@@ -272,3 +273,15 @@ def test_a_grid_is_its_points() -> None:
         one = served(model, float(SLOTS[i]), chunk=np.asarray(chunks[j]))
         for name in ("ttft_s", "tpot_s", "requests_per_s", "compute_s", "overhead_s"):
             assert getattr(grid, name)[i, j] == pytest.approx(float(getattr(one, name)), rel=1e-9)
+
+
+def test_points_that_are_all_alike_are_spread_over_the_grid() -> None:
+    """One decode step stands for all of them."""
+    memo = Memo()
+    alike = memo.different((np.full(9, 4.0),))
+    assert alike.spread(np.array([7.0])).tolist() == [7.0] * 9
+    assert alike.spread(np.array([[1.0], [2.0]])).shape == (2, 9)
+    apart = memo.different((np.arange(9.0) // 3,))
+    assert apart.spread(np.array([1.0, 2.0, 3.0])).tolist() == [1.0] * 3 + [2.0] * 3 + [3.0] * 3
+    assert apart.spread(np.array([[5.0], [6.0]])).shape == (2, 1)
+    assert apart.spread(np.asarray(8.0)).shape == ()

@@ -12,25 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from hypothesis import strategies as st
-from tests.search.oracle import specs
 
-from shardplan.costmodel.catalog import load_cluster
-from shardplan.costmodel.disagg import link_between, unbounded_utilisation
-from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.disagg import unbounded_utilisation
 from shardplan.costmodel.serving import ServingInput
 from shardplan.costmodel.steps import decode_stages, prompt_stages
 from shardplan.models.errors import LayoutError
 from shardplan.models.parallel import Exchange, Parallelism
-from shardplan.models.spec import ModelSpec
 from shardplan.search.disagg_combine import DisaggQuestion
 from shardplan.search.disagg_space import Pool
 from shardplan.search.evaluate import LayoutScorer, Question
-from shardplan.search.legality import Subject
-from shardplan.search.plan import Limits, Workload
+from shardplan.search.plan import Workload
 from shardplan.search.space import Choice
 
-__all__ = ["Deployment", "best_deployment", "disagg_cases", "every_deployment", "space_size"]
+__all__ = ["Deployment", "best_deployment", "every_deployment", "space_size"]
 
 _EPS = 1e-9
 
@@ -49,6 +43,8 @@ class _Decode:
     parallel: Parallelism
     rate: float
     step_s: float
+    later_s: float
+    tpot_s: float
     request_bytes: float
 
 
@@ -76,7 +72,16 @@ def _layouts(pool: Pool) -> Iterator[Parallelism]:
                         continue
                     for sp in (False, True):
                         for exchange in exchanges if ep > 1 else exchanges[:1]:
-                            yield Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp, exchange=exchange)
+                            one = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp, exchange=exchange)
+                            yield from (replace(one, mtp=depth) for depth in _depths(pool))
+
+
+def _depths(pool: Pool) -> list[int]:
+    """Tokens predicted ahead; a prefill instance has the layer or not."""
+    asked = pool.reach.depths
+    if pool.role == "decode":
+        return list(asked)
+    return [0] * (0 in asked) + [1] * (max(asked) > 0)
 
 
 def _scorer(question: DisaggQuestion, pool: Pool, par: Parallelism) -> LayoutScorer | None:
@@ -84,6 +89,8 @@ def _scorer(question: DisaggQuestion, pool: Pool, par: Parallelism) -> LayoutSco
     if (par.sp and par.tp == 1) or par.tp > pool.cluster.ranks_per_node:
         return None
     if "vllm" in pool.engine.name and par.ep not in (1, par.tp * par.dp):
+        return None
+    if pool.engine.name == "vllm-ascend" and par.mtp and par.pp > 1 and pool.role == "decode":
         return None
     work = pool.workload
     if pool.role == "prefill":
@@ -105,7 +112,7 @@ def _scorer(question: DisaggQuestion, pool: Pool, par: Parallelism) -> LayoutSco
         return None
 
 
-def _given(pool: Pool, choice: Choice) -> ServingInput:
+def _given(pool: Pool, choice: Choice, mtp: int) -> ServingInput:
     work = pool.workload
     return ServingInput(
         batch=np.ones(()),
@@ -116,6 +123,7 @@ def _given(pool: Pool, choice: Choice) -> ServingInput:
         weight_dtype=choice.weight_dtype,
         kv_dtype=choice.kv_dtype,
         attention=choice.attention,
+        mtp=mtp,
     )
 
 
@@ -136,7 +144,7 @@ def _prefills(question: DisaggQuestion) -> Iterator[_Prefill]:
                 model = scorer.model_for(choice)
                 stages = prompt_stages(
                     model,
-                    _given(pool, choice),
+                    _given(pool, choice, par.mtp),
                     piece=np.asarray(prompt / pieces * count),
                     prompt=np.asarray(float(prompt)),
                     sequences=np.zeros(()),
@@ -167,22 +175,36 @@ def _decodes(question: DisaggQuestion) -> Iterator[_Decode]:
             )
             for slots in pool.grid:
                 at = np.array([float(slots)])
-                if scorer.memory(choice, at, at)[0] > scorer.ledger.capacity_bytes:
+                if scorer.memory(choice, at, at * (1 + par.mtp))[0] > scorer.ledger.capacity_bytes:
                     continue
                 model = scorer.model_for(choice)
                 sequences = np.asarray(float(math.ceil(slots / par.pp)))
-                stages = decode_stages(model, _given(pool, choice), sequences)
+                stages = decode_stages(model, _given(pool, choice, par.mtp), sequences)
                 times = [float(one) for one in model.step_s(stages, "decode")]
                 step = max(sum(times), max(times) * par.pp) + model.host_s("decode")
+                later = _later_steps(work, par.mtp)
+                tokens = work.output_len - 1
                 yield _Decode(
                     parallel=par,
-                    rate=par.dp * slots / (work.output_len * step),
+                    rate=par.dp * slots / ((1 + later) * step),
                     step_s=step,
+                    later_s=later * step,
+                    tpot_s=later / tokens * step if tokens else step,
                     request_bytes=held * math.ceil(work.input_len / block) * block,
                 )
 
 
+def _later_steps(work: Workload, depth: int) -> float:
+    """Steps after the first token: at least one where there is a token."""
+    kept = work.mtp_acceptance or 0.0
+    gained = 1 + sum(kept**place for place in range(1, depth + 1))
+    later = work.output_len - 1
+    return max(later / gained, min(later, 1))
+
+
 def _legal_pair(question: DisaggQuestion, one: Parallelism, other: Parallelism) -> bool:
+    if (one.mtp > 0) != (other.mtp > 0):
+        return False
     if question.decode.engine.name != "vllm-ascend":
         return True
     return one.tp >= other.tp and one.tp % other.tp == 0 and other.pp == 1
@@ -209,7 +231,7 @@ def _deployment(
         other.request_bytes * one.prompts / (p.tp * p.pp), other.request_bytes / (d.tp * d.pp)
     )
     first = one.service_s + link.latency_s + each / link.bytes_per_s + other.step_s
-    later = (work.output_len - 1) * other.step_s
+    later = other.later_s
     most = x * one.rate
     latency = question.objective == "latency"
     in_flight = work.concurrency
@@ -234,14 +256,14 @@ def _deployment(
     ttft = wait + first
     if limits.ttft_s is not None and ttft > limits.ttft_s * (1 + 4e-9):
         return None
-    if limits.tpot_s is not None and other.step_s > limits.tpot_s:
+    if limits.tpot_s is not None and other.tpot_s > limits.tpot_s:
         return None
     return Deployment(
         objective=1 / (ttft + later) if latency else rate * work.output_len,
         cards=x * p.ranks + y * d.ranks,
         rate=rate,
         ttft_s=ttft,
-        tpot_s=other.step_s,
+        tpot_s=other.tpot_s,
     )
 
 
@@ -290,67 +312,3 @@ def space_size(question: DisaggQuestion) -> int:
             counts = sum(1 for _ in _counts(question, one.ranks, other.ranks))
             total += counts * question.prefill.per_layout * question.decode.per_layout
     return total
-
-
-_CHOICES = (
-    Choice(attention="flash", weight_dtype="bf16", kv_dtype="bf16"),
-    Choice(attention="flash", weight_dtype="w8a8", kv_dtype="bf16"),
-)
-
-
-def _pool(
-    spec: ModelSpec, machine: str, engine_name: str, cards: int, memory: float, sizes: int
-) -> Pool:
-    """A pool of decode instances of small cards; the caller sets role, grid and workload."""
-    cluster = load_cluster(machine, cards=cards)
-    cluster = replace(cluster, device=replace(cluster.device, hbm_bytes=memory))
-    engine = load_engine(engine_name)
-    engine = replace(engine, reserve_bytes=2.0**20, communicator_bytes=2.0**18)
-    return Pool.of(
-        "decode",
-        Subject(spec=spec, cluster=cluster, engine=engine, parallel=Parallelism()),
-        cards=cards,
-        sizes=tuple(size for size in (1, 2, 4) if size <= sizes),
-        choices=_CHOICES,
-        grid=(1, 3, 8, 32),
-        workload=Workload(input_len=1, output_len=1),
-    )
-
-
-@st.composite
-def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
-    """A small question over shared or separate pools whose limits bind about as often as not."""
-    spec = draw(specs())
-    shared = draw(st.booleans())
-    engine = draw(st.sampled_from(["vllm-ascend", "vllm-ascend", "torch-graph"]))
-    memory = draw(st.sampled_from([16e6, 64e6, 1e9]))
-    cards = draw(st.sampled_from([2, 3, 4])) if spec.moe is None else 3
-    workload = Workload(
-        input_len=draw(st.sampled_from([16, 300, 2000])),
-        output_len=draw(st.sampled_from([1, 2, 64])),
-        concurrency=draw(st.sampled_from([None, None, 1, 12, 200])),
-        request_rate=draw(st.sampled_from([None, None, None, 5.0, 100.0])),
-        prefix_hit=draw(st.sampled_from([0.0, 0.5])),
-    )
-    decode = _pool(spec, "atlas-800t-a2", engine, cards, memory, cards - 1 if shared else cards)
-    if shared:
-        prefill = decode
-    else:
-        own = draw(st.sampled_from([1, 2]))
-        prefill = _pool(spec, "atlas-800i-a3", engine, own, 1e9, own)
-    grid = (100, 512, 4096)
-    one, other = (
-        pool.cluster if shared else load_cluster(pool.cluster.name, nodes=2)
-        for pool in (prefill, decode)
-    )
-    return DisaggQuestion(
-        prefill=replace(prefill, role="prefill", grid=grid, workload=workload),
-        decode=replace(decode, workload=workload),
-        shared=shared,
-        link=link_between(one, other, cards, same=shared),
-        limits=Limits(
-            ttft_s=draw(st.sampled_from([None, None, 0.05, 0.5])),
-            tpot_s=draw(st.sampled_from([None, None, 0.005, 0.02])),
-        ),
-        objective=draw(st.sampled_from(["throughput", "throughput", "latency", "cards"])),
-    )

@@ -17,9 +17,11 @@ from typing import Any
 
 from tests.search.plan_factory import make_plan
 
+from shardplan.models.catalog import load_model, model_names
 from shardplan.search.emit import emit
 from shardplan.search.emit.common import table
 from shardplan.search.plan import ClusterInfo, ModelInfo, Plan, StrategyInfo
+from shardplan.search.proof import model_digest
 
 __all__ = [
     "CLUSTERS",
@@ -30,6 +32,7 @@ __all__ = [
     "parser_of",
     "run_script",
     "start",
+    "tiny_llama",
     "toy_target",
 ]
 
@@ -99,10 +102,39 @@ def emit_plan(
         update={
             "strategy": StrategyInfo(**{**_STRATEGY, **strategy}),
             "cluster": _cluster(soc),
-            "model": ModelInfo(**{**base.model.model_dump(), **(model or {})}),
+            "model": ModelInfo(**_bound({**base.model.model_dump(), **(model or {})})),
             "request": base.request.model_copy(update=asked),
         }
     )
+
+
+def _bound(model: dict[str, Any]) -> dict[str, Any]:
+    """With the digest of the preset or config.json that the plan names, where there is one."""
+    known = model["name"] if model["name"] in model_names() else model["source"]
+    if known not in model_names() and not Path(known).is_file():
+        return model
+    return {**model, "digest": model_digest(load_model(known))}
+
+
+def tiny_llama(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Fields of a model of four layers, eight heads on four kv heads, in a config.json."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 128,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    file = folder / "config.json"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    return {"name": "tiny", "source": str(file), "layers": config["num_hidden_layers"]}
 
 
 def _cluster(soc: str) -> ClusterInfo:
@@ -165,9 +197,13 @@ def parser_of(data: str, command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def toy_target(plan: Plan, *, greeting: str = "hello") -> dict[str, str]:
-    """A target as another package would register it."""
-    return {"toy.sh": f"#!/bin/sh\necho {greeting}\n", "toy.txt": f"{plan.strategy.tp}\n"}
+def toy_target(plan: Plan, *, greeting: str = "hello") -> dict[str, str | bytes]:
+    """A target as another package would register it; docs/emitters.md has one that works."""
+    return {
+        "parts/ranks.bin": bytes(range(plan.strategy.ranks)),
+        "toy.sh": f"#!/bin/sh\necho {greeting}\n",
+        "toy.txt": f"{plan.strategy.tp}\n",
+    }
 
 
 HERE = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.search.emit_cases import emit_plan
 
 from shardplan.search.estimate import price_columns
 from shardplan.search.estimate_csv import MAX_POINTS_BYTES
@@ -260,6 +261,19 @@ def test_levels_that_need_an_extra_say_which(
         monkeypatch.setitem(sys.modules, name, None)
         refused(["verify", *MODEL, "--level", "2"], capsys, name, "shardplan[torch]")
         refused(["verify", *MODEL, "--level", "3"], capsys, "shardplan[torch]")
+
+
+def test_options_of_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NAME=VALUE, each once, and only the target's own."""
+    plan, out = tmp_path / "plan.json", tmp_path / "deploy"
+    emit_plan(tp=2).save(plan)
+    words = ["emit", str(plan), "--target", "atc", "--out", str(out)]
+    refused([*words, "--option", "door"], capsys, "NAME=VALUE")
+    refused([*words, "--option", "cann=7", "--option", "cann=8"], capsys, "each name once")
+    refused([*words, "--option", "force=1"], capsys, "NAME=VALUE")
+    refused([*words, "--option", "width=2"], capsys, "no such option", "door")
+    refused([*words, "--option", "cann=9"], capsys, "try 7")
+    assert not out.exists()
 
 
 def test_verify_and_analyze_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:

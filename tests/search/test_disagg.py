@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.search.disagg_oracle import best_deployment, disagg_cases, space_size
+from tests.search.disagg_cases import disagg_cases
+from tests.search.disagg_oracle import best_deployment, space_size
 from tests.search.oracle import sparse
 
 from shardplan.costmodel.catalog import load_cluster
@@ -48,6 +52,47 @@ def test_the_best_is_brute_forces_best(question: DisaggQuestion) -> None:
 @given(disagg_cases())
 def test_the_best_is_brute_forces_best_on_many_questions(question: DisaggQuestion) -> None:
     _agrees(question)
+
+
+def _is_true_when_cut_short(question: DisaggQuestion, ticks: int) -> None:
+    """A search that ends after so many looks at the clock: its bound holds for all there is."""
+    whole = search_disagg(question)
+    looks = itertools.count()
+    with patch("time.perf_counter", lambda: float(next(looks))):
+        cut = search_disagg(question, time_limit_s=float(ticks))
+    tally = cut.tally
+    assert cut.space_size == whole.space_size
+    assert min(tally.pruned_by.values(), default=0) >= 0
+    counted = tally.evaluated + sum(tally.pruned_by.values())
+    assert counted <= cut.space_size
+    if cut.complete:
+        assert (cut.best is None) == (whole.best is None)
+    if whole.best is None:
+        assert cut.best is None
+        return
+    own = whole.best.worth(question.objective)
+    found = -math.inf if cut.best is None else cut.best.worth(question.objective)
+    assert found <= own * (1 + 1e-9 if own > 0 else 1 - 1e-9)
+    assert max(found, cut.unreached) >= own * (1 - 1e-9 if own > 0 else 1 + 1e-9)
+    if cut.complete:
+        assert found == pytest.approx(own, rel=1e-7)
+
+
+@settings(max_examples=15)
+@given(disagg_cases(), st.integers(0, 120))
+def test_a_search_cut_short_bounds_what_it_did_not_reach(
+    question: DisaggQuestion, ticks: int
+) -> None:
+    _is_true_when_cut_short(question, ticks)
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(disagg_cases(), st.integers(0, 120))
+def test_searches_cut_short_bound_what_they_did_not_reach(
+    question: DisaggQuestion, ticks: int
+) -> None:
+    _is_true_when_cut_short(question, ticks)
 
 
 @given(

@@ -93,6 +93,45 @@ def test_the_same_question_gives_the_same_bytes(found: SearchResult) -> None:
     assert again.trials.equals(found.trials)
 
 
+def test_tokens_are_predicted_ahead_in_both_pools(tmp_path: Path) -> None:
+    """Decode drafts and verifies; prefill holds the layer, whose cache is sent with the others."""
+    asked = {"nodes": 4, "mtp": 2, "output_len": 256, "tpot_ms": 60, "ttft_ms": 2000}
+    plan = _search("atlas-800i-a3", model="deepseek-v3", **asked).plan
+    prefill, decode = plan.pools
+    assert (prefill.strategy.mtp, decode.strategy.mtp) == (1, 2)
+    assert decode.strategy.chunk == 3 * decode.strategy.batch
+    assert plan.transfer is not None
+    layers = (plan.model.layers + 1) / plan.model.layers
+    assert plan.transfer.request_bytes == pytest.approx(
+        1024 * plan.model.kv_bytes_per_token * layers
+    )
+    share = plan.request.workload.mtp_acceptance
+    assert share is not None
+    gained = 1 + share + share**2
+    assert plan.performance.tpot_s == pytest.approx(decode.times.step_s / gained)
+    assert verify_plan(plan).passed
+    written = emit(plan, "vllm-ascend", tmp_path / "out")
+    for role, depth in (("prefill", 1), ("decode", 2)):
+        texts = [path.read_text("utf-8") for path in written if f"serve_{role}" in path.name]
+        assert all(f'"num_speculative_tokens": {depth}' in text for text in texts)
+    alone = prefill.model_copy(update={"strategy": prefill.strategy.model_copy(update={"mtp": 0})})
+    with pytest.raises(InputError, match="or neither"):
+        emit(plan.model_copy(update={"pools": (alone, decode)}), "vllm-ascend", tmp_path / "no")
+
+
+def test_a_time_limit_says_what_it_leaves_open() -> None:
+    """Nothing found in time is no answer; both ways of serving share the time."""
+    with pytest.raises(InfeasibleError, match="within the time limit"):
+        _search(time_limit=0)
+    done = _search(time_limit=60)
+    assert done.plan.certificate.gap == 0
+    both = search("llama-3.1-8b", "atlas-800t-a2", **_ASKED, serving="auto", time_limit=60)
+    assert len(both.plan.servings) == 2
+    assert "shared the time limit of 60 s" in both.plan.notes[-1]
+    with pytest.raises(InfeasibleError, match=r"time_limit=0 s"):
+        search("llama-3.1-8b", "atlas-800t-a2", **_ASKED, serving="auto", time_limit=0)
+
+
 def test_quantizing_is_shown_and_never_applied(found: SearchResult) -> None:
     """int8 weights serve more; the plan keeps the checkpoint's."""
     gains = {(row.weight_dtype, row.kv_dtype): row.gain for row in found.plan.quantization}

@@ -175,7 +175,11 @@ REFUSED = [
     ({"tp": 8, "dp": 2, "ep": 16, "model": moe()}, "does not split experts", "ep=1"),
     ({"cp": 2}, "does not split contexts", "cp=1"),
     ({"dp": 2, "head_tp": 16}, "all modules over the same ranks", "head_tp=0"),
-    ({"tp": 8, "pp": 2}, "no key for pipeline stages", "pp=1, or use target vllm-ascend"),
+    (
+        {"tp": 8, "pp": 2},
+        "no key for pipeline stages",
+        "pp=1, or use door shards, or use target vllm-ascend",
+    ),
     ({"tp": 16, "dp": 2}, "replicas of one node each", "dp=1"),
     ({"tp": 3, "dp": 3}, "fit inside one node", "1, 2, 4, 8"),
     ({"tp": 12}, "fill whole nodes", "whole nodes"),
@@ -187,7 +191,7 @@ def test_no_one_is_sent_to_a_target_that_does_not_know_the_device(tmp_path: Path
     """vLLM on Ascend does not run on a 910A."""
     with pytest.raises(InputError) as caught:
         emit(emit_plan(soc="Ascend910A", tp=4, pp=2), "atc", tmp_path / "out")
-    assert caught.value.hint == "search with pp=1, for example tp=8"
+    assert caught.value.hint == "search with pp=1, for example tp=8, or use door shards"
 
 
 def test_sequence_parallelism_is_the_solvers_choice(tmp_path: Path) -> None:

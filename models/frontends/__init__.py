@@ -1,0 +1,1 @@
+"""Front ends that read what others captured or exported, each into an `OpGraph`."""

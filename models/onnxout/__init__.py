@@ -1,0 +1,1 @@
+"""Strategies applied to ONNX files: a model for each rank, and annotations of the whole model."""

@@ -1,0 +1,97 @@
+"""Every command and example that the pages show is run as it stands there.
+
+In the order of the pages, in one folder, so that a command may read what one before it wrote. What
+a page takes from its reader (a table of points, a profile) lies there first; commands for hardware
+that a test does not have are named below and left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shardplan.search.main import run
+
+ROOT = Path(__file__).resolve().parent.parent
+APART = ("emitters.md",)
+"""Pages whose example is a package, installed by a test of its own."""
+PAGES = (
+    ROOT / "README.md",
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in APART),
+)
+SAMPLES = ROOT / "tests" / "costmodel" / "profiler_samples"
+NEEDS_A_DEVICE = ("shardplan profile --device npu",)
+POINTS = """model,cluster,tp,phase,batch,tokens
+llama-3.1-8b,atlas-800t-a2,4,decode,16,1024
+llama-3.1-8b,atlas-800t-a2,3,decode,16,1024
+"""
+MEASURED = """model,cluster,tp,phase,batch,tokens,measured_s
+llama-3.1-8b,atlas-800t-a2,4,decode,16,1024,0.009
+llama-3.1-8b,atlas-800t-a2,4,prefill,1,2048,0.12
+"""
+_COMMAND = re.compile(r"`(shardplan [a-z][^`]*)`")
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """Commands of a page, in its tables, its sentences and its shell blocks."""
+    text = page.read_text(encoding="utf-8")
+    shell = [body for kind, body in _BLOCK.findall(text) if kind == "sh"]
+    lines = [line.strip() for body in shell for line in body.replace("\\\n", " ").splitlines()]
+    found = [line for line in lines if line.startswith("shardplan ")]
+    found += [one.replace("\\|", "|") for one in _COMMAND.findall(_BLOCK.sub("", text))]
+    names = [one for one in found if len(one.split()) > len(("shardplan", "search"))]
+    return [one for one in dict.fromkeys(names) if not one.startswith(NEEDS_A_DEVICE)]
+
+
+def test_the_pages_have_commands() -> None:
+    """So that a page written otherwise does not pass unseen."""
+    found = {page.name: commands(page) for page in PAGES}
+    assert len(found["README.md"]) > 20
+
+
+@pytest.mark.slow
+def test_every_command_of_the_pages_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.csv").write_text(POINTS, encoding="utf-8")
+    for name in ("mine.csv", "my.csv"):
+        (tmp_path / name).write_text(MEASURED, encoding="utf-8")
+    shutil.copy(SAMPLES / "kernel_details.csv", tmp_path)
+    for page in PAGES:
+        for command in commands(page):
+            code = run(shlex.split(command)[1:])
+            told = capsys.readouterr().err
+            assert code == 0, f"{page.name}: {command}: {told}"
+    assert {"plan.json", "report.html"} <= {one.name for one in (tmp_path / "plan").iterdir()}
+
+
+def python_of(page: Path) -> str:
+    """The Python examples of a page, one after another."""
+    blocks = _BLOCK.findall(page.read_text(encoding="utf-8"))
+    return "\n".join(body for kind, body in blocks if kind == "python")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_of(page)], ids=lambda page: page.name
+)
+def test_every_python_example_of_the_pages_runs(page: Path, tmp_path: Path) -> None:
+    code = python_of(page)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
