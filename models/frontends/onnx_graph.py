@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import LayoutError
+from shardplan.models.frontends.loops import Draft
 from shardplan.models.frontends.onnx_attention import Fused, find_attentions
 from shardplan.models.frontends.onnx_file import OnnxFile, open_onnx
 from shardplan.models.frontends.onnx_lib import need_onnx
-from shardplan.models.frontends.onnx_node import Draft, View
+from shardplan.models.frontends.onnx_node import View
 from shardplan.models.frontends.onnx_normal import normalise
 from shardplan.models.frontends.onnx_rules import COMPUTE
 from shardplan.models.frontends.onnx_rules_shape import MOVE

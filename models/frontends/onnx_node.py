@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
+from shardplan.models.frontends.loops import Draft, names
 from shardplan.models.frontends.onnx_walk import Array, Walked, node_error
-from shardplan.models.opgraph import Loop
 
 if TYPE_CHECKING:
     from shardplan.models.frontends.onnx_lib import NodeProto
 
-__all__ = ["Draft", "Loops", "Rule", "View", "aligned", "follow", "names"]
-
-Loops = tuple[str, ...]
+__all__ = ["Rule", "View", "follow"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,42 +70,7 @@ class View:
         return node_error(self.walked.file, self.node, rule, hint)
 
 
-@dataclass(slots=True, kw_only=True)
-class Draft:
-    """An operator's loops, as a rule writes them down."""
-
-    kind: str
-    reads: dict[int, Loops]
-    """Input slot -> loop of each dim. Slots that are not named are arithmetic on shapes."""
-    writes: list[Loops]
-    sizes: dict[str, int]
-    whole: frozenset[str] = frozenset()
-    linear: tuple[int, ...] = ()
-    """Input slots through which a partial sum may pass."""
-    flop: float = 0.0
-    attrs: dict[str, float | str] = field(default_factory=dict)
-
-    def loops(self) -> dict[str, Loop]:
-        """Every loop that a dim runs over."""
-        used = {n for one in (*self.reads.values(), *self.writes) for n in one if n}
-        return {
-            n: Loop(size=size, whole=n in self.whole) for n, size in self.sizes.items() if n in used
-        }
-
-
 Rule = Callable[[View], Draft]
-
-
-def names(rank: int, letter: str = "d") -> Loops:
-    """d0, d1, ...: a loop for each dim."""
-    return tuple(f"{letter}{index}" for index in range(rank))
-
-
-def aligned(shape: tuple[int, ...], out: tuple[int, ...], loops: Loops) -> Loops:
-    """Loops of a tensor that is broadcast to `out`: dims that are repeated run over none."""
-    behind = loops[len(loops) - len(shape) :] if shape else ()
-    sizes = out[len(out) - len(shape) :] if shape else ()
-    return tuple(n if a == b else "" for n, a, b in zip(behind, shape, sizes, strict=True))
 
 
 def follow(view: View, kind: str, *, without: tuple[int, ...] = ()) -> Draft:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from shardplan.models.frontends.onnx_node import Draft, Loops, Rule, View, aligned, follow, names
+from shardplan.models.frontends.loops import Draft, Loops, aligned, names
+from shardplan.models.frontends.onnx_node import Rule, View, follow
 
 __all__ = ["COMPUTE"]
 

@@ -9,46 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from shardplan.models.frontends.onnx_node import Draft, Loops, Rule, View, aligned, follow, names
+from shardplan.models.frontends.loops import Draft, Loops, aligned, leading_dims, names
+from shardplan.models.frontends.onnx_node import Rule, View, follow
 
-__all__ = ["MOVE", "leading_dims"]
-
-
-def leading_dims(
-    before: tuple[int, ...], after: tuple[int, ...]
-) -> tuple[Loops, Loops, dict[str, int]]:
-    """Loops of both shapes of a reshape and their sizes.
-
-    Dims fall into groups of equal products. The first dim of a group on either side runs over one
-    loop, whose size divides both, and minor dims over none.
-    """
-    left, right, sizes = [""] * len(before), [""] * len(after), {}
-    for first, second in _groups(before, after):
-        size = math.gcd(before[first], after[second])
-        loop = f"d{second}"
-        left[first] = right[second] = loop
-        sizes[loop] = size
-    return tuple(left), tuple(right), sizes
-
-
-def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(first dim of more than one element before, the same after) of each group."""
-    i = j = 0
-    while i < len(before) and j < len(after):
-        if before[i] == 1 or after[j] == 1:
-            if before[i] == 1:
-                i += 1
-            else:
-                j += 1
-            continue
-        yield i, j
-        a, b = before[i], after[j]
-        i, j = i + 1, j + 1
-        while a != b:
-            if a < b:
-                a, i = a * before[i], i + 1
-            else:
-                b, j = b * after[j], j + 1
+__all__ = ["MOVE"]
 
 
 def reshape(view: View) -> Draft:
