@@ -63,6 +63,9 @@ def search_operators(
     start = time.perf_counter()
     machine = load_cluster(cluster) if isinstance(cluster, str) else cluster
     constraints = Constraints(pins=pins or {}, forbid=forbid or {})
+    for name, value in (("memory_bytes", memory_bytes), ("time_limit_s", time_limit_s)):
+        if value is not None and not value > 0:
+            raise InputError(f"`{name}` is above 0", got=f"{name}={value}")
     if mesh_shape == "auto" and (pins or forbid):
         raise InputError(
             "constraints name axes of a mesh that is given",
