@@ -12,6 +12,7 @@ tensors of the same shapes, wired the same way.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from types import MappingProxyType
 from shardplan.models.errors import InputError
 from shardplan.models.opgraph import Access, Operator, OpGraph, Tensor
 
-__all__ = ["alike_layers", "unfolded"]
+__all__ = ["alike_layers", "first_alike", "unfolded"]
 
 _GIVEN = ("input", "result")
 _OWN = ("parameter", "state")
@@ -166,6 +167,21 @@ def alike_layers(graph: OpGraph) -> dict[int, int]:
         if layer >= 0:
             key = tuple(_signature(graph, group))
             found[layer] = first.setdefault(key, layer)
+    return found
+
+
+def first_alike(graph: OpGraph) -> dict[str, str]:
+    """Operator -> the operator at its place in the first layer that is like its own."""
+    alike = alike_layers(graph)
+    seen: Counter[int] = Counter()
+    first: dict[tuple[int, int], str] = {}
+    found = {}
+    for op in graph.operators:
+        found[op.name] = op.name
+        if op.layer >= 0:
+            place = alike[op.layer], seen[op.layer]
+            seen[op.layer] += 1
+            found[op.name] = first.setdefault(place, op.name)
     return found
 
 

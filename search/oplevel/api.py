@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,10 +22,11 @@ from shardplan.models.opfold import unfolded
 from shardplan.models.opgraph import Layout, OpGraph, check_graph
 from shardplan.models.parallel import Mesh
 from shardplan.search.oplevel.constraints import Constraints
+from shardplan.search.oplevel.ilp import relaxed_s
 from shardplan.search.oplevel.memory import capacity_bytes
 from shardplan.search.oplevel.pipeline import find
 from shardplan.search.oplevel.plan import OperatorPlan
-from shardplan.search.oplevel.problem import Strategy, make_problem
+from shardplan.search.oplevel.problem import Problem, Strategy, make_problem
 from shardplan.search.oplevel.quotient import Quotient, quotient_of
 from shardplan.search.oplevel.tell import Answer, tell
 
@@ -61,6 +63,9 @@ def search_operators(
     start = time.perf_counter()
     machine = load_cluster(cluster) if isinstance(cluster, str) else cluster
     constraints = Constraints(pins=pins or {}, forbid=forbid or {})
+    for name, value in (("memory_bytes", memory_bytes), ("time_limit_s", time_limit_s)):
+        if value is not None and not value > 0:
+            raise InputError(f"`{name}` is above 0", got=f"{name}={value}")
     if mesh_shape == "auto" and (pins or forbid):
         raise InputError(
             "constraints name axes of a mesh that is given",
@@ -68,24 +73,18 @@ def search_operators(
             hint="give mesh_shape={'x': 2, 'y': 4} or such",
         )
     quotient = _quotient(graph)
-    answers, failed = [], []
-    for mesh in _meshes(mesh_shape, machine, stages):
-        try:
-            answers.append(
-                _answer(
-                    quotient, machine, mesh, constraints, stages, dtype, memory_bytes, time_limit_s
-                )
-            )
-        except InfeasibleError as error:
-            failed.append(error)
-    if not answers:
-        raise failed[-1]
-    best = min(answers, key=lambda one: one.seconds)
+    asked = [
+        _ask(quotient, machine, mesh, constraints, dtype)
+        for mesh in _meshes(mesh_shape, machine, stages)
+    ]
+    if len(asked) > 1:
+        asked.sort(key=lambda one: relaxed_s(one.problem))
+    best = _best(asked, stages, memory_bytes, time_limit_s)
     return tell(
         graph,
         best,
-        space_size=sum(one.problem.space_size for one in answers),
-        meshes=len(answers) + len(failed),
+        space_size=sum(one.problem.space_size for one in asked),
+        meshes=len(asked),
         wall_s=time.perf_counter() - start,
     )
 
@@ -111,12 +110,10 @@ def price_operators(
     if mesh_shape == "auto":
         raise InputError("a strategy is priced on a mesh that is given", got="mesh_shape=auto")
     (mesh,) = _meshes(mesh_shape, machine, stages)
-    answer = _answer(
-        _quotient(graph), machine, mesh, Constraints(pins=pins or {}), stages, dtype, np.inf, None,
-        strategy,
-    )  # fmt: skip
+    asked = _ask(_quotient(graph), machine, mesh, Constraints(pins=pins or {}), dtype, strategy)
+    best = _best([asked], stages, np.inf, None)
     wall_s = time.perf_counter() - start
-    return tell(graph, answer, space_size=answer.problem.space_size, meshes=1, wall_s=wall_s)
+    return tell(graph, best, space_size=asked.problem.space_size, meshes=1, wall_s=wall_s)
 
 
 def _quotient(graph: OpGraph) -> Quotient:
@@ -126,26 +123,51 @@ def _quotient(graph: OpGraph) -> Quotient:
     return quotient_of(unfolded(graph))
 
 
-def _answer(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """The question on one mesh."""
+
+    problem: Problem
+    prices: OperatorPrices
+
+
+def _ask(
     quotient: Quotient,
     cluster: Cluster,
     mesh: Mesh,
     constraints: Constraints,
-    stages: int,
     dtype: str,
-    memory_bytes: float | None,
-    time_limit_s: float | None,
     strategy: Strategy | None = None,
-) -> Answer:
+) -> _Asked:
     constraints.check(quotient.graph, mesh)
-    engine = load_engine(_ENGINE)
-    prices = OperatorPrices.of(cluster, mesh, engine, quotient.graph.tensors, dtype)
-    problem = make_problem(quotient, prices, constraints, strategy)
-    capacity = capacity_bytes(cluster.device, engine, mesh)
-    limit = capacity if memory_bytes is None else memory_bytes
-    found = find(problem, prices, stages, limit, time_limit_s)
-    told = capacity if limit == np.inf else limit
-    return Answer(problem=problem, prices=prices, found=found, capacity_bytes=told)
+    prices = OperatorPrices.of(cluster, mesh, load_engine(_ENGINE), quotient.graph.tensors, dtype)
+    return _Asked(problem=make_problem(quotient, prices, constraints, strategy), prices=prices)
+
+
+def _best(
+    asked: Sequence[_Asked], stages: int, memory_bytes: float | None, time_limit_s: float | None
+) -> Answer:
+    """The fastest answer of any mesh; meshes whose bound is no less than it are left."""
+    best, failed = None, None
+    for one in asked:
+        cluster, engine = one.prices.cluster, one.prices.engine
+        capacity = capacity_bytes(cluster.device, engine, one.problem.mesh)
+        limit = capacity if memory_bytes is None else memory_bytes
+        below_s = np.inf if best is None else best.seconds
+        try:
+            found = find(one.problem, one.prices, stages, limit, time_limit_s, below_s)
+        except InfeasibleError as error:
+            failed = error
+            continue
+        if found is not None:
+            told = capacity if limit == np.inf else limit
+            answer = Answer(
+                problem=one.problem, prices=one.prices, found=found, capacity_bytes=told
+            )
+            best = answer if answer.seconds < below_s else best
+    if best is None:
+        raise failed or InfeasibleError("a graph fits on some mesh", got="no mesh")
+    return best
 
 
 def _meshes(shape: MeshShape, cluster: Cluster, stages: int) -> Iterator[Mesh]:

@@ -4,8 +4,8 @@ Variables, per class (`quotient`), all within [0, 1]:
 
     x[o, c]     operator o runs as its candidate c                          integer
     y[t, a]     tensor t is moved by step a (once, whoever reads it)        integer where several
-                                                                            read it, or memory is
-                                                                            limited
+                                                                            read it, or its copies
+                                                                            count as memory
     f[t, r, a]  the way of reader r to t goes by step a                     t with several readers
     h[t, n]     t is held in layout n                                       parameters with several
                                                                             readers, memory limited
@@ -42,7 +42,7 @@ from shardplan.models.errors import InfeasibleError
 from shardplan.search.oplevel.problem import Problem, TensorPart
 from shardplan.search.oplevel.quotient import Live
 
-__all__ = ["MemoryRow", "Sends", "Solution", "least_memory_bytes", "solve"]
+__all__ = ["MemoryRow", "Sends", "Solution", "least_memory_bytes", "relaxed_s", "solve"]
 
 _MICRO = 1e6
 """The objective is in microseconds: HiGHS ends within 1e-6 of the optimum."""
@@ -134,7 +134,12 @@ class _Built:
 
 
 def _build(
-    problem: Problem, rows: Sequence[MemoryRow], sends: Sends, *, least_memory: bool
+    problem: Problem,
+    rows: Sequence[MemoryRow],
+    sends: Sends,
+    *,
+    copies: bool,
+    least_memory: bool,
 ) -> _Built:
     model = _Model()
     picks = []
@@ -146,7 +151,9 @@ def _build(
     for place, part in enumerate(problem.tensors):
         scale = 0.0 if least_memory else _MICRO * part.owner.times
         many = len(part.owner.readers) + (part.given is not None) > 1
-        built.moves.append(model.columns(part.seconds * scale, integer=many or bool(rows)))
+        built.moves.append(
+            model.columns(part.seconds * scale, integer=many or (copies and bool(rows)))
+        )
         if part.owner.is_held:
             _hold(built, place, part, limited=bool(rows))
         else:
@@ -221,8 +228,10 @@ def _hold(built: _Built, place: int, part: TensorPart, *, limited: bool) -> None
             built.model.row([(column, 1.0), *((x, -1.0) for x in taken)], 0.0, np.inf)
 
 
-def _memory_terms(built: _Built, row: MemoryRow) -> tuple[list[tuple[int, float]], float]:
-    """(terms, constant) of the bytes of a row."""
+def _memory_terms(
+    built: _Built, row: MemoryRow, *, copies: bool
+) -> tuple[list[tuple[int, float]], float]:
+    """(terms, constant) of the bytes of a row; without the copies of tensors that are moved."""
     terms: list[tuple[int, float]] = []
     constant = 0.0
     for place, count in row.held:
@@ -237,7 +246,7 @@ def _memory_terms(built: _Built, row: MemoryRow) -> tuple[list[tuple[int, float]
             made, given = _made(built, part, node)
             constant += given * count * size
             terms += [(column, count * size) for column, _ in made]
-        arrive = zip(built.moves[place], part.steps, strict=True)
+        arrive = zip(built.moves[place], part.steps, strict=True) if copies else ()
         terms += [(column, count * part.bytes[step.target]) for column, step in arrive]
     return _joined(terms), constant
 
@@ -248,14 +257,18 @@ def solve(
     limit_bytes: float = np.inf,
     sends: Sends | None = None,
     time_limit_s: float | None = None,
+    *,
+    copies: bool = True,
+    below_s: float = np.inf,
 ) -> Solution | None:
-    """The cheapest strategy within the memory rows; None where there is none.
+    """The cheapest strategy within the memory rows; None where there is none below `below_s`.
 
-    `InfeasibleError` where a time limit ends before any was found.
+    `copies`: count tensors in the layouts that they are moved to, too; without, the rows ask for
+    less than (5) does. `InfeasibleError` where a time limit ends before any was found.
     """
-    built = _build(problem, rows, sends or {}, least_memory=False)
+    built = _build(problem, rows, sends or {}, copies=copies, least_memory=False)
     for row in rows:
-        terms, constant = _memory_terms(built, row)
+        terms, constant = _memory_terms(built, row, copies=copies)
         unit = _FULL / limit_bytes
         scaled = [(column, factor * unit) for column, factor in terms]
         built.model.row(scaled, -np.inf, (limit_bytes - constant) * unit)
@@ -263,6 +276,8 @@ def solve(
     if result.status == _INFEASIBLE:
         return None
     lp_bound = bound = float(result.fun) if result.status == _OPTIMAL else 0.0
+    if lp_bound >= below_s * _MICRO:
+        return None
     if result.status != _OPTIMAL or not _is_integer(built.model, result.x):
         result = built.model.solve(integers=True, time_limit_s=time_limit_s)
         if result.status == _INFEASIBLE:
@@ -288,6 +303,12 @@ def solve(
     )
 
 
+def relaxed_s(problem: Problem) -> float:
+    """A lower bound of every strategy: the program without integers, memory and sends."""
+    built = _build(problem, (), {}, copies=False, least_memory=False)
+    return float(built.model.solve(integers=False, time_limit_s=None).fun) / _MICRO
+
+
 def _is_integer(model: _Model, values: Array) -> bool:
     own = values[np.array(model.integer, dtype=bool)]
     return bool((np.abs(own - np.round(own)) < _NEAR).all())
@@ -295,10 +316,10 @@ def _is_integer(model: _Model, values: Array) -> bool:
 
 def least_memory_bytes(problem: Problem, rows: Sequence[MemoryRow]) -> float:
     """The least bytes of a rank that any strategy needs, at its fullest row."""
-    built = _build(problem, rows, {}, least_memory=True)
+    built = _build(problem, rows, {}, copies=True, least_memory=True)
     top = built.model.columns([1.0], integer=False)[0]
     built.model.unbounded.append(top)
-    found = [_memory_terms(built, row) for row in rows]
+    found = [_memory_terms(built, row, copies=True) for row in rows]
     unit = _FULL / max(1.0, *(sum(f for _, f in terms) + constant for terms, constant in found))
     for terms, constant in found:
         scaled = [(column, -factor * unit) for column, factor in terms]

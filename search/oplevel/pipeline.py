@@ -1,12 +1,15 @@
 """Stages of a pipeline on top of the split: which layers each holds, by the search of `cuts`.
 
 All stages split alike. For a strategy of the operators the cut is the one with the fastest slowest
-stage that fits (`cuts.least`, exact). Which strategy is asked for in three turns:
+stage that fits (`cuts.least`, exact). Which strategy is asked for in three turns, each of which
+asks for more memory than the last; the first answer that fits is the optimum, since every strategy
+that fits was allowed:
 
-    1   the fastest one without a limit on memory: if some cut of it fits, no other is faster
-    2   the fastest one whose mean stage fits, which every cut needs: likewise
-    3   else the fastest one that fits the cut with the fullest stage least full (of turn 2); its
-        gap is to the bound of turn 2
+    1   the fastest one without a limit on memory
+    2   the fastest one that fits but for the copies of tensors that are moved; of several stages,
+        whose mean stage does, which every cut needs
+    3   the fastest one that fits, copies and all; of several stages, in the cut that makes the
+        fullest stage of turn 2 least full: its gap is to the bound of turn 2
 
 Seconds of a stage are those of its layers, of what stands before or after all layers, and of
 sending what the next stages read. What follows from inputs and constants alone (positions, masks)
@@ -76,9 +79,13 @@ def find(
     stages: int,
     limit_bytes: float,
     time_limit_s: float | None = None,
-) -> Found:
-    """The best strategy and cut. `InputError` for stages that layers cannot fill,
-    `InfeasibleError` where nothing fits, with how much it would take."""
+    below_s: float = np.inf,
+) -> Found | None:
+    """The best strategy and cut; None where a bound says that none takes less than `below_s`.
+
+    `InputError` for stages that layers cannot fill, `InfeasibleError` where nothing fits, with how
+    much it would take.
+    """
     layers = layer_count(problem.quotient)
     if not 1 <= stages <= max(layers, 1):
         raise InputError(
@@ -87,30 +94,31 @@ def find(
             hint=f"try 1 to {max(layers, 1)}",
         )
     sends = _sends(problem, prices, stages, layers)
-    free = solve(problem.pruned(), sends=sends, time_limit_s=time_limit_s)
-    if free is not None:
-        pruned = problem.pruned()
-        chosen = _same_steps(pruned, problem, chosen_of(pruned, free))
+    quotient, pruned = problem.quotient, problem.pruned()
+    one = _all_rows(problem, (layers,)) if stages == 1 else mean_rows(quotient, layers, stages)
+    chosen, bound_s = Chosen(picks=(), steps=()), 0.0
+    for rows in ([], one):
+        solution = solve(
+            pruned, rows, limit_bytes, sends, time_limit_s, copies=False, below_s=below_s
+        )
+        if solution is None and below_s < np.inf:
+            return None
+        if solution is None:
+            raise _does_not_fit(problem, rows, limit_bytes)
+        bound_s = solution.bound_s
+        chosen = _same_steps(pruned, problem, chosen_of(pruned, solution))
         cut = _cut(problem, chosen, stages, layers, limit_bytes, sends)
         if cut is not None:
-            return Found(chosen=chosen, cut=cut, solution=free, bound_s=free.bound_s, sends=sends)
-    rows = _all_rows(problem, (layers,)) if stages == 1 else None
-    rows = rows or mean_rows(problem.quotient, layers, stages)
-    mean = solve(problem, rows, limit_bytes, sends, time_limit_s)
-    if mean is None:
-        raise _does_not_fit(problem, rows, limit_bytes)
-    chosen = chosen_of(problem, mean)
-    cut = _cut(problem, chosen, stages, layers, limit_bytes, sends)
-    if cut is not None:
-        return Found(chosen=chosen, cut=cut, solution=mean, bound_s=mean.bound_s, sends=sends)
-    even = least([_memory_row(problem, chosen, stages, layers)], [np.inf], 0) or ()
+            return Found(chosen=chosen, cut=cut, solution=solution, bound_s=bound_s, sends=sends)
+    even = _least_full(problem, chosen, stages, layers)
     rows = _all_rows(problem, even)
     last = solve(problem, rows, limit_bytes, sends, time_limit_s)
     if last is None:
-        raise _does_not_fit(problem, rows, limit_bytes)
+        raise _does_not_fit(problem, rows, limit_bytes, even)
     chosen = chosen_of(problem, last)
     cut = _cut(problem, chosen, stages, layers, limit_bytes, sends) or even
-    return Found(chosen=chosen, cut=cut, solution=last, bound_s=mean.bound_s, sends=sends)
+    bound_s = last.bound_s if stages == 1 else bound_s
+    return Found(chosen=chosen, cut=cut, solution=last, bound_s=bound_s, sends=sends)
 
 
 def _same_steps(pruned: Problem, problem: Problem, chosen: Chosen) -> Chosen:
@@ -137,6 +145,13 @@ def _cut(
     parts = stage_seconds(problem, chosen, stages, layers, sends)
     rows = [CostRow.of(parts), _memory_row(problem, chosen, stages, layers)]
     return least(rows, [np.inf, limit_bytes], 0)
+
+
+def _least_full(problem: Problem, chosen: Chosen, stages: int, layers: int) -> Cut:
+    """The cut whose fullest stage is least full."""
+    if stages == 1:
+        return (layers,)
+    return least([_memory_row(problem, chosen, stages, layers)], [np.inf], 0) or ()
 
 
 def stage_seconds(
@@ -229,12 +244,13 @@ def _light(quotient: Quotient) -> set[int]:
 
 
 def _does_not_fit(
-    problem: Problem, rows: Sequence[MemoryRow], limit_bytes: float
+    problem: Problem, rows: Sequence[MemoryRow], limit_bytes: float, cut: Cut = ()
 ) -> InfeasibleError:
     needed = least_memory_bytes(problem, rows)
+    where = f" with stages of {', '.join(map(str, cut))} layers" if len(cut) > 1 else ""
     return InfeasibleError(
         "a rank holds its part of the graph in its memory",
-        got=f"the least that any split needs is {needed / _GIB:.2f} GiB, "
+        got=f"the least that any split needs{where} is {needed / _GIB:.2f} GiB, "
         f"{(needed - limit_bytes) / _GIB:.2f} GiB more than a rank's {limit_bytes / _GIB:.2f} GiB",
         hint="use more ranks, more stages, a narrower dtype or a smaller batch",
     )

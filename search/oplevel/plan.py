@@ -17,6 +17,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from shardplan.models.errors import InputError
+from shardplan.models.opfold import first_alike
+from shardplan.models.opgraph import OpGraph
 from shardplan.search.atomic import rounded, write_atomically
 from shardplan.search.plan import MAX_PLAN_BYTES, ClusterInfo
 from shardplan.search.plan_confidence import Part
@@ -153,8 +155,23 @@ class OperatorPlan(Part):
 
     @property
     def strategy(self) -> dict[str, dict[str, str]]:
-        """{operator: {axis: loop}}, of those that are split."""
-        return {one.name: dict(one.split) for one in self.operators if one.split}
+        """{operator: {axis: loop}}, {} for one that runs whole; of equal layers the first's."""
+        return {one.name: dict(one.split) for one in self.operators}
+
+    def strategy_of(self, graph: OpGraph) -> dict[str, dict[str, str]]:
+        """The same of every operator of the graph that it was made of, all layers.
+
+        `InputError` where an operator of the graph is none of the plan's.
+        """
+        split, found = self.strategy, {}
+        for name, first in first_alike(graph).items():
+            if first not in split:
+                raise InputError(
+                    "a plan is of the graph that it was made of",
+                    got=f"plan of {self.graph}, graph={graph.name}, operator={first}",
+                )
+            found[name] = dict(split[first])
+        return found
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> OperatorPlan:

@@ -76,7 +76,7 @@ class Problem:
         """Without steps that a path of others replaces at no more cost.
 
         The steps of such a path cost less each, so what is left replaces all that is dropped. It
-        may leave copies in more layouts, so this holds where memory is not limited.
+        may leave copies in more layouts, so this holds where copies do not count as memory.
         """
         return replace(self, tensors=tuple(_without_detours(one) for one in self.tensors))
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from shardplan.models.opfold import alike_layers
+from shardplan.models.opfold import first_alike
 from shardplan.models.opgraph import Operator, OpGraph, Tensor
 
 __all__ = ["HELD", "Live", "OperatorClass", "Quotient", "TensorClass", "largest", "quotient_of"]
@@ -120,20 +120,15 @@ def quotient_of(graph: OpGraph) -> Quotient:
 
 def _operator_classes(graph: OpGraph) -> tuple[dict[str, int], list[OperatorClass]]:
     """(operator -> its class, the classes)."""
-    alike = alike_layers(graph)
-    seen: Counter[int] = Counter()
-    keys: dict[tuple[object, int], int] = {}
     places: dict[str, int] = {}
     classes: list[OperatorClass] = []
+    first = first_alike(graph)
     for op in graph.operators:
-        key: tuple[object, int] = (op.name, 0)
-        if op.layer >= 0:
-            key = (alike[op.layer], seen[op.layer])
-            seen[op.layer] += 1
-        if key not in keys:
-            keys[key] = len(classes)
+        if first[op.name] == op.name:
+            places[op.name] = len(classes)
             classes.append(OperatorClass(op))
-        places[op.name] = keys[key]
+        else:
+            places[op.name] = places[first[op.name]]
     return places, classes
 
 

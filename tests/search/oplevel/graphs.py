@@ -264,16 +264,30 @@ _ROWS = {"o": "k", "down": "k", "embed": "v"}
 _EXPERTS = dict.fromkeys(("dispatch", "gate", "up", "act", "down", "combine"), "e")
 
 
-def megatron(graph: OpGraph, axis: str, *, experts: bool = False) -> dict[str, dict[str, str]]:
-    """Column and row parallel products, vocabulary parallel ends; experts by E where told."""
+_HEADS = ("q", "k", "v", "o")
+_SEQUENCE = ("norm1", "norm2", "add1", "add2")
+
+
+def megatron(
+    graph: OpGraph,
+    axis: str,
+    *,
+    experts: bool = False,
+    sequence: bool = False,
+    attention: bool = True,
+) -> dict[str, dict[str, str]]:
+    """Column and row parallel products, vocabulary parallel ends.
+
+    `experts`: by E in place of their width; `sequence`: tokens apart between the products;
+    `attention`: its heads apart, or whole.
+    """
     known = {**_COLUMNS, **_ROWS, **(_EXPERTS if experts else {})}
+    known |= dict.fromkeys(_SEQUENCE, "t") if sequence else {}
     found = {}
     for op in graph.operators:
-        name = op.name.split(".")[-1] if op.layer > 0 else op.name
-        loop = known.get(op.name.removeprefix(f"{op.layer}."), "")
-        if not loop and "h" in op.loops and op.layer >= 0 and name != "norm":
-            loop = "h"
-        if loop:
+        name = op.name.removeprefix(f"{op.layer}.")
+        loop = known.get(name, "h" if "h" in op.loops else "")
+        if loop and (attention or (loop != "h" and name not in _HEADS)):
             found[op.name] = {axis: loop}
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,14 @@ def test_what_is_found_is_no_slower_than_megatron(sizes: Sizes, experts: bool) -
     """Column and row parallel products, experts by E or by width, priced by the same code."""
     graph = decoder(sizes)
     plan = search_operators(graph, CLUSTER, (8,))
-    known = price_operators(graph, CLUSTER, (8,), megatron(graph, "x", experts=experts))
-    assert plan.total_s <= known.total_s
+    for sequence in {False, sizes.tokens > 1}:
+        split = megatron(graph, "x", experts=experts, sequence=sequence)
+        known = price_operators(graph, CLUSTER, (8,), split)
+        assert plan.total_s <= known.total_s
     assert plan.certificate.gap == 0.0
     assert plan.certificate.bound_s == pytest.approx(plan.total_s)
-    assert known.certificate.space_size <= plan.certificate.space_size
+    again = price_operators(graph, CLUSTER, (8,), plan.strategy)
+    assert again.total_s == pytest.approx(plan.total_s)
 
 
 def test_megatron_has_the_collectives_that_it_is_known_for() -> None:
@@ -85,6 +89,12 @@ def test_a_folded_graph_and_its_twin_have_the_same_answer() -> None:
     assert [row.times for row in one.operators] == [row.times for row in other.operators]
     split = [row.split for row in one.operators]
     assert split == [row.split for row in other.operators]
+    every = other.strategy_of(twin)
+    assert list(every) == [op.name for op in twin.operators]
+    assert every["3.down"] == every["0.down"] == other.strategy["0.down"]
+    assert one.strategy_of(folded) == one.strategy
+    with pytest.raises(InputError, match="graph that it was made of"):
+        one.strategy_of(twin)
 
 
 def test_more_ranks_and_more_axes_are_never_slower() -> None:
@@ -216,6 +226,10 @@ def test_constraints_that_name_nothing_are_refused() -> None:
         search_operators(graph, CLUSTER, (8,), pins={"up.w": {"x": 0}}, forbid={"matmul": ["x"]})
     with pytest.raises(InputError, match="mesh that is given"):
         search_operators(graph, CLUSTER, pins={"x": {"x": 1}})
+    with pytest.raises(InputError, match="`memory_bytes`"):
+        search_operators(graph, CLUSTER, (8,), memory_bytes=float("nan"))
+    with pytest.raises(InputError, match="`time_limit_s`"):
+        search_operators(graph, CLUSTER, (8,), time_limit_s=0)
     for stages in (0, 2):
         with pytest.raises(InputError, match="stage"):
             search_operators(graph, CLUSTER, (2,), stages=stages)
@@ -251,3 +265,17 @@ def test_two_servers_split_sequences_between_them_where_that_is_given() -> None:
     for row in plan.moves:
         seconds = prices.move(row.kind, row.axes, np.array([row.message_bytes]))[0]
         assert row.seconds == pytest.approx(float(seconds))
+
+
+def test_a_time_limit_that_is_too_short_is_said() -> None:
+    with pytest.raises(InfeasibleError, match="time limit"):
+        search_operators(decoder(LLAMA_70B), CLUSTER, (2, 4), time_limit_s=1e-6)
+
+
+def test_products_of_wider_numbers_need_a_type_to_be_priced_in() -> None:
+    graph = mlp(64, 512, 1024)
+    wide = {name: replace(one, dtype="float32") for name, one in graph.tensors.items()}
+    with pytest.raises(InputError, match="give dtype"):
+        search_operators(replace(graph, tensors=wide), CLUSTER, (8,))
+    told = search_operators(replace(graph, tensors=wide), CLUSTER, (8,), dtype="bf16")
+    assert told.total_s == pytest.approx(search_operators(graph, CLUSTER, (8,)).total_s)
