@@ -20,7 +20,7 @@ tokens are predicted ahead (`ServingInput.decode_steps`):
 
 The cache of a prompt, B bytes over all ranks of a decode group, is pulled when the prompt is
 done, not layer by layer behind the computation. n prompts of a group are done together. With r
-ranks in one group (tp * pp) of either side, v bytes/s of the link between two ranks times the
+ranks in one group (tp * pp * cp) of either side, v bytes/s of the link between two ranks times the
 share that a transfer reaches:
 
     X    = setup + latency + max(B n / r_P, B / r_D) / v

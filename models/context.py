@@ -62,8 +62,11 @@ def _block(block: Block) -> Block:
 
 @functools.lru_cache(maxsize=64)
 def in_parts(graph: ModelGraph, parts: int) -> ModelGraph:
-    """The same model in decode with contexts split over `parts` ranks; unchanged otherwise."""
-    if parts == 1 or graph.phase != "decode":
+    """The same model in decode with contexts split over `parts` ranks.
+
+    Unchanged otherwise, and where they are split already.
+    """
+    if parts == 1 or graph.phase != "decode" or graph.sizes.get("W") == parts:
         return graph
     width = graph.sizes["C"] if graph.spec.mla is not None else graph.sizes["D"]
     return replace(

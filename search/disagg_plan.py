@@ -9,7 +9,7 @@ import numpy as np
 
 from shardplan.costmodel.disagg import BOUNDS
 from shardplan.models.errors import ProofError
-from shardplan.models.parallel import Parallelism, balanced_stages
+from shardplan.models.parallel import MODULES, Parallelism, balanced_stages
 from shardplan.search.build_plan import (
     breakdown,
     lever,
@@ -45,6 +45,8 @@ from shardplan.search.trial_table import TrialTable
 __all__ = ["build_disagg_plan", "disagg_front", "disagg_table"]
 
 _PARETO_KEPT = 200
+_SHOWN = ("tp", "pp", "dp", "ep", "cp", "sp", "exchange", "mtp", *(f"{one}_tp" for one in MODULES))
+"""Dimensions of a layout that the certificate tells."""
 
 
 def _strategy(pool: Side, options: Options, index: int) -> StrategyInfo:
@@ -174,7 +176,7 @@ def _certificate(outcome: DisaggOutcome) -> Certificate:
     for pool in (outcome.question.prefill, outcome.question.decode):
         legal = [par for par, rule in pool.layouts if not rule]
         space[f"{pool.role}_cards"] = list(pool.sizes)
-        for name in ("tp", "pp", "dp", "ep", "sp", "exchange", "mtp"):
+        for name in _SHOWN:
             space[f"{pool.role}_{name}"] = sorted({getattr(par, name) for par in legal})
         for name in ("attention", "weight_dtype", "kv_dtype"):
             space[f"{pool.role}_{name}"] = sorted({getattr(one, name) for one in pool.choices})

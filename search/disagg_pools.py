@@ -169,7 +169,7 @@ def _memory(
 def _sent_bytes(base: Base, dtype: str) -> float:
     """Bytes of one prompt's cache over all ranks of a dp group, however the layers are cut."""
     pool, graph = base.pool, base.graph
-    block = pool.engine.kv_block_tokens
+    block = pool.engine.kv_block_tokens * base.par.cp
     tokens = -(-pool.workload.input_len // block) * block
     counts = {name: graph.model.layers.count(name) for name in dict.fromkeys(graph.model.layers)}
     counts |= {"mtp": 1} if base.par.mtp else {}
@@ -204,7 +204,7 @@ def cost_columns(base: Base, par: Parallelism, choice: Choice, step: Span) -> di
     """What a layout costs over the pool's grid, were its steps these."""
     pool, model = base.pool, base.model(choice)
     grid = np.array(pool.grid, dtype=np.float64)
-    rank, cards = par.tp * par.pp, np.asarray(float(par.ranks))
+    rank, cards = par.tp * par.pp * par.cp, np.asarray(float(par.ranks))
     if pool.role == "prefill":
         prompt = computed_prompt(pool.workload.input_len, pool.workload.prefix_hit)
         prompts, pieces, _ = step_prompts(grid, prompt)

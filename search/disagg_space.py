@@ -7,7 +7,7 @@
 
 Instance sizes are the parts of a node that divide it and whole nodes, so that any counts that
 fit in number can be placed. A layout is canonical where it holds no independent replicas,
-dp = max(ep / tp, 1): replicas are what x and y count.
+dp = max(ep / (tp cp), 1): replicas are what x and y count.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.cuts import cut_count
-from shardplan.search.layouts import Reach, base_order, divisors
+from shardplan.search.layouts import Reach, base_order, context_axes, divisors, module_splits
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import Workload
 from shardplan.search.space import Choice
@@ -103,9 +103,9 @@ class Pool:
             sizes=sizes,
             reach=reach,
             layouts=tuple(
-                (par, first_broken_rule(replace(subject, parallel=par, role=role)) or "")
+                one
                 for size in sizes
-                for par in instance_layouts(subject.spec, subject.engine, size, role, reach)
+                for one in instance_layouts(replace(subject, role=role), size, reach)
             ),
         )
 
@@ -146,16 +146,29 @@ def instance_sizes(cluster: Cluster, cards: int) -> tuple[int, ...]:
 
 
 def instance_layouts(
-    spec: ModelSpec, engine: EngineProfile, cards: int, role: Role, reach: Reach
-) -> Iterator[Parallelism]:
-    """Every canonical layout of one instance, legal or not, ranks numbered as the engine does."""
-    depths = role_depths(role, reach)
-    for one in _instances(spec, cards):
-        order = base_order(engine, one)
-        yield from (replace(one, order=order, mtp=mtp) for mtp in depths)
+    subject: Subject, cards: int, reach: Reach
+) -> Iterator[tuple[Parallelism, str]]:
+    """Every canonical layout of one instance, and the first rule that it breaks, "" for none.
+
+    Ranks are numbered as the engine does; modules are split where the layout is legal.
+    `subject`: what runs on it in which role, of any layout.
+    """
+    for plain in _instances(subject.spec, cards, reach):
+        order = base_order(subject.engine, plain)
+        for mtp in role_depths(subject.role, reach):
+            par = replace(plain, order=order, mtp=mtp)
+            rule = _broken(subject, par)
+            yield par, rule
+            if reach.modules and not rule:
+                for one in module_splits(subject.spec, par):
+                    yield one, _broken(subject, one)
 
 
-def role_depths(role: Role, reach: Reach) -> tuple[int, ...]:
+def _broken(subject: Subject, par: Parallelism) -> str:
+    return first_broken_rule(replace(subject, parallel=par)) or ""
+
+
+def role_depths(role: str, reach: Reach) -> tuple[int, ...]:
     """Tokens that instances of a role predict ahead.
 
     A prefill instance drafts nothing that is used: it fills the cache of the prediction layer,
@@ -166,18 +179,18 @@ def role_depths(role: Role, reach: Reach) -> tuple[int, ...]:
     return tuple(sorted({min(depth, 1) for depth in reach.depths}))
 
 
-def _instances(spec: ModelSpec, cards: int) -> Iterator[Parallelism]:
-    for tp in divisors(cards):
-        for pp in divisors(cards // tp):
-            dp = cards // (tp * pp)
-            if dp > 1 and spec.moe is None:
-                continue
-            shared = divisors(tp) if spec.moe is not None else (1,)
-            for ep in shared if dp == 1 else (tp * dp,):
-                for sp in (False, True):
-                    yield Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp)
-                    if ep > 1:
-                        yield Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp, exchange="alltoall")
+def _instances(spec: ModelSpec, cards: int, reach: Reach) -> Iterator[Parallelism]:
+    for one in context_axes(cards, reach.contexts):
+        sizes: dict[str, Any] = {"tp": one.tp, "pp": one.pp, "dp": one.dp, "cp": one.cp}
+        if one.dp > 1 and spec.moe is None:
+            continue
+        copy = one.tp * one.cp
+        shared = divisors(copy) if spec.moe is not None else (1,)
+        for ep in shared if one.dp == 1 else (copy * one.dp,):
+            for sp in (False, True):
+                yield Parallelism(**sizes, ep=ep, sp=sp)
+                if ep > 1:
+                    yield Parallelism(**sizes, ep=ep, sp=sp, exchange="alltoall")
 
 
 def prefill_grid(engine: EngineProfile, prompt: int) -> tuple[int, ...]:

@@ -23,7 +23,15 @@ from shardplan.models.parallel import AXES, Axis, Exchange, Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.legal_engine import engine_order, live_axes
 
-__all__ = ["Reach", "base_order", "divisors", "module_splits", "orders_of", "raw_layouts"]
+__all__ = [
+    "Reach",
+    "base_order",
+    "context_axes",
+    "divisors",
+    "module_splits",
+    "orders_of",
+    "raw_layouts",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +60,7 @@ def raw_layouts(
     """Every layout over `cards` ranks, modules over tp, legal or not, in a fixed order."""
     reach = reach or Reach()
     sent: tuple[Exchange, ...] = ("allgather", "alltoall")
-    for one in _axes(cards, reach.contexts):
+    for one in context_axes(cards, reach.contexts):
         order = base_order(engine, one)
         shared = divisors(one.tp * one.cp * one.dp) if spec.moe is not None else (1,)
         sizes: dict[str, Any] = {"tp": one.tp, "pp": one.pp, "dp": one.dp, "cp": one.cp}
@@ -61,7 +69,7 @@ def raw_layouts(
                 yield Parallelism(**sizes, ep=ep, sp=sp, exchange=exchange, order=order, mtp=mtp)
 
 
-def _axes(cards: int, contexts: tuple[int, ...] | None) -> Iterator[Parallelism]:
+def context_axes(cards: int, contexts: tuple[int, ...] | None) -> Iterator[Parallelism]:
     """tp * pp * dp * cp = cards."""
     for tp in divisors(cards):
         for pp in divisors(cards // tp):

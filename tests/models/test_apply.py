@@ -221,3 +221,12 @@ def test_experts_on_a_part_of_tp_with_tokens_split_over_all_of_it() -> None:
 def test_a_size_that_does_not_divide_is_refused_before_anything_is_cut() -> None:
     with pytest.raises(LayoutError, match=r"tp=3, heads=64\); try 1, 2, 4, 8"):
         cut(LLAMA, tp=3)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_layers_over_ranks_that_share_a_context_may_be_cut_again(phase: Phase) -> None:
+    """An applied graph's model takes the same contexts with another cut: its parts stay parts."""
+    even = cut(LLAMA, phase, cp=2, pp=2)
+    other = apply(even.model, replace(even.parallel, stage_layers=(41, 39)))
+    assert [stage.last - stage.first for stage in other.stages] == [41, 39]
+    assert other.blocks == even.blocks

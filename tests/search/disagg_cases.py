@@ -80,11 +80,17 @@ def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
     spec = replace(draw(specs()), mtp_layers=draw(st.sampled_from([0, 1])))
     asked: list[tuple[int, ...]] = [(0,), (0, 1), (0, 1, 2), (2,)]
     depths = draw(st.sampled_from(asked)) if spec.mtp_layers else (0,)
-    reach = Reach(depths=depths, ways=draw(st.booleans()))
-    if reach.ways:
-        spec = replace(spec, layers=min(spec.layers, 5))
     shared = draw(st.booleans())
     engine = draw(st.sampled_from(["vllm-ascend", "vllm-ascend", "torch-graph"]))
+    contexts: list[tuple[int, ...] | None] = [(1,), (1,), None, (2,)]
+    reach = Reach(
+        depths=depths,
+        contexts=draw(st.sampled_from(contexts)),
+        modules=engine == "torch-graph" and draw(st.booleans()),
+        ways=draw(st.booleans()),
+    )
+    if reach.ways:
+        spec = replace(spec, layers=min(spec.layers, 5))
     memory = draw(st.sampled_from([16e6, 64e6, 1e9]))
     cards = draw(st.sampled_from([2, 3, 4])) if spec.moe is None else 3
     workload = Workload(

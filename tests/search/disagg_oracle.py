@@ -10,15 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
+from typing import Any
 
 import numpy as np
 
 from shardplan.costmodel.disagg import unbounded_utilisation
 from shardplan.costmodel.serving import ServingInput
 from shardplan.costmodel.steps import decode_stages, prompt_stages
+from shardplan.models.apply import apply
+from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
 from shardplan.models.parallel import Exchange, Parallelism
+from shardplan.models.spec import ModelSpec
 from shardplan.search.disagg_combine import DisaggQuestion
 from shardplan.search.disagg_space import Pool
 from shardplan.search.evaluate import LayoutScorer, Question
@@ -61,21 +65,59 @@ class Deployment:
 
 
 def _layouts(pool: Pool) -> Iterator[Parallelism]:
-    """Every layout without replicas of every instance size, legal or not."""
-    moe = pool.spec.moe is not None
+    """Every layout without replicas of every instance size, legal or not, with every cut."""
+    for par in _plain(pool):
+        for depth in _depths(pool):
+            one = replace(par, mtp=depth)
+            yield from _cuts(pool, one)
+            if pool.reach.modules and _applies(pool, one):
+                for many in _modules(pool.spec, one):
+                    yield from _cuts(pool, many)
+
+
+def _plain(pool: Pool) -> Iterator[Parallelism]:
     exchanges: tuple[Exchange, ...] = ("allgather", "alltoall")
     for cards in pool.sizes:
-        for tp in (n for n in range(1, cards + 1) if cards % n == 0):
-            for pp in (n for n in range(1, cards + 1) if (cards // tp) % n == 0):
-                dp = cards // (tp * pp)
-                for ep in range(1, tp * dp + 1 if moe else 2):
-                    if (tp * dp) % ep or dp != max(ep // tp, 1) or (ep > tp and ep % tp):
-                        continue
-                    for sp in (False, True):
-                        for exchange in exchanges if ep > 1 else exchanges[:1]:
-                            one = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp, exchange=exchange)
-                            for depth in _depths(pool):
-                                yield from _cuts(pool, replace(one, mtp=depth))
+        for tp, pp, cp, dp in product(range(1, cards + 1), repeat=4):
+            if tp * pp * cp * dp != cards or cp not in (pool.reach.contexts or (cp,)):
+                continue
+            for ep in range(1, tp * cp * dp + 1 if pool.spec.moe is not None else 2):
+                copy = tp * cp
+                if (copy * dp) % ep or dp != max(ep // copy, 1) or (ep > copy and ep % copy):
+                    continue
+                for sp in (False, True):
+                    for exchange in exchanges if ep > 1 else exchanges[:1]:
+                        yield Parallelism(
+                            tp=tp, pp=pp, dp=dp, ep=ep, cp=cp, sp=sp, exchange=exchange
+                        )
+
+
+def _modules(spec: ModelSpec, par: Parallelism) -> Iterator[Parallelism]:
+    """A layout with some of its modules over m tp ranks, m > 1, and shared experts also whole."""
+    shared = spec.moe is not None and spec.moe.shared_ffn > 0
+    own = ["o_tp", "head_tp", "embed_tp"]
+    own += ["ffn_tp"] * bool(spec.dense_layers) + ["shared_tp"] * shared
+    for many in (m for m in range(1, par.dp + 1) if par.dp % m == 0):
+        for flags in product((False, True), repeat=len(own)):
+            names = [name for name, flag in zip(own, flags, strict=True) if flag]
+            if bool(names) != (many > 1):
+                continue
+            sizes: dict[str, Any] = dict.fromkeys(names, par.tp * many)
+            if names:
+                yield replace(par, **sizes)
+            if shared and par.tp > 1 and "shared_tp" not in names:
+                yield replace(par, **sizes, shared_tp=1)
+
+
+def _applies(pool: Pool, par: Parallelism) -> bool:
+    """Whether a layout can be applied to the graph."""
+    if par.sp and par.tp == 1:
+        return False
+    try:
+        apply(build_graph(pool.spec, "decode", mtp=par.mtp > 0), par)
+    except LayoutError:
+        return False
+    return True
 
 
 def _cuts(pool: Pool, par: Parallelism) -> Iterator[Parallelism]:
@@ -101,7 +143,8 @@ def _scorer(question: DisaggQuestion, pool: Pool, par: Parallelism) -> LayoutSco
     """The scorer of a layout; None where it cannot be applied or the engine forbids it."""
     if (par.sp and par.tp == 1) or par.tp > pool.cluster.ranks_per_node:
         return None
-    if "vllm" in pool.engine.name and par.ep not in (1, par.tp * par.dp):
+    vllm = "vllm" in pool.engine.name
+    if vllm and (par.ep not in (1, par.tp * par.dp * par.cp) or par.cp > 1 < par.dp):
         return None
     if pool.engine.name == "vllm-ascend" and par.mtp and par.pp > 1 and pool.role == "decode":
         return None
@@ -182,9 +225,13 @@ def _decodes(question: DisaggQuestion) -> Iterator[_Decode]:
         if scorer is None:
             continue
         for choice in pool.choices:
-            held = par.tp * sum(
-                scorer.ledger.kv_bytes_per_token(stage, choice.kv_dtype)
-                for stage in scorer.ledger.graph.stages
+            held = (
+                par.tp
+                * par.cp
+                * sum(
+                    scorer.ledger.kv_bytes_per_token(stage, choice.kv_dtype)
+                    for stage in scorer.ledger.graph.stages
+                )
             )
             for slots in pool.grid:
                 at = np.array([float(slots)])
@@ -203,7 +250,7 @@ def _decodes(question: DisaggQuestion) -> Iterator[_Decode]:
                     step_s=step,
                     later_s=later * step,
                     tpot_s=later / tokens * step if tokens else step,
-                    request_bytes=held * math.ceil(work.input_len / block) * block,
+                    request_bytes=held * math.ceil(work.input_len / (block * par.cp)) * block,
                 )
 
 
@@ -220,6 +267,8 @@ def _legal_pair(question: DisaggQuestion, one: Parallelism, other: Parallelism) 
         return False
     if question.decode.engine.name != "vllm-ascend":
         return True
+    if any(par.pp > 1 and par.cp > 1 for par in (one, other)):
+        return False
     return one.tp >= other.tp and one.tp % other.tp == 0 and other.pp == 1
 
 
@@ -241,7 +290,8 @@ def _deployment(
     work, limits, link = question.decode.workload, question.limits, question.link
     p, d = one.parallel, other.parallel
     each = max(
-        other.request_bytes * one.prompts / (p.tp * p.pp), other.request_bytes / (d.tp * d.pp)
+        other.request_bytes * one.prompts / (p.tp * p.pp * p.cp),
+        other.request_bytes / (d.tp * d.pp * d.cp),
     )
     first = one.service_s + link.latency_s + each / link.bytes_per_s + other.step_s
     later = other.later_s

@@ -112,6 +112,23 @@ def test_layers_are_cut_unevenly_where_that_serves_more(tmp_path: Path) -> None:
     assert any(f"VLLM_PP_LAYER_PARTITION:-{first},{last}" in text for text in texts)
 
 
+def test_contexts_and_modules_lie_on_ranks_of_their_own(tmp_path: Path) -> None:
+    """A long prompt is computed sooner by ranks that share it; no start script says so yet."""
+    asked = {"nodes": 4, "input_len": 16000, "objective": "latency", "cp": "auto"}
+    limits = {"ttft_ms": None, "tpot_ms": None}
+    plan = _search("atlas-800i-a3", model="deepseek-v3", **asked, **limits).plan
+    prefill, decode = plan.pools
+    assert prefill.strategy.cp > 1
+    assert prefill.strategy.pp == decode.strategy.pp == 1
+    assert plan.certificate.space["prefill_cp"][:2] == [1, 2]
+    assert verify_plan(plan).passed
+    with pytest.raises(InputError, match="context parallelism"):
+        emit(plan, "vllm-ascend", tmp_path / "out")
+    apart = _search("atlas-800i-a3", model="deepseek-v3", nodes=4, tpot_ms=100, module_tp="auto")
+    assert len(apart.plan.certificate.space["decode_head_tp"]) > 1
+    assert apart.plan.certificate.gap == 0
+
+
 def test_tokens_are_predicted_ahead_in_both_pools(tmp_path: Path) -> None:
     """Decode drafts and verifies; prefill holds the layer, whose cache is sent with the others."""
     asked = {"nodes": 4, "mtp": 2, "output_len": 256, "tpot_ms": 60, "ttft_ms": 2000}
