@@ -21,7 +21,14 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import ClusterInfo, Plan, ProofInfo, StrategyInfo
 from shardplan.search.space import Choice
 
-__all__ = ["merged_proof", "model_digest", "prove_strategy", "verify_plan"]
+__all__ = [
+    "merged_proof",
+    "model_digest",
+    "prove_strategy",
+    "scorer_of",
+    "spec_of",
+    "verify_plan",
+]
 
 
 def model_digest(spec: ModelSpec) -> str:
@@ -76,7 +83,7 @@ def _audit(model: StepModel, ledger: Ledger) -> Iterator[tuple[bool, str]]:
             yield False, f"L0 {name}: {error}"
 
 
-def _scorer_of(
+def scorer_of(
     plan: Plan, spec: ModelSpec, machine: ClusterInfo, way: StrategyInfo
 ) -> LayoutScorer | None:
     """The scorer of a strategy; None where cluster, device or engine came from a file."""
@@ -109,11 +116,8 @@ def merged_proof(proofs: list[tuple[str, ProofInfo]]) -> ProofInfo:
     )
 
 
-def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
-    """Prove a plan's strategies again on its model, named by the plan or by `model`.
-
-    `InputError` when the model found is not the one the plan was made for.
-    """
+def spec_of(plan: Plan, model: str | None = None) -> ModelSpec:
+    """The plan's model, named by the plan or by `model`; `InputError` for one of other sizes."""
     known = plan.model.name if plan.model.name in model_names() else plan.model.source
     spec = load_model(model or known)
     if model_digest(spec) != plan.model.digest:
@@ -122,6 +126,15 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
             got=f"{spec.name}: {model_digest(spec)[:12]}, plan: {plan.model.digest[:12]}",
             hint="name the model's config.json with --model",
         )
+    return spec
+
+
+def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> ProofInfo:
+    """Prove a plan's strategies again on its model, named by the plan or by `model`.
+
+    `InputError` when the model found is not the one the plan was made for.
+    """
+    spec = spec_of(plan, model)
     ways: list[tuple[str, ClusterInfo, StrategyInfo]] = [
         (pool.role, pool.cluster, pool.strategy) for pool in plan.pools
     ]
@@ -132,7 +145,7 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
                 spec,
                 way.parallelism(),
                 level=level,
-                scorer=_scorer_of(plan, spec, machine, way),
+                scorer=scorer_of(plan, spec, machine, way),
                 choice=Choice.of(way),
             ),
         )
