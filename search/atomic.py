@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shardplan.models.errors import InputError
 
-__all__ = ["rounded", "write_atomically"]
+__all__ = ["rounded", "write_atomically", "written_atomically"]
 
 
 def rounded(value: Any) -> Any:
@@ -25,6 +27,13 @@ def rounded(value: Any) -> Any:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file through a temporary neighbour, so that a crash leaves the old one or the new."""
+    with written_atomically(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[IO[str]]:
+    """The same for a file that is written piece by piece; an exception leaves the old one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -32,9 +41,10 @@ def write_atomically(path: Path, text: str) -> None:
         raise InputError("the file cannot be written", got=f"{path}: {error.strerror}") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            yield file
         os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:
-        Path(name).unlink(missing_ok=True)
         raise InputError("the file cannot be written", got=f"{path}: {error.strerror}") from None
+    finally:
+        Path(name).unlink(missing_ok=True)

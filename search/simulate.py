@@ -10,7 +10,7 @@ stand side by side behind one router.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shardplan.costmodel.catalog import load_cluster
@@ -134,8 +134,8 @@ class _Run:
         first, last = pools["prefill"], pools["decode"]
         sender = _instance(plan, self.spec, first.cluster, first.strategy)
         taker = _instance(plan, self.spec, last.cluster, last.strategy)
-        sender = _changed(sender, sends=True)
-        taker = _changed(taker, chunk=max(taker.chunk, taker.slots))
+        sender = replace(sender, sends=True)
+        taker = replace(taker, chunk=max(taker.chunk, taker.slots))
         units = self.units(sender, first.instances, [])
         sending = Sending(
             link=_link(plan, [first.cluster, last.cluster]),
@@ -147,12 +147,6 @@ class _Run:
         self.simulation.serve_with(units, name, decode=later, sending=sending)
 
 
-def _changed(one: Instance, **changes: Any) -> Instance:
-    from dataclasses import replace
-
-    return replace(one, **changes)
-
-
 class _Marks:
     """How far the run had come at evenly spread arrivals, some hundreds of them."""
 
@@ -160,12 +154,17 @@ class _Marks:
         self.found: list[Mark] = []
         self._every = 1
 
-    def add(self, simulation: Simulation) -> None:
-        if simulation.arrived % self._every:
-            return
+    def last(self, simulation: Simulation) -> None:
+        """The last request has come."""
         self.found.append(
             Mark(simulation.now_s, simulation.arrived, simulation.done, simulation.waiting)
         )
+
+    def add(self, simulation: Simulation) -> None:
+        """A request has come."""
+        if simulation.arrived % self._every:
+            return
+        self.last(simulation)
         if len(self.found) >= _MOST_MARKS:
             self.found = self.found[1::2]
             self._every *= 2
@@ -180,17 +179,19 @@ def simulate_plan(
     router: Router = "least-load",
     replicas: int = 1,
     warmup: int = 0,
+    acceptance: float | None = None,
     rows: Callable[[Request], None] | None = None,
     timeline: Timeline | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Simulated:
     """Serve the demand with the plan.
 
-    `model` names the model's file where the plan's own name does not find it; `limits` default to
-    the plan's; `rows` is told every request as it ends, `progress` how many have ended.
-    `InputError` for a workload or a plan that cannot be simulated.
+    `model` names the model's file where the plan's own name does not find it; `limits` and
+    `acceptance` (of tokens predicted ahead) default to the plan's; `rows` is told every request as
+    it ends, `progress` how many have ended. `InputError` for a workload or a plan that cannot be
+    simulated.
     """
-    spec = spec_of(plan, model)
+    spec, work = spec_of(plan, model), plan.request.workload
     marks = _Marks()
     if limits is None:
         limits = Limits(plan.request.limits.ttft_s, plan.request.limits.tpot_s)
@@ -208,6 +209,7 @@ def simulate_plan(
             if demand.concurrency is None and simulation.arrived:
                 marks.add(simulation)
             yield one
+        marks.last(simulation)
 
     recorder = Recorder(
         limits=limits,
@@ -220,7 +222,7 @@ def simulate_plan(
         recorder,
         closed=demand.concurrency,
         depth=plan.strategy.mtp,
-        acceptance=acceptance_of(spec, plan.request.workload),
+        acceptance=acceptance_of(spec, work) if acceptance is None else acceptance,
         seed=demand.seed,
     )
     _Run(plan, spec, demand, replicas, simulation).deploy(router)
@@ -228,7 +230,6 @@ def simulate_plan(
         engine.blocks.total for unit in simulation.units for engine in unit.engines
     )
     simulation.run()
-    marks.add(simulation)
     return Simulated(
         recorder=recorder,
         saturated=None if demand.concurrency is not None else saturation(marks.found),

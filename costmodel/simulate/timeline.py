@@ -19,6 +19,8 @@ __all__ = ["MOST_EVENTS", "Timeline"]
 
 MOST_EVENTS = 200_000
 _US = 1e6
+_REQUESTS = 1 << 20
+"""Process of the requests; units have lower numbers."""
 
 
 def _us(seconds: float) -> float:
@@ -31,7 +33,7 @@ class Timeline:
     def __init__(self, most: int = MOST_EVENTS) -> None:
         self._most = most
         self._events: list[str] = []
-        self._units: dict[int, int] = {}
+        self._units: set[int] = set()
         self.left_out = 0
 
     def _add(self, **event: Any) -> None:
@@ -43,7 +45,7 @@ class Timeline:
     def step(self, unit: Unit, lane: Lane) -> None:
         """A step, or decode steps in a row, that ends."""
         place = unit.lanes.index(lane)
-        self._units[unit.number] = len(unit.lanes)
+        self._units.add(unit.number)
         tokens = sum(batch.tokens for batch in lane.batches)
         active = sum(batch.active for batch in lane.batches)
         self._add(
@@ -66,15 +68,16 @@ class Timeline:
         """A request that has ended."""
         times = (request.arrival_s, request.first_s, request.end_s)
         for name, begin, end in (("first token", *times[:2]), ("decode", *times[1:])):
-            common = {"name": name, "cat": "request", "id": request.number, "pid": "requests"}
+            common = {"name": name, "cat": "request", "id": request.number, "pid": _REQUESTS}
             self._add(**common, ph="b", ts=_us(begin))
             self._add(**common, ph="e", ts=_us(end))
 
     def chunks(self) -> Iterator[str]:
         """The file, piece by piece."""
+        processes = {_REQUESTS: "requests", **{one: f"unit {one}" for one in sorted(self._units)}}
         names = [
-            {"name": "process_name", "ph": "M", "pid": one, "args": {"name": f"unit {one}"}}
-            for one in sorted(self._units)
+            {"name": "process_name", "ph": "M", "pid": one, "args": {"name": name}}
+            for one, name in processes.items()
         ]
         yield '{"traceEvents":[\n'
         yield ",\n".join([*(json.dumps(one) for one in names), *self._events])

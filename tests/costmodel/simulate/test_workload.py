@@ -27,7 +27,7 @@ ZONED = """TIMESTAMP,ContextTokens,GeneratedTokens
 2024-05-10 00:00:00.009930+00:00,2162,5
 2024-05-10 00:00:00.509930+00:00,2399,6
 """
-MOONCAKE = """{"timestamp": 1000, "input_length": 1100, "output_length": 52, "hash_ids": [46, 47, 8]}
+MOONCAKE = """{"timestamp": 1e3, "input_length": 1100, "output_length": 52, "hash_ids": [46, 47, 8]}
 {"timestamp": 11535, "input_length": 1200, "output_length": 26, "hash_ids": [46, 47, 50]}
 
 {"timestamp": 27482, "input_length": 655, "output_length": 52}
