@@ -32,7 +32,7 @@ from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
 from shardplan.search.proof import scorer_of, spec_of
 from shardplan.search.space import Choice
 
-__all__ = ["Simulated", "simulate_plan"]
+__all__ = ["Simulated", "instance_of", "simulate_plan"]
 
 _TOLD = 1000
 _MOST_MARKS = 1024
@@ -69,8 +69,13 @@ class Simulated:
         }
 
 
+def instance_of(plan: Plan, model: str | None = None) -> Instance:
+    """The deployment of an aggregated plan; `InputError` where what it names does not ship."""
+    return _instance(plan, spec_of(plan, model), plan.cluster, plan.strategy)
+
+
 def _instance(plan: Plan, spec: ModelSpec, machine: ClusterInfo, way: StrategyInfo) -> Instance:
-    """One deployment of a strategy of the plan. `InputError` where what it names does not ship."""
+    """One deployment of a strategy of the plan."""
     scorer = scorer_of(plan, spec, machine, way)
     if scorer is None:
         raise InputError(
