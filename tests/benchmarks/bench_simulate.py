@@ -168,11 +168,12 @@ def report(given: argparse.Namespace) -> str:
         f"{where}; best of {given.runs} runs.",
         "",
         f"Cold processes of `shardplan simulate`: {REQUESTS:,} requests of 512 prompt and 256 "
-        "output tokens, start of the interpreter and tables of prices with them. One thread: a minute "
-        "of its CPU time is a minute of a core that nothing else wants.",
+        "output tokens, start of the interpreter and tables of prices with them. One thread: a "
+        "minute of its CPU time is a minute of a core that nothing else wants.",
         "",
         *table(
-            ["what", "wall s", "peak MiB", "requests a minute", "target"], list(speeds(given.runs))
+            ["what", "wall s", "CPU s", "peak MiB", "requests a CPU minute", "target"],
+            list(speeds(given.runs)),
         ),
         "",
         "Traces, a row at a time: what they take does not grow with their rows.",
