@@ -48,7 +48,7 @@ def commands(page: Path) -> list[str]:
 def _block(page: str, kind: str) -> str:
     """The first block of a kind on a page of docs/."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return next(body for found, body in _BLOCK.findall(text) if found == kind)
+    return next(str(body) for found, body in _BLOCK.findall(text) if found == kind)
 
 
 def test_the_pages_have_commands() -> None:

@@ -220,6 +220,7 @@ class Simulation:
             return False
         target = self._pick_decode(request)
         target.coming.append((request, engine))
+        target.load += 1
         self._send(target)
         return True
 

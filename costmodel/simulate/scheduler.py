@@ -60,12 +60,9 @@ class Engine:
         """Those that will decode here, with the engine that still holds their cache."""
         self.ready: deque[tuple[Request, int]] = deque()
         """Those whose cache is there, with its blocks."""
-        self._places = 0
-
-    @property
-    def load(self) -> int:
+        self.load = 0
         """Requests that wait or run here, or are about to."""
-        return len(self.waiting) + self.running + self.claimed + len(self.coming)
+        self._places = 0
 
     @property
     def running(self) -> int:
@@ -76,6 +73,7 @@ class Engine:
         """A request comes."""
         self.waiting.append(request)
         self.waiting_tokens += request.prompt
+        self.load += 1
         request.unit = self.number
 
     # A step is filled, ...
@@ -320,6 +318,7 @@ class Engine:
             self._share(request)
         if self.events.prompt_done(self, request, now_s):
             del batch.running[request.place]
+            self.load -= 1
             return
         request.made += 1
         if request.first_s < 0.0:
@@ -350,6 +349,7 @@ class Engine:
 
     def _end(self, request: Request, now_s: float) -> None:
         request.end_s = now_s
+        self.load -= 1
         self.release(request)
         self.events.ended(self, request, now_s)
 

@@ -70,7 +70,7 @@ def speeds(runs: int) -> Iterator[list[str]]:
 
 
 def write_trace(path: Path, rows: int, *, prefixes: bool) -> None:
-    """Rows of random lengths, four a second; with prefixes some parts come again."""
+    """Rows of random lengths, two a second; with prefixes some parts come again."""
     luck = np.random.default_rng(0)
     at_once = 100_000
     with path.open("w", encoding="utf-8") as file:
@@ -85,11 +85,11 @@ def write_trace(path: Path, rows: int, *, prefixes: bool) -> None:
                 zip(prompts, outputs, groups, strict=True), start=start
             ):
                 if not prefixes:
-                    file.write(f"{row / 4.0:.2f},{prompt},{output}\n")
+                    file.write(f"{row / 2.0:.1f},{prompt},{output}\n")
                     continue
                 ids = [group, *range(1000 + 4 * row, 1000 + 4 * row + prompt // PART_TOKENS)]
                 file.write(
-                    f'{{"timestamp": {row * 250}, "input_length": {prompt}, '
+                    f'{{"timestamp": {row * 500}, "input_length": {prompt}, '
                     f'"output_length": {output}, "hash_ids": {ids}}}\n'
                 )
 
@@ -115,12 +115,12 @@ def traces(rows: int, described: int) -> Iterator[list[str]]:
             words = ("simulate", _plan(DENSE), "--workload", str(azure), "--out", str(out))
             yield _traced("simulated, Azure, requests.csv written", cold(words), some)
         write_trace(mooncake, rows // 10, prefixes=True)
-        words = ("simulate", _plan(DENSE), "--workload", str(mooncake))
-        yield _traced("simulated, Mooncake, prefixes found", cold(words), rows // 10)
+        found = cold(("simulate", _plan(DENSE), "--workload", str(mooncake)))
+        yield _traced("simulated, Mooncake, prefixes found", found, rows // 10)
         for some in (described // 10, described):
             write_trace(azure, some, prefixes=False)
-            words = ("simulate", "--describe", "--workload", str(azure))
-            yield _traced("described, Azure", cold(words), some)
+            telling = ("simulate", "--describe", "--workload", str(azure))
+            yield _traced("described, Azure", cold(telling), some)
 
 
 def errors() -> Iterator[list[str]]:
