@@ -159,11 +159,6 @@ def _simulate(
     chosen = Plan.load(path)
     asked = read_demand(workload, given, chosen)
     demand = asked.demand
-    if demand.count is not None and how["warmup"] >= demand.count:
-        raise InputError(
-            "`warmup` is below the number of requests",
-            got=f"warmup={how['warmup']}, num_prompts={demand.count}",
-        )
     if out is not None:
         check_out(out, force=force)
     _tell(asked)

@@ -235,6 +235,11 @@ def simulate_plan(
         engine.blocks.total for unit in simulation.units for engine in unit.engines
     )
     simulation.run()
+    if not recorder.requests:
+        raise InputError(
+            "`warmup` is below the number of requests",
+            got=f"warmup={warmup}, requests={simulation.done}",
+        )
     return Simulated(
         recorder=recorder,
         saturated=None if demand.concurrency is not None else saturation(marks.found),
