@@ -31,6 +31,9 @@ leave them out, the engine then has none):
     mtp_max            tokens predicted ahead in a decode step, at most, by the layer that models
                        of `mtp_architectures` (any) ship for it; 0
 
+Of an engine that lets prompts go first, `max_prefill_seqs` is the most prompts of one step; the
+simulator alone heeds it, the steady state computes one prompt at a time.
+
 `late` is what the ranks of a step wait for the last of them: an engine with one process a rank
 starts its kernels at different times, and the first collectives absorb it (of 129 all_reduces of a
 measured decode step on 16 dies the median took 20 us, the mean 82 us). It belongs to the host and
@@ -150,6 +153,8 @@ class EngineProfile:
     """Weight dtypes of its fused product and all_reduce, of `FUSED_DTYPES`."""
     fused_collectives_default: bool = False
     """That kernel is on unless switched off."""
+    max_prefill_seqs: int = 1 << 20
+    """Prompts of one step, where they go first."""
     mtp_max: int = 0
     """Most tokens that it predicts ahead with a model's own prediction layer; 0: none."""
     mtp_architectures: tuple[str, ...] = ("any",)
@@ -195,6 +200,7 @@ _SWITCHES: Mapping[str, Field] = {
     "fused_collectives_default": Field(
         target="fused_collectives_default", shape="flag", optional=True
     ),
+    "max_prefill_seqs": number("max_prefill_seqs", low=1, high=2**20, whole=True, optional=True),
     "mtp_max": number("mtp_max", low=0, high=64, whole=True, optional=True),
     "mtp_architectures": Field(target="mtp_architectures", shape="words", optional=True),
 }

@@ -28,6 +28,7 @@ from shardplan.search.cli_list import clusters, devices, models
 from shardplan.search.cli_plan import emit, explain, verify
 from shardplan.search.cli_profile import profile
 from shardplan.search.cli_search import search
+from shardplan.search.cli_simulate import simulate
 from shardplan.search.cli_validate import validate
 from shardplan.search.cli_worker import worker
 
@@ -54,6 +55,7 @@ _COMMANDS = (
     search,
     worker,
     estimate,
+    simulate,
     verify,
     emit,
     explain,

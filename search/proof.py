@@ -22,7 +22,15 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import ClusterInfo, Plan, ProofInfo, StrategyInfo
 from shardplan.search.space import Choice
 
-__all__ = ["LEVELS", "merged_proof", "model_digest", "model_of", "prove_strategy", "verify_plan"]
+__all__ = [
+    "LEVELS",
+    "merged_proof",
+    "model_digest",
+    "model_of",
+    "prove_strategy",
+    "scorer_of",
+    "verify_plan",
+]
 
 LEVELS = (0, 1, 2, 3)
 
@@ -93,7 +101,7 @@ def _audit(model: StepModel, ledger: Ledger) -> Iterator[tuple[bool, str]]:
             yield False, f"L0 {name}: {error}"
 
 
-def _scorer_of(
+def scorer_of(
     plan: Plan, spec: ModelSpec, machine: ClusterInfo, way: StrategyInfo
 ) -> LayoutScorer | None:
     """The scorer of a strategy; None where cluster, device or engine came from a file."""
@@ -155,7 +163,7 @@ def verify_plan(plan: Plan, *, level: int = 1, model: str | None = None) -> Proo
                 spec,
                 way.parallelism(),
                 level=level,
-                scorer=_scorer_of(plan, spec, machine, way),
+                scorer=scorer_of(plan, spec, machine, way),
                 choice=Choice.of(way),
             ),
         )

@@ -19,7 +19,20 @@ from shardplan.search.plan import Limits, Workload
 if TYPE_CHECKING:
     from shardplan.search.request import Asked
 
-__all__ = ["DEFAULT_TPOT_S", "DEFAULT_TTFT_S", "one_of", "read_workload", "shown", "whole"]
+__all__ = [
+    "DEFAULT_INPUT",
+    "DEFAULT_OUTPUT",
+    "DEFAULT_TPOT_S",
+    "DEFAULT_TTFT_S",
+    "acceptance",
+    "one_of",
+    "positive",
+    "prefix_hit",
+    "read_workload",
+    "shown",
+    "whole",
+    "workload_table",
+]
 
 DEFAULT_INPUT = 1024
 DEFAULT_OUTPUT = 256
@@ -73,7 +86,8 @@ def whole(name: str, value: object, most: int, *, try_: int, least: int = 1) -> 
     return value
 
 
-def _positive(name: str, value: object, most: float, *, try_: str) -> float:
+def positive(name: str, value: object, most: float, *, try_: str) -> float:
+    """The number, if it is above 0 and at most `most`; `InputError` otherwise."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value <= most:  # type: ignore[operator]  # a number here
         raise InputError(
@@ -84,8 +98,8 @@ def _positive(name: str, value: object, most: float, *, try_: str) -> float:
     return float(value)  # type: ignore[arg-type]  # a number here
 
 
-def _workload_file(path: str | None) -> dict[str, Any]:
-    """Keys of a workload TOML; `InputError` for one that is not known."""
+def workload_table(path: str | None, keys: tuple[str, ...]) -> dict[str, Any]:
+    """What a workload TOML says; `InputError` for a key that is not among `keys`."""
     if path is None:
         return {}
     text = _workload_text(path)
@@ -95,10 +109,10 @@ def _workload_file(path: str | None) -> dict[str, Any]:
         raise InputError(
             "a workload file is TOML in UTF-8", got=f"{path}: {error}", hint=_WORKLOAD_HINT
         ) from None
-    unknown = sorted(set(table) - set(_WORKLOAD_KEYS))
+    unknown = sorted(set(table) - set(keys))
     if unknown:
         raise InputError(
-            "a workload file has keys " + ", ".join(_WORKLOAD_KEYS),
+            "a workload file has keys " + ", ".join(keys),
             got=f"{path}: {shown(', '.join(unknown))}",
             hint="leave the others out",
         )
@@ -133,7 +147,7 @@ def read_workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
     What was said directly stands before what the workload file says. `InputError` for a value or
     a file that breaks a rule.
     """
-    table = _workload_file(asked.workload)
+    table = workload_table(asked.workload, _WORKLOAD_KEYS)
 
     def said(name: str) -> Any:
         own = getattr(asked, name)
@@ -150,8 +164,7 @@ def read_workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
     limits = {
         f"{name}_s": None
         if said(f"{name}_ms") is None
-        else _positive(f"{name}_ms", said(f"{name}_ms"), _MOST_MS, try_=f"{default_s * 1e3:g}")
-        / 1e3
+        else positive(f"{name}_ms", said(f"{name}_ms"), _MOST_MS, try_=f"{default_s * 1e3:g}") / 1e3
         for name, default_s in (("ttft", DEFAULT_TTFT_S), ("tpot", DEFAULT_TPOT_S))
     }
     work = Workload(
@@ -159,16 +172,17 @@ def read_workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
         concurrency=None
         if concurrency is None
         else whole("concurrency", concurrency, _MOST_REQUESTS, try_=32),
-        request_rate=None if rate is None else _positive("rate", rate, _MOST_RATE, try_="1"),
-        prefix_hit=_prefix_hit(said("prefix_hit"), notes),
-        mtp_acceptance=_acceptance(said("mtp_acceptance")),
+        request_rate=None if rate is None else positive("rate", rate, _MOST_RATE, try_="1"),
+        prefix_hit=prefix_hit(said("prefix_hit"), notes),
+        mtp_acceptance=acceptance(said("mtp_acceptance")),
     )
     if work.concurrency is None and work.request_rate is None:
         notes.append("no concurrency or rate was given: as many requests in flight as serve best")
     return work, Limits(**limits)
 
 
-def _acceptance(value: object) -> float | None:
+def acceptance(value: object) -> float | None:
+    """Share of the tokens predicted ahead that are kept; `InputError` for what is no share."""
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -181,7 +195,8 @@ def _acceptance(value: object) -> float | None:
     return float(value)  # type: ignore[arg-type]  # a number here
 
 
-def _prefix_hit(value: object, notes: list[str]) -> float:
+def prefix_hit(value: object, notes: list[str]) -> float:
+    """Share of a prompt that is found; a default that is filled in adds a note."""
     if value is None:
         notes.append("prefix_hit was not given: no prompt token is found in the prefix cache")
         return 0.0

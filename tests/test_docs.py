@@ -51,6 +51,12 @@ def commands(page: Path) -> list[str]:
     return [one for one in dict.fromkeys(names) if not one.startswith(NEEDS_A_DEVICE)]
 
 
+def _block(page: str, kind: str) -> str:
+    """The first block of a kind on a page of docs/."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return next(str(body) for found, body in _BLOCK.findall(text) if found == kind)
+
+
 def test_the_pages_have_commands() -> None:
     """So that a page written otherwise does not pass unseen."""
     found = {page.name: commands(page) for page in PAGES}
@@ -66,6 +72,7 @@ def test_every_command_of_the_pages_runs(
     for name in ("mine.csv", "my.csv"):
         (tmp_path / name).write_text(MEASURED, encoding="utf-8")
     shutil.copy(SAMPLES / "kernel_details.csv", tmp_path)
+    (tmp_path / "workload.toml").write_text(_block("simulate.md", "toml"), encoding="utf-8")
     for page in PAGES:
         for command in commands(page):
             code = run(shlex.split(command)[1:])

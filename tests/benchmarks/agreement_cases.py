@@ -1,0 +1,208 @@
+"""What `bench_agreement` runs: deployments and loads, and what either model says of them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shardplan.costmodel.catalog import load_cluster
+from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.run_out import run_out
+from shardplan.costmodel.serving import ServingInput
+from shardplan.costmodel.simulate.deploy import Instance, units_of
+from shardplan.costmodel.simulate.events import Simulation
+from shardplan.costmodel.simulate.lengths import Fixed
+from shardplan.costmodel.simulate.prices import StepTypes
+from shardplan.costmodel.simulate.request import Asked, Request
+from shardplan.costmodel.simulate.unit import Lane, Unit
+from shardplan.costmodel.simulate.workload import Demand, requests
+from shardplan.models.catalog import load_model
+from shardplan.models.parallel import Parallelism
+from shardplan.search.evaluate import LayoutScorer, Question
+from shardplan.search.plan import Limits, Workload
+
+ACCEPTANCE = 0.85
+ROUNDS, SETTLED = 24, 3
+OPEN_REQUESTS, OPEN_SKIPPED = 6000, 0.2
+ENGINES = ("vllm-ascend", "mindie")
+
+
+class Case(NamedTuple):
+    """One deployment and its lengths."""
+
+    model: str
+    cluster: str
+    axes: dict[str, int]
+    dtype: str
+    slots: int
+    chunk: int
+    input_len: int
+    output_len: int
+    engines: tuple[str, ...] = ENGINES
+
+
+CASES = (
+    Case("llama-3.1-8b", "atlas-800t-a2", {"tp": 2}, "bf16", 64, 4096, 512, 256),
+    Case("llama-3.1-8b", "atlas-800t-a2", {"tp": 2, "dp": 2}, "bf16", 48, 2048, 2048, 128),
+    Case("qwen3-32b", "atlas-800i-a2", {"tp": 4}, "w8a8", 32, 4096, 1024, 512),
+    Case("llama-3.1-70b", "atlas-800t-a2", {"tp": 8}, "bf16", 64, 8192, 1024, 256),
+    Case(
+        "llama-3.1-70b",
+        "atlas-800t-a2",
+        {"tp": 4, "pp": 2},
+        *("bf16", 64, 4096, 1024, 256),
+        ENGINES[:1],
+    ),
+    Case("qwen3-30b-a3b", "atlas-800t-a2", {"tp": 4, "ep": 4}, "bf16", 64, 4096, 512, 256),
+    Case(
+        "qwen3-30b-a3b",
+        "atlas-800t-a2",
+        {"tp": 2, "dp": 4, "ep": 8},
+        *("bf16", 32, 2048, 512, 512),
+    ),
+    Case("mixtral-8x7b", "atlas-800t-a2", {"tp": 8, "ep": 8}, "bf16", 64, 4096, 1024, 128),
+    Case("deepseek-v3", "atlas-800i-a3", {"tp": 4, "dp": 8, "ep": 32}, "w8a8", 24, 2048, 1024, 512),
+    Case(
+        "deepseek-v3",
+        "atlas-800i-a3",
+        {"tp": 4, "dp": 8, "ep": 32, "mtp": 1},
+        *("w8a8", 16, 2048, 512, 512),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one of the two says. Seconds; the steady state has no median, its mean stands for it."""
+
+    requests_per_s: float
+    tpot_s: float
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+
+
+class _Kept:
+    """Keeps every request."""
+
+    def __init__(self) -> None:
+        self.ended: list[Request] = []
+
+    def step(self, unit: Unit, lane: Lane) -> None:
+        """Not wanted."""
+
+    def request(self, request: Request) -> None:
+        """Keep it."""
+        self.ended.append(request)
+
+
+def scorer(case: Case, engine: str) -> LayoutScorer:
+    """The layout, priced as a search prices it."""
+    par = Parallelism(**case.axes)  # type: ignore[arg-type]  # sizes of axes
+    nodes = -(-par.ranks // load_cluster(case.cluster).ranks_per_node)
+    question = Question(
+        spec=load_model(case.model),
+        cluster=load_cluster(case.cluster, nodes=nodes),
+        engine=load_engine(engine),
+        workload=Workload(input_len=case.input_len, output_len=case.output_len),
+        limits=Limits(),
+        objective="throughput",
+        cards=par.ranks,
+    )
+    return LayoutScorer(question, par)
+
+
+def instance(case: Case, made: LayoutScorer) -> Instance:
+    """The same layout for the simulator."""
+    return Instance(
+        model=made.model,
+        ledger=made.ledger,
+        types=StepTypes(case.dtype),
+        slots=case.slots,
+        chunk=case.chunk,
+        context=case.input_len + case.output_len,
+        max_context=0,
+    )
+
+
+def steady(
+    case: Case,
+    made: LayoutScorer,
+    *,
+    flight: float,
+    rate: float = math.inf,
+    model: Any = None,
+) -> Any:
+    """The steady state with so many in flight of all groups, or at a rate; `model`: another's."""
+    groups = made.model.groups
+    given = ServingInput(
+        batch=np.asarray([float(case.slots)]),
+        chunk=np.asarray([float(case.chunk)]),
+        input_len=float(case.input_len),
+        output_len=float(case.output_len),
+        weight_dtype=case.dtype,
+        in_flight=np.asarray([flight / groups]),
+        mtp=made.model.mtp,
+        acceptance=ACCEPTANCE if made.model.mtp else 0.0,
+    )
+    return run_out(model or made.model, given, request_rate=np.asarray([rate]))
+
+
+def said(run: Any) -> Seen:
+    """What the steady state says."""
+    mean = float(run.ttft_mean_s[0])
+    return Seen(
+        requests_per_s=float(run.requests_per_s[0]),
+        tpot_s=float(run.tpot_mean_s[0]),
+        ttft_mean_s=mean,
+        ttft_p50_s=mean,
+        ttft_p99_s=float(run.ttft_p99_s[0]),
+    )
+
+
+def _spread(asked: Iterator[Asked], first: int) -> Iterator[Asked]:
+    """The first requests of a closed loop are somewhere in their outputs."""
+    luck = random.Random(0)
+    for number, one in enumerate(asked):
+        yield one._replace(output_len=luck.randint(1, one.output_len)) if number < first else one
+
+
+def simulated(case: Case, made: LayoutScorer, *, flight: int | None, rate: float | None) -> Seen:
+    """What the simulator says."""
+    count = OPEN_REQUESTS if flight is None else ROUNDS * flight
+    demand = Demand(
+        input_len=Fixed(case.input_len),
+        output_len=Fixed(case.output_len),
+        concurrency=flight,
+        rate=rate,
+        count=count,
+    )
+    kept = _Kept()
+    run = Simulation(
+        _spread(requests(demand), flight or 0),
+        kept,
+        closed=flight,
+        depth=made.model.mtp,
+        acceptance=ACCEPTANCE,
+    )
+    run.serve_with(units_of(instance(case, made), run), "least-load")
+    run.run()
+    ended = sorted(kept.ended, key=lambda one: one.end_s)
+    last = max(one.arrival_s for one in ended)
+    start = ended[SETTLED * flight].end_s if flight else OPEN_SKIPPED * last
+    inside = [one for one in ended if start < one.end_s <= last]
+    chosen = [one for one in ended if one.arrival_s > start and one.end_s <= last]
+    waits = np.asarray([one.first_s - one.arrival_s for one in chosen])
+    paces = [(one.end_s - one.first_s) / (one.output_len - 1) for one in chosen]
+    return Seen(
+        requests_per_s=len(inside) / (last - start),
+        tpot_s=float(np.mean(paces)),
+        ttft_mean_s=float(waits.mean()),
+        ttft_p50_s=float(np.percentile(waits, 50)),
+        ttft_p99_s=float(np.percentile(waits, 99)),
+    )
