@@ -276,7 +276,9 @@ def combine(
     found = list(_pairs(question, prefill, decode, allowed, tally, until_s))
     if not found:
         return []
-    best = _Best(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
+    turns = np.argsort(np.concatenate([one.prefill for one in found]), kind="stable")
+    columns = zip(*found, strict=True)  # of equal deployments the first one stands
+    best = _Best(*(np.concatenate(column)[turns] for column in columns))
     memory = np.maximum(
         prefill.columns["memory"][best.prefill], decode.columns["memory"][best.decode]
     )
