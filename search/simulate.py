@@ -29,7 +29,7 @@ from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.evaluate import acceptance_of, context_tokens
 from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
-from shardplan.search.proof import scorer_of, model_of
+from shardplan.search.proof import model_of, scorer_of
 from shardplan.search.space import Choice
 
 __all__ = ["Simulated", "instance_of", "simulate_plan"]
