@@ -272,3 +272,15 @@ def test_a_grid_is_its_points() -> None:
         one = served(model, float(SLOTS[i]), chunk=np.asarray(chunks[j]))
         for name in ("ttft_s", "tpot_s", "requests_per_s", "compute_s", "overhead_s"):
             assert getattr(grid, name)[i, j] == pytest.approx(float(getattr(one, name)), rel=1e-9)
+
+
+def test_the_front_end_delays_the_first_token_and_takes_its_share_of_a_closed_loop() -> None:
+    """Of one request: latency and TTFT grow by its seconds, TPOT stays."""
+    model = load("dense tp8").model
+    slow = replace(model, engine=replace(model.engine, request_host_s=0.1))
+    given = ServingInput(batch=np.ones(1), chunk=np.full(1, 2048.0), input_len=1024, output_len=64)
+    usual, late = serve(model, given), serve(slow, given)
+    assert late.ttft_s - usual.ttft_s == pytest.approx(0.1)
+    assert late.end_to_end_s - usual.end_to_end_s == pytest.approx(0.1)
+    assert late.tpot_s == pytest.approx(usual.tpot_s)
+    assert late.requests_per_s == pytest.approx(1 / late.end_to_end_s)

@@ -45,6 +45,8 @@ BASE: dict[str, Any] = {
     "batch": 16,
     "tokens": 2048,
 }
+LONG = 10**6
+"""Prompts of a run whose start and end hardly count."""
 SERVE: dict[str, Any] = {
     "model": "llama-3.1-8b",
     "cluster": "atlas-800t-a2",
@@ -239,7 +241,7 @@ def test_one_point_raises_its_own_error() -> None:
 
 def test_serving_in_closed_loop_obeys_littles_law() -> None:
     """Requests in flight = rate * latency, for requests that never queue outside."""
-    found = estimate_one(**SERVE, concurrency=32)
+    found = estimate_one(**SERVE, concurrency=32, num_prompts=LONG)
     latency = found["ttft_mean_s"] + 255 * found["tpot_mean_s"]
     assert found["requests_per_s"] * latency == pytest.approx(32, rel=0.02)
     assert found["output_tokens_per_s"] == pytest.approx(256 * found["requests_per_s"])
@@ -249,7 +251,7 @@ def test_serving_in_closed_loop_obeys_littles_law() -> None:
 
 def test_requests_beyond_the_slots_wait() -> None:
     """Throughput stays, time to first token grows by what queues over the rate."""
-    slots = {**SERVE, "max_num_seqs": 16}
+    slots = {**SERVE, "max_num_seqs": 16, "num_prompts": LONG}
     full, queued = estimate_one(**slots, concurrency=16), estimate_one(**slots, concurrency=32)
     assert queued["requests_per_s"] == pytest.approx(full["requests_per_s"], rel=0.02)
     waited = queued["ttft_mean_s"] - full["ttft_mean_s"]
@@ -268,12 +270,43 @@ def test_an_offered_rate_below_capacity_is_what_is_served() -> None:
 
 def test_a_longer_run_comes_closer_to_the_steady_state() -> None:
     """The start and the end of a run cost throughput; the first burst costs time to first token."""
-    steady = estimate_one(**SERVE, concurrency=64)
+    steady = estimate_one(**SERVE, max_num_seqs=64)
     runs = [estimate_one(**SERVE, concurrency=64, num_prompts=n) for n in (64, 640, 64000)]
     rates = [run["output_tokens_per_s"] for run in runs]
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(steady["output_tokens_per_s"], rel=0.01)
     assert runs[0]["ttft_mean_s"] > runs[1]["ttft_mean_s"] > steady["ttft_mean_s"]
+
+
+def test_a_client_sends_ten_prompts_for_each_in_flight() -> None:
+    """Unless the row says how many, offers a rate, or names no client at all."""
+    usual = estimate_one(**SERVE, concurrency=64)
+    assert usual == estimate_one(**SERVE, concurrency=64, num_prompts=640) | {
+        name: usual[name] for name in usual if name in SERVE or name == "num_prompts"
+    }
+    rate = usual["requests_per_s"] / 4
+    offered = estimate_one(**SERVE, concurrency=64, request_rate=rate)
+    assert offered["requests_per_s"] == pytest.approx(rate, rel=1e-6)
+
+
+def test_an_engine_may_take_the_type_of_the_cache_from_the_weights() -> None:
+    """fp8 weights of a 16-bit model under TensorRT-LLM; not where the checkpoint itself is fp8."""
+    one = {"cluster": "hgx-h200", "phase": "decode", "batch": 32, "tokens": 8192, "tp": 8}
+
+    def step_s(model: str, **more: Any) -> float:
+        found = estimate_one(**one, model=model, **more)["step_s"]
+        return float(found)
+
+    for model, engine, own in (
+        ("llama-3.1-70b", "trtllm", "fp8"),
+        ("llama-3.1-70b", "vllm", "bf16"),
+        ("deepseek-v3", "trtllm", "bf16"),
+    ):
+        asked = {"engine_profile": engine, "weight_dtype": "fp8"}
+        assert step_s(model, **asked) == step_s(model, **asked, kv_dtype=own)
+    assert step_s("llama-3.1-70b", engine_profile="trtllm") == step_s(
+        "llama-3.1-70b", engine_profile="trtllm", kv_dtype="bf16"
+    )
 
 
 def test_prefix_hits_and_replicas_help() -> None:
