@@ -25,7 +25,7 @@ from shardplan.costmodel.bulk import Fleet
 from shardplan.costmodel.bulk_memory import FleetMemory
 from shardplan.costmodel.confidence import Confidence, serving_confidence
 from shardplan.costmodel.engines import EngineProfile
-from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.run_out import Run, run_out
 from shardplan.costmodel.serving import ServingInput
 from shardplan.search.estimate_steps import Step
@@ -64,10 +64,11 @@ def _chosen(given: Mapping[str, Array], engine: EngineProfile) -> tuple[Array, A
     return seqs, np.where(np.isnan(chunk), float(engine.max_num_batched_tokens), chunk)
 
 
-def _prompts(given: Mapping[str, Array]) -> Array:
-    """Prompts of the run; infinity for a steady state."""
+def _prompts(given: Mapping[str, Array], groups: ArrayLike) -> Array:
+    """Prompts of the run, were no dp group idle; infinity for a steady state."""
     closed = np.isinf(given["request_rate"]) & ~np.isnan(given["concurrency"])
-    usual = np.where(closed, _PROMPTS_EACH * given["concurrency"], np.inf)
+    in_flight = np.maximum(given["concurrency"], as_array(groups))
+    usual = np.where(closed, _PROMPTS_EACH * in_flight, np.inf)
     return np.where(np.isnan(given["num_prompts"]), usual, given["num_prompts"])
 
 
@@ -97,7 +98,7 @@ def price_serving(fleet: Fleet, memory: FleetMemory, given: Mapping[str, Array])
         acceptance=_acceptance(fleet, given["mtp_acceptance"]),
         **fleet.choices[0]._asdict(),
     )
-    prompts = _prompts(given)
+    prompts = _prompts(given, fleet.groups)
     run = run_out(
         fleet,
         asked,

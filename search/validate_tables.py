@@ -27,7 +27,7 @@ _NUMBERS = (
     "figures",
     "held out",
     "MAPE",
-    "of held out",
+    "unseen",
     "median",
     "p90",
     "worst",
@@ -57,7 +57,7 @@ _COLUMNS = (
 LEGEND = (
     "Error of a figure: predicted / measured - 1. MAPE, median and p90 are of its size; bias is "
     "the median with its sign: above zero, times are predicted too long and rates too high. "
-    "Held out: figures that no fit has seen; of held out: their MAPE. Of fit: the median error "
+    "Held out: figures that no fit has seen; unseen: their MAPE. Of fit: the median error "
     "that the fit reports of rows left out of it (the largest, of several fits): what to expect "
     "where no figure is held out."
 )
