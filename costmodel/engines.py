@@ -7,6 +7,7 @@ A profile turns kernel times into the time of a step, and a card's memory into a
     floor   = device.launch_s where the phase replays a captured graph, else device.host_launch_s
     late    = step_skew_s * (ranks of a tp group - 1)     in the step's collectives (decode)
               and `prefill_step_skew_s` in place of it    (prefill)
+    TTFT    = wait + prefill + request_host_s
     budget  = memory_fraction * hbm_bytes - weights - activations - reserve_bytes
               - communicator_bytes * communicators
 
@@ -19,6 +20,10 @@ Fusions (kernels that the engine merges into one):
     qk_norm_rope       query and key norms and rotary embedding in one kernel
     norm_quant         activation quantization inside the norm that feeds it
     mla_kv_norm_rope   latent norm, rotary part and cache write of MLA in one kernel
+    cache_write        keys and values of a layer written to the cache by one kernel
+    attention_rope     rotary embedding (without norms of its own) and cache write in the kernel
+                       that prepares attention, which its benchmark runs with it
+    all_reduce_norm    a decode step's all_reduce and the residual add and norm after it
 
 Switches that an engine may have and leaves off unless told (`overlap` prices them; a file may
 leave them out, the engine then has none):
@@ -41,7 +46,11 @@ its engine, not to the links: a graph replayed by one process has none. One host
 processes of all its ranks, so it grows with their number: on 4 dies a step is late by a fifth of
 what it is on 16, which published throughput there bears out.
 
-Left out: tokenizer and HTTP front end, sampling parameters, fragmentation of the KV blocks.
+`request_host_s` is what lies between a client and the scheduler, there and back: HTTP, tokenizer,
+the first token's way out. `fp8_cache` engines take the number format of the cache from an fp8
+checkpoint that a 16-bit model was quantized to.
+
+Left out: how the front end slows with load, sampling parameters, fragmentation of the KV blocks.
 """
 
 from __future__ import annotations
@@ -84,6 +93,9 @@ FUSIONS = (
     "qk_norm_rope",
     "norm_quant",
     "mla_kv_norm_rope",
+    "cache_write",
+    "attention_rope",
+    "all_reduce_norm",
 )
 
 ATTENTION = ("flash", "naive")
@@ -137,6 +149,13 @@ class EngineProfile:
     """What a decode step waits for its last rank, for each rank beyond the first, seconds."""
     prefill_step_skew_s: float = 0.0
     """The same of a prefill step, seconds."""
+    request_host_s: float = 0.0
+    """What a request waits for beside steps before its first token, seconds."""
+    fp8_cache: bool = False
+    """The cache is fp8 unless said otherwise where weights were quantized to fp8."""
+    preempts: bool = False
+    """A prompt is admitted when its own blocks are free; a request that finds none later on is put
+    back and computed again."""
     sequence_parallel_tokens: int = 0
     """Tokens of a prefill step above which the engine can split them over tp between the matrix
     products; 0: it cannot. The price of one such step is that of the faster way; serving and
@@ -176,6 +195,9 @@ _RANKS: Mapping[str, Field] = {
     "prefill_step_skew_us": number(
         "prefill_step_skew_s", low=0, high=1e7, scale=1e-6, optional=True
     ),
+    "request_host_us": number("request_host_s", low=0, high=1e7, scale=1e-6, optional=True),
+    "preempts": Field(target="preempts", shape="flag", optional=True),
+    "fp8_cache": Field(target="fp8_cache", shape="flag", optional=True),
     "sequence_parallel_tokens": number(
         "sequence_parallel_tokens", low=0, high=2**31 - 1, whole=True, optional=True
     ),

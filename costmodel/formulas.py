@@ -29,7 +29,7 @@ from shardplan.costmodel.kernels.attention import attention_decode, attention_pr
 from shardplan.costmodel.kernels.base import Array, KernelTime
 from shardplan.costmodel.kernels.matmul import matmul
 from shardplan.costmodel.kernels.mla import mla_decode, mla_prefill
-from shardplan.costmodel.kernels.moe import grouped_matmul
+from shardplan.costmodel.kernels.moe import grouped_matmul, routing_draws
 from shardplan.costmodel.kernels.pointwise import pointwise
 from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.costmodel.load import SIXTEEN_BIT, Load, kernel_dtype
@@ -90,7 +90,8 @@ def _matmul(model: StepModel, row: Row, load: Load) -> KernelTime:
 
 def _grouped(model: StepModel, row: Row, load: Load) -> KernelTime:
     tokens = np.maximum(local_tokens(row, load, model.groups), 1.0)
-    active = row.experts * (1.0 - (1.0 - row.share / row.experts) ** tokens)
+    choices = tokens * routing_draws(model.machine, kernel_dtype(row, load.weight_dtype))
+    active = row.experts * (1.0 - (1.0 - row.share / row.experts) ** choices)
     return grouped_matmul(
         model.machine,
         np.maximum(tokens * row.share, active),

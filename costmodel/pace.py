@@ -111,11 +111,12 @@ def timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixe
         )
     else:
         pace = _chunked(shares, later, decode_s, mixed_s, as_array(model.locked))
-    latency = pace.wait_s + pace.prefill_s + later * pace.step_s
+    front_s = model.engine.request_host_s
+    latency = front_s + pace.wait_s + pace.prefill_s + later * pace.step_s
     each = shares.slots * shares.apart / latency
     outside = _outside_s(given, each)
     return Timed(
-        ttft_s=pace.wait_s + pace.prefill_s + outside,
+        ttft_s=front_s + pace.wait_s + pace.prefill_s + outside,
         tpot_s=np.where(later > 0, pace.step_s * given.steps_per_token, 0.0),
         end_to_end_s=latency + outside,
         requests_per_s=model.groups * each,

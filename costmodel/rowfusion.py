@@ -2,7 +2,11 @@
 
     merged      projections of one fuse label are one product
     joined      rotary embeddings are one kernel, with per-head norms (`qk_norm_rope`); MLA's latent
-                norm, rotary key and cache writes are another (`mla_kv_norm_rope`)
+                norm, rotary key and cache writes are another (`mla_kv_norm_rope`); the writes of
+                keys and values are one (`cache_write`), or run with plain rotary embeddings in
+                what prepares attention (`attention_rope`)
+    inside      norms that the all_reduce before them runs (`all_reduce_norm`, decode): as many as
+                there are such sums in the layer, the first of a layer after the last of another
     norm_quant  a norm whose readers are linear products of one group alone writes their input's
                 type
     fused       a row-parallel product and the all_reduce of its result, in prefill (`overlap`)
@@ -83,6 +87,13 @@ def join_rotary(placed: list[Placed], graph: ShardedGraph, engine: EngineProfile
         placed = _without(placed, shared)
     rope = [one for one in placed if one.row.kind == "rope"]
     fused = graph.model.spec.qk_norm == "head" and "qk_norm_rope" in engine.fused
+    if graph.model.spec.mla is None:
+        writes = [one for one in placed if one.row.kind == "kv_append"]
+        if "attention_rope" in engine.fused:
+            placed = _without(placed, writes if fused else writes + rope)
+            rope = rope if fused else []
+        elif "cache_write" in engine.fused:
+            placed = _join(placed, writes, "kv_append")
     return _join(placed, rope, "qk_norm_rope" if fused else "rope")
 
 
@@ -103,6 +114,8 @@ def mark(
     """The rows with quantizing norms, fused collectives and prefetches marked."""
     if "norm_quant" in engine.fused:
         placed = _quantized(placed, block)
+    if "all_reduce_norm" in engine.fused and graph.model.phase == "decode":
+        placed = _summed(placed)
     if overlap.fused_collectives and graph.model.phase == "prefill":
         placed = _fused(placed, block)
     if overlap.weight_prefetch:
@@ -145,6 +158,13 @@ def _quantized(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
         else Placed(row, nodes)
         for row, nodes in placed
     ]
+
+
+def _summed(placed: list[Placed]) -> list[Placed]:
+    """The rows without the norms that all_reduces run."""
+    sums = sum(one.row.kind == "all_reduce" and one.row.group == "token" for one in placed)
+    norms = [one for one in placed if one.row.kind == "add_rmsnorm"]
+    return _without(placed, norms[:sums])
 
 
 def _fused(placed: list[Placed], block: ShardedBlock) -> list[Placed]:

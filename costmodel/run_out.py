@@ -18,6 +18,11 @@ law (a bracket closed by secants and middles; r rises with b); makespan = N / R 
 above it the slots are full and the queue grows: makespan = N / r + latency,
 wait = N / 2 (1 / r - 1 / R).
 
+Memory that holds b requests where the engine would run more (`allowed`): one that admits a prompt
+as soon as its own blocks are free (`preempts`) gives the first token and takes the request back
+later. Of the wait for memory, a request of I prompt tokens has had the share I / (I + O / 2) by
+then, what it holds at its start of what it holds on average; the rest lengthens its TPOT.
+
 Percentiles (99th):
     TTFT   wait of a queue with an exponential tail: mean wait * ln 100, at most (b - 1) prompts;
            with N given, the 99th percentile of the first b prompts if that is longer
@@ -89,6 +94,8 @@ class _Case:
     prompt: Array
     steps: Array
     """Decode steps of a request."""
+    allowed: Array
+    """Slots that the engine would run if memory held them."""
 
 
 def _at(model: Pricer, given: ServingInput, slots: Array) -> Serving:
@@ -121,6 +128,7 @@ def _some(model: Pricer, case: _Case, rows: Indices) -> tuple[Pricer, _Case]:
         rate=case.rate[rows],
         prompt=taken(case.prompt),
         steps=taken(case.steps),
+        allowed=taken(case.allowed),
     )
     return (model.take(rows) if isinstance(model, Fleet) else model), own
 
@@ -242,14 +250,27 @@ def _makespan_s(
     return np.where(finite, span, np.nan)
 
 
-def _ttft(
+def _outside_s(
     model: Pricer, case: _Case, served: Serving, slots: Array, saturated: Bools
 ) -> tuple[Array, Array]:
-    """(mean, 99th percentile)."""
-    waiting = np.zeros_like(slots)
-    if case.given.in_flight is not None:
-        beyond = np.maximum(as_array(case.given.in_flight) - slots, 0.0)
-        waiting = np.where(saturated, beyond * model.groups / served.requests_per_s, 0.0)
+    """Seconds that a request spends outside the slots in use: before its first token, and after."""
+    none = np.zeros_like(slots)
+    if case.given.in_flight is None:
+        return none, none
+    each_s = np.where(saturated, model.groups / served.requests_per_s, 0.0)
+    beyond = np.maximum(as_array(case.given.in_flight) - slots, 0.0)
+    if not model.engine.preempts:
+        return beyond * each_s, none
+    stalled = np.minimum(np.maximum(case.allowed - slots, 0.0), beyond)
+    prompt, later = as_array(case.given.input_len), as_array(case.given.output_len) / 2.0
+    after = stalled * (later / (prompt + later))
+    return (beyond - after) * each_s, after * each_s
+
+
+def _ttft(
+    model: Pricer, case: _Case, served: Serving, slots: Array, saturated: Bools, waiting: Array
+) -> tuple[Array, Array]:
+    """(mean, 99th percentile); `waiting` seconds lie before the first token."""
     finite = np.isfinite(case.prompts)
     each = served.requests_per_s / model.groups
     prompts = np.where(finite, case.prompts, 1.0)
@@ -294,12 +315,14 @@ def run_out(
     *,
     request_rate: ArrayLike = math.inf,
     num_prompts: ArrayLike = math.inf,
+    allowed: ArrayLike = 0.0,
 ) -> Run:
     """What a client measures on one layout; all arrays `[rows]`.
 
     `given.batch` are the slots of a dp group, `given.in_flight` the client's requests of one;
     `request_rate` (requests a second) and `num_prompts` are of the whole deployment, infinity for
-    closed loop and for the steady state.
+    closed loop and for the steady state. `allowed` are the slots that the engine would run if
+    memory held them, where those are more.
     """
     shape = np.broadcast_shapes(given.batch.shape, np.shape(request_rate), np.shape(num_prompts))
     prompts = np.broadcast_to(np.ceil(as_array(num_prompts) / model.groups), shape)
@@ -310,6 +333,7 @@ def run_out(
         rate=np.broadcast_to(as_array(request_rate) / model.groups, shape),
         prompt=np.maximum(np.ceil(as_array(given.input_len) * hit), 1.0),
         steps=given.decode_steps,
+        allowed=as_array(allowed),
     )
     most = np.broadcast_to(given.batch, shape)
     if given.in_flight is not None:
@@ -317,7 +341,9 @@ def run_out(
     most = np.maximum(np.minimum(most, prompts), 1.0)
     full = _filled(_at(model, given, most), shape)
     slots, saturated, served = _serve_rate(model, case, most, full)
-    mean, worst = _ttft(model, case, served, slots, saturated)
+    before_s, after_s = _outside_s(model, case, served, slots, saturated)
+    mean, worst = _ttft(model, case, served, slots, saturated, before_s)
+    later_s = after_s / np.maximum(as_array(given.output_len) - 1.0, 1.0)
     span = _makespan_s(model, case, served, slots, saturated)
     steady = np.minimum(served.requests_per_s, case.rate * model.groups)
     total = np.broadcast_to(as_array(num_prompts), shape)
@@ -328,8 +354,8 @@ def run_out(
         capacity_requests_per_s=full.requests_per_s,
         ttft_mean_s=mean,
         ttft_p99_s=worst,
-        tpot_mean_s=served.tpot_s,
-        tpot_p99_s=_tpot_p99(model, case, served),
+        tpot_mean_s=served.tpot_s + later_s,
+        tpot_p99_s=_tpot_p99(model, case, served) + later_s,
         output_tokens_per_s=requests * as_array(given.output_len),
         requests_per_s=requests,
     )

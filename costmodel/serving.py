@@ -20,8 +20,9 @@ With k = 0 (nothing predicted) E = 1 and n = O - 1. Chunked prefill, prefill mix
          F = min(1, f + s / (s + n))      another makes the step of all a mixed one; to the others
                                           a request's own prompt counts, too
     t  = h mixed(e, u) + (1 - h) decode(d)             mean step
-    latency = wait + s mixed + n t
-    TPOT = t n / (O - 1)    TTFT = wait + s mixed    throughput = b O / latency (Little's law)
+    TTFT = front + wait + s mixed                  front: the engine's `request_host_s`
+    latency = TTFT + n t                           mean, of a request
+    TPOT = t n / (O - 1)    throughput = b O / latency (Little's law)
 
 where wait = R - D of a closed loop of b requests around a server that takes D = I / (c - e) mixed a
 prompt, with Z the rest of a request's time. Mean-value analysis with deterministic service,

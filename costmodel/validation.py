@@ -93,6 +93,8 @@ class GroupErrors:
     priced: int
     held_out: int
     mape: float | None
+    held_mape: float | None
+    """Of the held-out figures alone; None where none was priced."""
     median: float | None
     p90: float | None
     worst: float | None
@@ -128,6 +130,7 @@ def group_errors(name: str, figures: Sequence[Figure]) -> GroupErrors:
     """Errors of one group's figures."""
     signed = np.asarray([one.error for one in figures if one.error is not None], dtype=np.float64)
     size = np.abs(signed)
+    held = [abs(one.error) for one in figures if one.held_out and one.error is not None]
     inside = [one.inside for one in figures if one.inside is not None and one.error is not None]
     some = bool(size.size)
     return GroupErrors(
@@ -136,6 +139,7 @@ def group_errors(name: str, figures: Sequence[Figure]) -> GroupErrors:
         priced=int(size.size),
         held_out=sum(one.held_out for one in figures),
         mape=float(size.mean()) if some else None,
+        held_mape=float(np.mean(held)) if held else None,
         median=float(np.median(size)) if some else None,
         p90=float(np.quantile(size, _P90)) if some else None,
         worst=float(size.max()) if some else None,

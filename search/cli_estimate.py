@@ -70,7 +70,9 @@ def estimate(
     output_len: Annotated[Text, _cell("output_len", "serve: output tokens.")] = None,
     concurrency: Annotated[Text, _cell("concurrency", "serve: requests in flight.")] = None,
     request_rate: Annotated[Text, _cell("request_rate", "serve: requests a second.")] = None,
-    num_prompts: Annotated[Text, _cell("num_prompts", "serve: prompts of the run.")] = None,
+    num_prompts: Annotated[
+        Text, _cell("num_prompts", "serve: prompts of the run; 10 for each in flight.")
+    ] = None,
     prefix_hit: Annotated[Text, _cell("prefix_hit", "serve: share found in the cache.")] = None,
     mtp_acceptance: Annotated[
         Text, _cell("mtp_acceptance", "serve: share of tokens predicted ahead that is kept.")

@@ -28,6 +28,7 @@ from shardplan.search.estimate_layout import (
     attention_for,
     check_switches,
     kv_dtype_for,
+    own_kv_dtype,
     weight_dtype_for,
 )
 from shardplan.search.estimate_points import Indices, Points, grouped
@@ -55,9 +56,11 @@ Columns = dict[str, NDArray[np.float64]]
 def dtypes_of(points: Points, layout: Layout, row: int) -> Dtypes:
     """The dtypes and the attention kernel that a row is priced with."""
     device = layout.device
+    weights = weight_dtype_for(points.cell("weight_dtype", row), layout.spec, device)
+    cache = points.cell("kv_dtype", row) or own_kv_dtype(layout.engine, layout.spec, weights)
     return Dtypes(
-        weight_dtype_for(points.cell("weight_dtype", row), layout.spec, device),
-        kv_dtype_for(points.cell("kv_dtype", row), device),
+        weights,
+        kv_dtype_for(cache, device),
         cast("AttentionKernel", attention_for(points.cell("attention", row), layout.engine)),
     )
 

@@ -53,6 +53,7 @@ from shardplan.search.estimate_names import (
     find_engine,
     kv_dtype_for,
     needed,
+    own_kv_dtype,
     weight_dtype_for,
 )
 from shardplan.search.legality import Subject, first_broken_switch_rule, rules
@@ -68,6 +69,7 @@ __all__ = [
     "find_cluster",
     "find_engine",
     "kv_dtype_for",
+    "own_kv_dtype",
     "weight_dtype_for",
 ]
 

@@ -21,6 +21,7 @@ __all__ = [
     "find_engine",
     "kv_dtype_for",
     "needed",
+    "own_kv_dtype",
     "sixteen_bit",
     "weight_dtype_for",
 ]
@@ -125,6 +126,12 @@ def weight_dtype_for(asked: str, spec: ModelSpec, device: Device) -> str:
     if not is_mixed(asked):
         return one_of(asked)
     return canonical(with_types(asked, one_of), groups_of(spec))
+
+
+def own_kv_dtype(engine: EngineProfile, spec: ModelSpec, weight_dtype: str) -> str:
+    """The cache that an engine gives a checkpoint: fp8 beside weights quantized to it, or bf16."""
+    quantized = weight_dtype == "fp8" and spec.dtype in _SIXTEEN_BIT
+    return "fp8" if engine.fp8_cache and quantized else "bf16"
 
 
 def kv_dtype_for(asked: str, device: Device) -> str:

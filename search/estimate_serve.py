@@ -4,11 +4,13 @@
     memory holds        = (capacity - everything but the cache) // cache of input + output / 2
                           tokens, the mean length of a sequence in flight, in whole blocks
 
+A closed loop of `concurrency` requests runs ten prompts for each, as published benchmarks do
+(InferenceMAX: --num-prompts of ten times --max-concurrency), unless `num_prompts` says otherwise.
 `max_num_seqs` and `max_num_batched_tokens` are those of one dp group (one engine) and default to
-the engine profile's. Without `concurrency` a closed loop fills every slot. Times are those of
-`shardplan.costmodel.run_out`; `step_s` and its parts are of one average step, and `memory_bytes`
-is that of the slots in use. Fewer requests in flight than dp groups leave groups idle. Of tokens
-predicted ahead (`mtp`) the share `mtp_acceptance` is kept, by default the model's.
+the engine profile's. Without `concurrency` a closed loop fills every slot, in steady state. Times
+are those of `shardplan.costmodel.run_out`; `step_s` and its parts are of one average step, and
+`memory_bytes` is that of the slots in use. Fewer requests in flight than dp groups leave groups
+idle. Of tokens predicted ahead (`mtp`) the share `mtp_acceptance` is kept, by default the model's.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from shardplan.costmodel.bulk import Fleet
 from shardplan.costmodel.bulk_memory import FleetMemory
 from shardplan.costmodel.confidence import Confidence, serving_confidence
 from shardplan.costmodel.engines import EngineProfile
-from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.run_out import Run, run_out
 from shardplan.costmodel.serving import ServingInput
 from shardplan.search.estimate_steps import Step
@@ -42,6 +44,8 @@ SERVE_ARRAYS = (
     "max_num_batched_tokens",
 )
 """Columns that enter as arrays; NaN where a cell is empty and has no default."""
+_PROMPTS_EACH = 10.0
+"""Prompts of a closed loop for each request in flight, where nothing is said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,14 @@ def _chosen(given: Mapping[str, Array], engine: EngineProfile) -> tuple[Array, A
     return seqs, np.where(np.isnan(chunk), float(engine.max_num_batched_tokens), chunk)
 
 
+def _prompts(given: Mapping[str, Array], groups: ArrayLike) -> Array:
+    """Prompts of the run, were no dp group idle; infinity for a steady state."""
+    closed = np.isinf(given["request_rate"]) & ~np.isnan(given["concurrency"])
+    in_flight = np.maximum(given["concurrency"], as_array(groups))
+    usual = np.where(closed, _PROMPTS_EACH * in_flight, np.inf)
+    return np.where(np.isnan(given["num_prompts"]), usual, given["num_prompts"])
+
+
 def _acceptance(fleet: Fleet, asked: Array) -> Array:
     """Share of the tokens predicted ahead that are kept; the model's own where nothing is said."""
     specs = [model.graphs["decode"].model.spec for model in fleet.models]
@@ -72,7 +84,7 @@ def price_serving(fleet: Fleet, memory: FleetMemory, given: Mapping[str, Array])
     slots, chunk = _chosen(given, fleet.engine)
     context = given["input_len"] + given["output_len"] / 2.0
     fits = memory.slots(chunk=chunk, context=context)
-    slots = np.maximum(np.minimum(slots, fits), 1.0)
+    allowed, slots = slots, np.maximum(np.minimum(slots, fits), 1.0)
     in_flight = given["concurrency"] / fleet.groups
     in_flight = np.where(np.isnan(in_flight), slots, in_flight)
     asked = ServingInput(
@@ -86,8 +98,14 @@ def price_serving(fleet: Fleet, memory: FleetMemory, given: Mapping[str, Array])
         acceptance=_acceptance(fleet, given["mtp_acceptance"]),
         **fleet.choices[0]._asdict(),
     )
-    prompts = np.where(np.isnan(given["num_prompts"]), np.inf, given["num_prompts"])
-    run = run_out(fleet, asked, request_rate=given["request_rate"], num_prompts=prompts)
+    prompts = _prompts(given, fleet.groups)
+    run = run_out(
+        fleet,
+        asked,
+        request_rate=given["request_rate"],
+        num_prompts=prompts,
+        allowed=allowed,
+    )
     held = memory.fullest_bytes(batch=np.ceil(run.slots), step_tokens=chunk, context=context)
     used = np.where(np.isfinite(given["request_rate"]), 1.0, np.minimum(in_flight, 1.0))
     state = replace(asked, batch=run.slots, in_flight=None)

@@ -23,7 +23,18 @@ __all__ = ["figures_csv", "print_report", "summary_table", "to_markdown", "worst
 
 MOST_WORST = 10
 MOST_SHOWN = 15
-_NUMBERS = ("figures", "held out", "MAPE", "median", "p90", "worst", "bias", "of fit")
+_NUMBERS = (
+    "figures",
+    "held out",
+    "MAPE",
+    "unseen",
+    "median",
+    "p90",
+    "worst",
+    "bias",
+    "of fit",
+)
+_WORST = _NUMBERS.index("worst")
 _RIGHT = {*_NUMBERS, "inside", "measured", "predicted", "error"}
 _COLUMNS = (
     "family",
@@ -46,8 +57,9 @@ _COLUMNS = (
 LEGEND = (
     "Error of a figure: predicted / measured - 1. MAPE, median and p90 are of its size; bias is "
     "the median with its sign: above zero, times are predicted too long and rates too high. "
-    "Held out: figures that no fit has seen. Of fit: the median error that the fit reports of rows "
-    "left out of it (the largest, of several fits): what to expect where no figure is held out."
+    "Held out: figures that no fit has seen; unseen: their MAPE. Of fit: the median error "
+    "that the fit reports of rows left out of it (the largest, of several fits): what to expect "
+    "where no figure is held out."
 )
 BAND_LEGEND = (
     " Inside: the share of measured figures within the band that the estimate itself gives."
@@ -75,7 +87,8 @@ def _cells(one: GroupErrors, banded: bool) -> list[str]:
     """Numbers of a group, in the order of `_NUMBERS`, and the share inside the band."""
     count = str(one.figures) if one.priced == one.figures else f"{one.priced} of {one.figures}"
     cells = [count, str(one.held_out)]
-    cells += [percent(value) for value in (one.mape, one.median, one.p90, one.worst)]
+    cells += [percent(value) for value in (one.mape, one.held_mape)]
+    cells += [percent(value) for value in (one.median, one.p90, one.worst)]
     cells += [percent(one.bias, signed=True), percent(one.unseen)]
     return [*cells, _whole_percent(one.inside)] if banded else cells
 
@@ -169,7 +182,7 @@ def summary_table(report: Report) -> str:
         several = worst is not None and worst.figures < one.figures
         name = f"{worst.name}: {percent(worst.mape)}" if worst is not None and several else ""
         cells = _cells(one, banded)
-        rows.append([one.name, *cells[:5], *cells[6:], name])
+        rows.append([one.name, *cells[:_WORST], *cells[_WORST + 1 :], name])
     numbers = [name for name in _NUMBERS if name != "worst"]
     extra = ["inside"] if banded else []
     headings = ["what", *numbers, *extra, "worst group: MAPE"]

@@ -118,6 +118,10 @@ _NVIDIA_KNOTS: Knots = (
     (128, 512, 2048, 8192, 65536),
     (128, 1024, 2560, 4096, 16384, 65536),
 )
+_SCALE_S = 7.2e-6
+"""TensorRT-LLM's fp8 rows hold a scale found anew for every input: maximum, scale and cast beside
+the product. With at most 64 rows and inputs of at most 2,048 they take this much more than its
+block-scaled product and than vLLM's, on both devices (medians of 7.1 to 7.8 us)."""
 _KERNEL_ROWS = 16
 _TOP = 0.7
 _ASCEND = "ascend_ops/aiconfigurator_npu_910b_vllm_ascend_0.18.0/"
@@ -151,7 +155,7 @@ def _nvidia(gpu: str, dtype: str) -> Table:
         dtype=dtype,
         style="nvidia",
         knots=_NVIDIA_KNOTS,
-        fixed={"tile_elements": 32768.0},
+        fixed={"tile_elements": 32768.0} | ({"scale_s": _SCALE_S} if dtype == "fp8" else {}),
         share=0.08,
         source=_NVIDIA_SOURCE.format(dtype=dtype, gpu=gpu.upper()),
     )

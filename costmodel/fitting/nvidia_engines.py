@@ -93,6 +93,7 @@ def _products(data: Path, device: str) -> tuple[list[FittedSection], list[tuple[
         own = replace(
             table,
             path=_VLLM.format(device=device, table="gemm"),
+            fixed={key: value for key, value in table.fixed.items() if key != "scale_s"},
             source=f"fitted to {table.dtype} rows of gemm_perf (vLLM 0.24.0, {device.upper()}) in "
             f"{_ORIGIN}",
         )

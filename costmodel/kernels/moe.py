@@ -53,13 +53,30 @@ from shardplan.costmodel.kernels.precision import (
     unpack_s_per_weight,
 )
 
-__all__ = ["MOE_FAMILY", "expected_active", "grouped_matmul", "moe_block", "moe_block_with"]
+__all__ = [
+    "MOE_FAMILY",
+    "expected_active",
+    "grouped_matmul",
+    "moe_block",
+    "moe_block_with",
+    "routing_draws",
+]
 
 MOE_FAMILY = "moe"
 _OUTPUT_BYTES = 2.0
 _PADDING_ROWS = 8.0
 _EXPERT_WEIGHTS = 2.0**24
 _TINY = float(np.finfo(np.float64).tiny)
+
+
+def routing_draws(machine: Machine, dtype: str) -> float:
+    """Independent choices of experts that a token of a served batch makes (`draws`, 1 by default).
+
+    Below 1 tokens of a batch choose alike and fewer experts are read than even routing says; far
+    above 1 a kernel reads experts that nobody chose.
+    """
+    coef = merged_coefficients(machine.calibration, MOE_FAMILY, precision_of(dtype))
+    return coef.get("draws", 1.0)
 
 
 def expected_active(rows: ArrayLike, groups: ArrayLike) -> Array:

@@ -95,7 +95,7 @@ def test_a_users_file_stands_in_for_a_name(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text("vllm").replace('name = "vllm"', 'name = "mine"'), encoding="utf-8")
     assert load_engine(file).name == "mine"
-    assert load_engine(str(file)).step_host_s == pytest.approx(1e-3)
+    assert load_engine(str(file)).step_host_s == pytest.approx(7e-4)
 
 
 def test_an_unknown_profile_gets_the_closest_one() -> None:

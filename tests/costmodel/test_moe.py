@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardplan.costmodel.calibration import load_calibration
 from shardplan.costmodel.catalog import load_device
 from shardplan.costmodel.kernels.base import Machine
-from shardplan.costmodel.kernels.moe import expected_active, grouped_matmul, moe_block
+from shardplan.costmodel.kernels.moe import (
+    expected_active,
+    grouped_matmul,
+    moe_block,
+    routing_draws,
+)
 from shardplan.models.errors import InputError
 
 ASCEND = Machine.of(load_device("910b2"))
@@ -131,3 +137,11 @@ def test_other_devices_price_the_block(name: str) -> None:
     time = moe_block(machine, 256, 7168, 2048, 256, 8, 8, "w8a8").total_s
     weights = 32 * 3 * 7168 * 2048
     assert time >= weights / machine.device.hbm_bytes_per_s
+
+
+def test_a_token_chooses_its_experts_once_unless_the_calibration_says_otherwise() -> None:
+    device = load_device("h200")
+    assert routing_draws(ASCEND, "bf16") == 1
+    assert routing_draws(Machine.of(device), "fp8") == 1
+    vllm = Machine(device=device, calibration=load_calibration("h200", "vllm"))
+    assert routing_draws(vllm, "fp8") > 1

@@ -113,11 +113,49 @@ def test_a_norm_quantizes_what_only_linear_layers_read() -> None:
     assert not any(row.quantized or (row.weight_class == "linear" and not row.k) for row in apart)
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_caches_are_written_by_one_kernel_or_by_what_prepares_attention(phase: Phase) -> None:
+    """qwen3-32b norms its keys before they rotate, which llama-3.1-8b does not."""
+
+    def kinds(name: str, *fused: str) -> Counter[str]:
+        return Counter(row.kind for row in rows(name, phase, "dense", *fused))
+
+    for name in ("dense tp8", "qk norm tp4"):
+        assert kinds(name)["kv_append"] == 2
+        assert kinds(name, "cache_write")["kv_append"] == 1
+        assert kinds(name, "attention_rope", "cache_write")["kv_append"] == 0
+    assert kinds("dense tp8", "attention_rope")["rope"] == 0
+    both = kinds("qk norm tp4", "attention_rope", "qk_norm_rope")
+    assert (both["qk_norm_rope"], both["kv_append"]) == (1, 0)
+    widths = [
+        sum(row.width for row in rows("dense tp8", phase, "dense", *fused) if "kv" in row.kind)
+        for fused in ((), ("cache_write",))
+    ]
+    assert widths[0] == widths[1]
+
+
+def test_an_all_reduce_runs_the_norm_after_it_when_decoding() -> None:
+    """Two sums and two norms of a layer; on one rank there is no sum to run them."""
+    fused = ("add_rmsnorm", "all_reduce_norm")
+    for name, phase, left in (
+        ("dense tp8", "decode", 0),
+        ("dense tp8", "prefill", 2),
+        ("dense tp1", "decode", 2),
+    ):
+        found = rows(name, phase, "dense", *fused)  # type: ignore[arg-type]  # both are phases
+        assert sum(row.kind == "add_rmsnorm" for row in found) == left, (name, phase)
+        sums = sum(row.kind == "all_reduce" for row in found)
+        assert sums == (0 if name == "dense tp1" else 2)
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_fusion_changes_the_rows_of_some_model(fusion: str) -> None:
+    """Beside the others, but for the cache writes that `attention_rope` runs in any case."""
     others = [one for one in FUSIONS if one != fusion]
+    if fusion == "cache_write":
+        others.remove("attention_rope")
     assert any(
-        rows(name, phase, block, *others) != rows(name, phase, block, *FUSIONS)
+        rows(name, phase, block, *others) != rows(name, phase, block, *others, fusion)
         for name in ("qk norm tp4", "mla tp8")
         for phase in PHASES
         for block in load(name).model.rows[phase]

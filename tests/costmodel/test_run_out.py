@@ -172,6 +172,22 @@ def test_requests_beyond_the_slots_wait_for_one() -> None:
     assert beyond.ttft_mean_s - inside.ttft_mean_s == pytest.approx(48 / inside.requests_per_s)
 
 
+def test_a_request_taken_back_waits_after_its_first_token() -> None:
+    """Forty-eight beyond memory: of 2,048 prompt and 128 mean output tokens 128 of 2,176 parts."""
+    model = load("dense tp8").model
+    assert model.engine.preempts
+    short = run_out(model, asked(16, in_flight=64.0))
+    taken = run_out(model, asked(16, in_flight=64.0), allowed=64.0)
+    waits = 48 / taken.requests_per_s
+    after = waits * 128 / (2048 + 128)
+    assert taken.requests_per_s == pytest.approx(short.requests_per_s)
+    assert short.ttft_mean_s - taken.ttft_mean_s == pytest.approx(after)
+    assert (taken.tpot_mean_s - short.tpot_mean_s) * 255 == pytest.approx(after)
+    assert taken.tpot_p99_s > short.tpot_p99_s
+    half = run_out(model, asked(16, in_flight=64.0), allowed=40.0)
+    assert (half.tpot_mean_s - short.tpot_mean_s) * 255 == pytest.approx(after / 2)
+
+
 def test_rows_do_not_touch_one_another() -> None:
     model = load("dense dp2 tp4").model
     rates, prompts = np.asarray([0.5, np.inf, 2.0]), np.asarray([np.inf, 100.0, 500.0])

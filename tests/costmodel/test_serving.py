@@ -285,3 +285,15 @@ def test_points_that_are_all_alike_are_spread_over_the_grid() -> None:
     assert apart.spread(np.array([1.0, 2.0, 3.0])).tolist() == [1.0] * 3 + [2.0] * 3 + [3.0] * 3
     assert apart.spread(np.array([[5.0], [6.0]])).shape == (2, 1)
     assert apart.spread(np.asarray(8.0)).shape == ()
+
+
+def test_the_front_end_delays_the_first_token_and_takes_its_share_of_a_closed_loop() -> None:
+    """Of one request: latency and TTFT grow by its seconds, TPOT stays."""
+    model = load("dense tp8").model
+    slow = replace(model, engine=replace(model.engine, request_host_s=0.1))
+    given = ServingInput(batch=np.ones(1), chunk=np.full(1, 2048.0), input_len=1024, output_len=64)
+    usual, late = serve(model, given), serve(slow, given)
+    assert late.ttft_s - usual.ttft_s == pytest.approx(0.1)
+    assert late.end_to_end_s - usual.end_to_end_s == pytest.approx(0.1)
+    assert late.tpot_s == pytest.approx(usual.tpot_s)
+    assert late.requests_per_s == pytest.approx(1 / late.end_to_end_s)

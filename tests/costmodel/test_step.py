@@ -244,7 +244,7 @@ def test_fusing_saves_kernels_and_time(name: str, phase: Phase) -> None:
     """
     fused = load(name).model
     plain = replace(load_engine("vllm-ascend"), fused=())
-    assert set(fused.engine.fused) == set(FUSIONS)
+    assert set(fused.engine.fused) < set(FUSIONS)
     apart = _under(load(name), plain)
     (slow, many), (fast, few) = (step(model, phase, 8) for model in (apart, fused))
     assert fast < slow if phase == "decode" else fast < 1.04 * slow

@@ -57,6 +57,7 @@ def test_errors_by_hand() -> None:
     )
     assert (found.figures, found.priced, found.held_out) == (3, 3, 2)
     assert found.mape == pytest.approx(0.2)
+    assert found.held_mape == pytest.approx(0.15)
     assert found.median == pytest.approx(0.2)
     assert found.p90 == pytest.approx(0.28)
     assert found.worst == pytest.approx(0.3)
@@ -69,6 +70,8 @@ def test_what_is_not_priced_counts_but_has_no_error() -> None:
     assert (some.figures, some.priced, some.mape) == (2, 1, 0.5)
     none = group_errors("g", [figure(predicted=None)])
     assert (none.figures, none.priced, none.mape, none.bias) == (1, 0, None, None)
+    assert none.held_mape is None
+    assert group_errors("g", [figure(held_out=False)]).held_mape is None
 
 
 def test_the_share_inside_the_band() -> None:

@@ -237,58 +237,6 @@ def test_one_point_raises_its_own_error() -> None:
         estimate_one(**BASE, batchsize=4)
 
 
-def test_serving_in_closed_loop_obeys_littles_law() -> None:
-    """Requests in flight = rate * latency, for requests that never queue outside."""
-    found = estimate_one(**SERVE, concurrency=32)
-    latency = found["ttft_mean_s"] + 255 * found["tpot_mean_s"]
-    assert found["requests_per_s"] * latency == pytest.approx(32, rel=0.02)
-    assert found["output_tokens_per_s"] == pytest.approx(256 * found["requests_per_s"])
-    assert found["ttft_p99_s"] >= found["ttft_mean_s"]
-    assert found["tpot_p99_s"] >= found["tpot_mean_s"]
-
-
-def test_requests_beyond_the_slots_wait() -> None:
-    """Throughput stays, time to first token grows by what queues over the rate."""
-    slots = {**SERVE, "max_num_seqs": 16}
-    full, queued = estimate_one(**slots, concurrency=16), estimate_one(**slots, concurrency=32)
-    assert queued["requests_per_s"] == pytest.approx(full["requests_per_s"], rel=0.02)
-    waited = queued["ttft_mean_s"] - full["ttft_mean_s"]
-    assert waited == pytest.approx(16 / full["requests_per_s"], rel=0.02)
-
-
-def test_an_offered_rate_below_capacity_is_what_is_served() -> None:
-    """Above it, the deployment serves what it can."""
-    capacity = estimate_one(**SERVE)["requests_per_s"]
-    calm = estimate_one(**SERVE, request_rate=capacity / 4)
-    assert calm["requests_per_s"] == pytest.approx(capacity / 4, rel=1e-6)
-    assert calm["tpot_mean_s"] < estimate_one(**SERVE)["tpot_mean_s"]
-    swamped = estimate_one(**SERVE, request_rate=capacity * 4)
-    assert swamped["requests_per_s"] == pytest.approx(capacity, rel=1e-6)
-
-
-def test_a_longer_run_comes_closer_to_the_steady_state() -> None:
-    """The start and the end of a run cost throughput; the first burst costs time to first token."""
-    steady = estimate_one(**SERVE, concurrency=64)
-    runs = [estimate_one(**SERVE, concurrency=64, num_prompts=n) for n in (64, 640, 64000)]
-    rates = [run["output_tokens_per_s"] for run in runs]
-    assert rates == sorted(rates)
-    assert rates[-1] == pytest.approx(steady["output_tokens_per_s"], rel=0.01)
-    assert runs[0]["ttft_mean_s"] > runs[1]["ttft_mean_s"] > steady["ttft_mean_s"]
-
-
-def test_prefix_hits_and_replicas_help() -> None:
-    """Half of the prompts found in the cache; four replicas with four times the requests."""
-    plain = estimate_one(**SERVE, concurrency=32)
-    hit = estimate_one(**SERVE, concurrency=32, prefix_hit=0.5)
-    assert hit["requests_per_s"] > plain["requests_per_s"]
-    wide = estimate_one(**SERVE, concurrency=128, dp=4)
-    assert wide["requests_per_s"] == pytest.approx(4 * plain["requests_per_s"], rel=1e-6)
-    alone = estimate_one(**SERVE, concurrency=1)
-    assert estimate_one(**SERVE, concurrency=1, dp=4)["requests_per_s"] == pytest.approx(
-        alone["requests_per_s"]
-    )
-
-
 @given(
     batch=st.integers(1, 256),
     tokens=st.integers(1, 16384),

@@ -48,7 +48,8 @@ def test_split_contexts_and_modules_cost_the_same_alone_and_in_a_table(phase: st
 
 def test_ranks_that_share_a_context_serve_longer_ones() -> None:
     """A prompt of 100k tokens: a shorter wait, half of the cache on a rank, more slots."""
-    long: dict[str, Any] = {"input_len": 100_000, "output_len": 500, "concurrency": 8}
+    long: dict[str, Any] = {"input_len": 100_000, "output_len": 500}
+    long |= {"concurrency": 8, "num_prompts": 100_000}
     alone = estimate_one(**{**SERVE, "tp": 2, **long})
     both = estimate_one(**{**SERVE, "tp": 2, "cp": 2, **long})
     assert both["ttft_mean_s"] < 0.7 * alone["ttft_mean_s"]
