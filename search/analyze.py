@@ -75,6 +75,7 @@ DIMENSIONS: tuple[str, ...] = (
     "chunk",
 )
 """Columns of a trial table whose worth is told."""
+AXIS_NAMES = ("tp", "pp", "dp", "ep", "cp")
 THROUGHPUT = "output_tokens_per_s_per_card"
 
 Cell: TypeAlias = bool | int | float | str | None
@@ -182,9 +183,25 @@ def pareto_rows(frame: DataFrame) -> NDArray[np.int64]:
 
 
 def row_name(row: Mapping[str, Any]) -> str:
-    """A strategy in a few words: `tp4 pp2 dp4 bf16 batch 128 chunk 8192`, 1 and off left out."""
-    axes = [f"{axis}{row[axis]}" for axis in ("tp", "pp", "dp", "ep", "cp") if row[axis] != 1]
-    words = axes or ["tp1"]
+    """A strategy in a few words: `tp4 pp2 dp4 bf16 batch 128 chunk 8192`, 1 and off left out.
+
+    Of pools: `16P pp16 chunk 1024 + 1D dp128 ep128 ...`, the latter as above.
+    """
+    if row.get("prefill_instances"):
+        first = _axes_name({name: row[f"prefill_{name}"] for name in ("tp", "pp", "dp", "ep")})
+        pools = f"{row['prefill_instances']}P {first} chunk {row['prefill_chunk']}"
+        return f"{pools} + {row['decode_instances']}D {_one_name(row)}"
+    return _one_name(row)
+
+
+def _axes_name(row: Mapping[str, Any]) -> str:
+    axes = [f"{axis}{size}" for axis in AXIS_NAMES if (size := row.get(axis, 1)) != 1]
+    return " ".join(axes or ["tp1"])
+
+
+def _one_name(row: Mapping[str, Any]) -> str:
+    """Of one deployment, or one decode instance."""
+    words = [_axes_name(row)]
     if row["sp"]:
         words.append("sp")
     if row["ep"] != 1 and row["exchange"] == "alltoall":
