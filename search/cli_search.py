@@ -178,7 +178,9 @@ def search(
 
     with progress("searching") as show:
         result = run(**asked, progress=show)
-    _write(result, folder, overwrite, named=out is not None)
+    names = () if prefill_cluster or prefill_device else ("model", "cluster", "device")
+    files = {name: asked[name] for name in names}
+    _write(result, folder, overwrite, named=out is not None, files=files)
     if json:
         print_json(loads(result.plan.dumps()))
         return
@@ -218,12 +220,14 @@ def _folder(asked: dict[str, Any], out: Path | None, force: bool) -> tuple[Path,
     return _RUNS / "-".join(words), True
 
 
-def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
+def _write(
+    result: Any, folder: Path, overwrite: bool, *, named: bool, files: dict[str, str | None]
+) -> None:
     """Write the files; a default folder that cannot be written is said, not fatal."""
     from shardplan.search.output import write_result
 
     try:
-        write_result(result, folder, force=overwrite)
+        write_result(result, folder, force=overwrite, **files)
     except (InputError, OSError) as error:
         if named:
             raise

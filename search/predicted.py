@@ -19,7 +19,7 @@ from shardplan.search.build_plan import step_loads
 from shardplan.search.evaluate import LayoutScorer
 from shardplan.search.kept import Kept
 from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
-from shardplan.search.proof import model_of, scorer_of, scorer_on
+from shardplan.search.proof import model_of, scorer_on
 from shardplan.search.space import Choice
 
 __all__ = ["Predicted", "known_steps", "predicted_steps"]
@@ -39,13 +39,20 @@ class Predicted:
     pieces: int
     """Prefill: pieces of a prompt, one after another. Decode: microbatches in flight."""
 
+    @property
+    def end_s(self) -> float:
+        """When the last piece, or the first microbatch, leaves the last stage."""
+        last = self.starts_s()[-1 if self.phase == "prefill" else 0][-1]
+        return last + self.program.stages[-1].seconds
+
     def starts_s(self) -> list[list[float]]:
         """When each stage begins with each piece or microbatch `[pieces][stages]`, host first.
 
-        Pieces of a prompt follow at the pace of the slowest stage. Microbatches share a rotation
-        evenly, which leaves each stage room for all of them.
+        Pieces of a prompt follow at the pace of the slowest stage and the host. Microbatches share
+        a rotation evenly, which leaves each stage room for all of them.
         """
-        program, apart_s = self.program, self.program.slowest_s
+        program = self.program
+        apart_s = program.slowest_s + program.host_s
         if self.phase == "decode":
             apart_s = (program.rotation_s - program.host_s) / self.pieces
         rows = []
@@ -84,16 +91,12 @@ def predicted_steps(
     return tuple(found)
 
 
-def known_steps(plan: Plan) -> tuple[Predicted, ...]:
-    """The same of a plan whose parts are presets; nothing where one is not at hand."""
+def known_steps(
+    plan: Plan, *, model: str | None = None, cluster: str | None = None, device: str | None = None
+) -> tuple[Predicted, ...]:
+    """The same; nothing where a part is not at hand."""
     try:
-        spec = model_of(plan)
-        scorers = [scorer_of(plan, spec, machine, way) for _, machine, way, _ in _ways(plan)]
-        return tuple(
-            _predicted(scorer, spec, *way)
-            for scorer, way in zip(scorers, _ways(plan), strict=True)
-            if scorer is not None
-        )
+        return predicted_steps(plan, model=model, cluster=cluster, device=device)
     except InputError:
         return ()
 

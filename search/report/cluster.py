@@ -7,12 +7,13 @@ several nodes. Instances of a pool are numbered one after another from the pool'
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shardplan.models.parallel import Parallelism
-from shardplan.models.ranks import axis_stride
+from shardplan.models.ranks import axis_stride, coordinates
 from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
 from shardplan.search.report.markup import Attribute, Html, table, tag
 
@@ -38,7 +39,7 @@ _MEANS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Fleet:
     """Instances of one strategy on one machine."""
 
@@ -49,7 +50,7 @@ class _Fleet:
     cards: int
     """With those that stay free."""
 
-    @property
+    @functools.cached_property
     def par(self) -> Parallelism:
         return self.way.parallelism()
 
@@ -61,8 +62,7 @@ class _Fleet:
         """Coordinate of a rank: of its instance, or on an axis inside it."""
         if axis == "instance":
             return rank // self.way.ranks
-        stride = axis_stride(self.par, axis)  # type: ignore[arg-type]  # one of `AXES`
-        return rank % self.way.ranks // stride % int(getattr(self.way, axis))
+        return coordinates(self.par, rank % self.way.ranks)[axis]  # type: ignore[index]
 
     def axes(self) -> list[str]:
         """What differs between ranks."""

@@ -35,6 +35,7 @@ def next_section(plan: Plan) -> Html:
     lines += [
         ("Prove it again", "shardplan verify plan.json"),
         ("Simulate its requests one by one", "shardplan simulate plan.json --out simulated"),
+        ("Each kernel of each rank, for Perfetto", "shardplan trace plan.json --out trace.json"),
         ("What each dimension is worth", "shardplan analyze trials.csv"),
     ]
     if not plan.pools:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
+from shardplan.search.predicted import Predicted
 from shardplan.search.report.block import block_section
 from shardplan.search.report.breakdown import breakdown_section
 from shardplan.search.report.cluster import cluster_section
@@ -50,8 +51,8 @@ _PROOFS = {
 }
 
 
-def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
-    """The whole HTML document."""
+def page(plan: Plan, trials: TrialTable | DataFrame, steps: Sequence[Predicted] = ()) -> str:
+    """The whole HTML document; `steps` are drawn over time."""
     title = f"{plan.model.name} on {plan.cluster.name}: deployment plan"
     style = resources.files("shardplan.search.report").joinpath("assets", "report.css")
     head = tag(
@@ -65,7 +66,7 @@ def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
     )
     sections = [
         (name, title, section)
-        for name, title, section in _sections(plan, TrialTable.of(trials))
+        for name, title, section in _sections(plan, TrialTable.of(trials), steps)
         if section
     ]
     parts = [tag("div", section, id=name, class_="part") for name, _, section in sections]
@@ -74,7 +75,9 @@ def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
 
-def _sections(plan: Plan, trials: TrialTable) -> Iterator[tuple[str, str, Html]]:
+def _sections(
+    plan: Plan, trials: TrialTable, steps: Sequence[Predicted]
+) -> Iterator[tuple[str, str, Html]]:
     """(id, short title, section) in the order of the page; empty ones are left out of it."""
     yield "summary", "Summary", _summary_section(plan)
     yield "pools", "Pools", pools_section(plan)
@@ -83,7 +86,7 @@ def _sections(plan: Plan, trials: TrialTable) -> Iterator[tuple[str, str, Html]]
     yield "cluster", "Ranks", cluster_section(plan)
     yield "memory", "Memory", memory_section(plan)
     yield "time", "Time", breakdown_section(plan)
-    yield "steps", "One step", timeline_section(plan)
+    yield "steps", "One step", timeline_section(plan, steps)
     yield "layer", "One layer", block_section(plan)
     yield "tradeoffs", "Trade-offs", tradeoff_section(plan, trials)
     yield "others", "Next best", alternatives_section(plan)

@@ -8,11 +8,11 @@ drawn step begins comes in from the left.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from shardplan.costmodel.program import Kernel, Pass, Program, StageProgram
 from shardplan.search.plan import Plan
-from shardplan.search.predicted import Predicted, known_steps
+from shardplan.search.predicted import Predicted
 from shardplan.search.report.breakdown import kind_styles
 from shardplan.search.report.lanes import Lane, Slice, lanes
 from shardplan.search.report.markup import Html, table, tag
@@ -27,9 +27,8 @@ _MOST_PIECES = 8
 """Pieces of a prompt that are drawn."""
 
 
-def timeline_section(plan: Plan) -> Html:
-    """Both phases; nothing where the model or the machine is not at hand."""
-    steps = known_steps(plan)
+def timeline_section(plan: Plan, steps: Sequence[Predicted]) -> Html:
+    """Both phases; nothing where the model or the machine was not at hand."""
     if not steps:
         return Html("")
     styles = kind_styles(plan.breakdown)
@@ -96,7 +95,7 @@ def _stages(step: Predicted) -> Html:
         end_s = program.rotation_s
     else:
         drawn = min(step.pieces, _MOST_PIECES)
-        end_s = program.step_s + (drawn - 1) * program.slowest_s
+        end_s = program.step_s + (drawn - 1) * (program.slowest_s + program.host_s)
     rows = []
     starts = step.starts_s()[: _MOST_PIECES if step.phase == "prefill" else None]
     for stage in program.stages:

@@ -11,6 +11,7 @@ from tests.search.test_report import HOSTILE, _Reader
 
 from shardplan.search.emit import BUILT_IN
 from shardplan.search.plan import Plan
+from shardplan.search.predicted import known_steps
 from shardplan.search.report.cluster import MOST_RANKS, cluster_section
 from shardplan.search.report.emitting import next_section
 from shardplan.search.report.lanes import Lane, Slice, lanes
@@ -30,6 +31,10 @@ POOLS = Plan.load(PLANS / "deepseek-v3_cloudmatrix-384_disagg" / "plan.json")
 def _titles(section: str) -> list[str]:
     """Tooltips of the rectangles."""
     return re.findall(r"<rect[^>]*><title>([^<]*)</title>", section)
+
+
+def _timeline(plan: Plan) -> str:
+    return timeline_section(plan, known_steps(plan))
 
 
 def test_every_rank_stands_on_its_node_with_its_coordinates() -> None:
@@ -85,7 +90,7 @@ def test_pools_are_drawn_apart_and_large_ones_in_part() -> None:
 
 def test_a_step_is_drawn_from_the_priced_kernels() -> None:
     """Seconds of both phases, of stages and of kernels are those of plan.json."""
-    section = timeline_section(TP8)
+    section = _timeline(TP8)
     text = _Reader(section).text
     for phase in ("prefill", "decode"):
         step_s = sum(row.total_s for row in TP8.breakdown if row.phase == phase)
@@ -98,7 +103,7 @@ def test_a_step_is_drawn_from_the_priced_kernels() -> None:
 def test_a_pipeline_is_drawn_with_its_microbatches() -> None:
     """A lane a stage; a stage is busy with every microbatch once, and nothing lies outside."""
     way = TP8.strategy.model_copy(update={"tp": 2, "pp": 4, "stage_layers": (20,) * 4})
-    section = timeline_section(TP8.model_copy(update={"strategy": way}))
+    section = _timeline(TP8.model_copy(update={"strategy": way}))
     assert "4 microbatches share 4 stages" in section
     for stage in range(4):
         for microbatch in range(4):
@@ -107,13 +112,13 @@ def test_a_pipeline_is_drawn_with_its_microbatches() -> None:
         r'class="slice"[^>]* x="([\d.]+)%"[^>]* width="([\d.]+)%"', section
     ):
         assert 0.0 <= float(begin) <= float(begin) + float(width) <= 100.01
-    prefill = timeline_section(POOLS)
+    prefill = _timeline(POOLS)
     assert "A prompt of one piece through 16 stages" in prefill
 
 
 def test_a_plan_whose_parts_are_not_at_hand_has_no_timeline() -> None:
     """The toy model has a preset's name and other sizes."""
-    assert timeline_section(make_plan()) == ""
+    assert _timeline(make_plan()) == ""
 
 
 def test_lanes_hold_their_slices() -> None:
@@ -179,7 +184,9 @@ def test_hostile_names_stay_text_in_every_picture(plan: Plan) -> None:
     hostile = plan.model_copy(
         update={"cluster": machine, "pools": pools, "largest_lever": HOSTILE, "notes": (HOSTILE,)}
     )
-    reader = _Reader(page(hostile, make_trials(20)))
+    reader = _Reader(
+        page(hostile, make_trials(20), known_steps(hostile, device=plan.cluster.device))
+    )
     assert reader.open == []
     assert not {"script", "img"} & {name for name, _ in reader.elements}
     assert reader.text.count("<script>alert('x')</script>") > 3
