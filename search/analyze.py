@@ -43,6 +43,7 @@ __all__ = [
     "Summary",
     "best_first",
     "pareto_rows",
+    "row_at",
     "row_name",
     "summarise",
     "to_json",
@@ -131,14 +132,14 @@ def summarise(frame: DataFrame) -> Summary:
     if frame.empty:
         raise InputError("a trial table has at least one row", got="0 rows")
     good = best_first(frame)
-    best = _row(good, 0) if len(good) else None
+    best = row_at(good, 0) if len(good) else None
     front = good.iloc[pareto_rows(good)] if len(good) else good
     return Summary(
         trials=len(frame),
         feasible=len(good),
         best=best,
         dimensions=tuple(_dimension(frame, good, name) for name in DIMENSIONS),
-        pareto=tuple(_row(front, index) for index in range(len(front))),
+        pareto=tuple(row_at(front, index) for index in range(len(front))),
         infeasible=_refused(frame),
     )
 
@@ -253,7 +254,7 @@ def _feasible_values(frame: DataFrame, good: DataFrame, name: str) -> list[Dimen
             value=_cell(value),
             trials=int(trials[value]),
             feasible=int(feasible[value]),
-            best=_row(first, place),
+            best=row_at(first, place),
             loss=_loss(best, float(first["objective"].iloc[place])),
         )
         for place, value in enumerate(first[name].tolist())
@@ -289,7 +290,7 @@ def _refused(frame: DataFrame) -> dict[str, int]:
     return dict(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
 
 
-def _row(frame: DataFrame, place: int) -> dict[str, Cell]:
+def row_at(frame: DataFrame, place: int) -> dict[str, Cell]:
     """One row as plain Python values."""
     return {name: _cell(frame[name].iloc[place]) for name in TRIAL_COLUMNS}
 
