@@ -97,10 +97,10 @@ def _keys(pool: Pool) -> tuple[Keys, list[Parallelism]]:
     """Keys of the layouts that are legal alone, and a layout of each."""
     keys: Keys = {}
     layouts = []
-    for par, broken in pool.layouts:
-        if not broken and pair_key(par) not in keys:
-            keys[pair_key(par)] = len(keys)
-            layouts.append(par)
+    for one in pool.layouts:
+        if not one.rule and pair_key(one.parallel) not in keys:
+            keys[pair_key(one.parallel)] = len(keys)
+            layouts.append(one.parallel)
     return keys, layouts
 
 

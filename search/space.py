@@ -46,6 +46,7 @@ __all__ = [
     "batch_grid",
     "build_space",
     "chunk_grid",
+    "strategy_info",
 ]
 
 _DIMENSIONS = (
@@ -222,10 +223,17 @@ class Space:
 
     def strategy(self, par: Parallelism, choice: Choice, batch: int, chunk: int) -> StrategyInfo:
         """One point as the plan writes it."""
-        layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
-        chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
-        layout["stage_layers"] = balanced_stages(self.spec, par)
-        return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
+        return strategy_info(self.spec, par, choice, batch, chunk)
+
+
+def strategy_info(
+    spec: ModelSpec, par: Parallelism, choice: Choice, batch: int, chunk: int
+) -> StrategyInfo:
+    """A layout, a choice, slots and step size as the plan writes them."""
+    layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
+    chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
+    layout["stage_layers"] = balanced_stages(spec, par)
+    return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
 
 
 def batch_grid(limit: int) -> tuple[int, ...]:
