@@ -1,0 +1,93 @@
+"""`read_torch(...)`: whatever PyTorch holds a model in, as a captured graph."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardplan.models.errors import InputError
+from shardplan.models.frontends.torch_capture import (
+    USUAL_TOKENS,
+    Capture,
+    capture_class,
+    capture_module,
+    capture_program,
+)
+from shardplan.models.frontends.torch_file import open_program
+from shardplan.models.frontends.torch_graph import TorchGraph, graph_of
+from shardplan.models.frontends.torch_lib import need_torch
+
+__all__ = ["capture", "read_torch"]
+
+
+def read_torch(
+    subject: Any,
+    config: Any = None,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    batch: int = 1,
+    tokens: int = USUAL_TOKENS,
+    sizes: Mapping[str, int] | None = None,
+    folded: bool = True,
+    name: str = "",
+) -> TorchGraph:
+    """The graph of a module, an `ExportedProgram`, a `.pt2` file, or a Hugging Face class and its
+    config.
+
+    `inputs`: example inputs of a module, tensors on the meta device or not; a model of transformers
+    is captured on ids [`batch`, `tokens`] instead. `sizes` gives symbols of an export's dynamic
+    dims their elements. `folded` captures the first layers of each kind and multiplies.
+    `InputError` for what cannot be captured or holds an operator without a rule.
+    """
+    found = capture(
+        subject,
+        config,
+        inputs=inputs,
+        batch=batch,
+        tokens=tokens,
+        sizes=sizes,
+        folded=folded,
+        name=name,
+    )
+    return graph_of(found)
+
+
+def capture(
+    subject: Any,
+    config: Any = None,
+    *,
+    inputs: tuple[Any, ...] | None = None,
+    batch: int = 1,
+    tokens: int = USUAL_TOKENS,
+    sizes: Mapping[str, int] | None = None,
+    folded: bool = True,
+    name: str = "",
+) -> Capture:
+    """The export behind `read_torch`, with the same arguments."""
+    torch = need_torch()
+    _check_sizes(batch=batch, tokens=tokens, **(sizes or {}))
+    ids = {"batch": batch, "tokens": tokens}
+    if isinstance(subject, (str, os.PathLike)):
+        path = Path(subject)
+        return capture_program(
+            open_program(path), sizes=sizes, name=name or path.stem, source=str(path)
+        )
+    if isinstance(subject, torch.export.ExportedProgram):
+        return capture_program(subject, sizes=sizes, name=name or "export")
+    if isinstance(subject, torch.nn.Module):
+        return capture_module(subject, inputs, folded=folded, name=name, **ids)
+    if isinstance(subject, type) and issubclass(subject, torch.nn.Module) and config is not None:
+        return capture_class(subject, config, folded=folded, name=name, **ids)
+    raise InputError(
+        "a PyTorch model is a module, an ExportedProgram, a .pt2 file, or a class and its config",
+        got=f"type={type(subject).__name__}" + ("" if config is None else ", with a config"),
+        hint="for a class of transformers give the config too: (LlamaForCausalLM, config)",
+    )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError("sizes are whole numbers from 1 on", got=f"{name}={size!r}")
