@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -59,8 +59,7 @@ from numpy.typing import NDArray
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.load import Parts
-from shardplan.costmodel.pace import stage_times
+from shardplan.costmodel.pace import Span
 from shardplan.costmodel.step_mix import ServingInput
 from shardplan.models.errors import InputError
 
@@ -130,41 +129,27 @@ def step_prompts(chunk: Array, prompt: Array) -> tuple[Array, Array, Array]:
 
 
 def prefill_times(
-    model: Pricer,
-    stages: list[Parts],
-    runs: Sequence[int],
-    *,
-    groups: int,
-    prompts: Array,
-    pieces: Array,
+    model: Pricer, step: Span, *, groups: int, prompts: Array, pieces: Array
 ) -> PrefillTimes:
-    """Times of an instance whose different stages, `runs` of each, are priced as `stages`."""
-    total, slowest = stage_times(model, stages, "prefill", runs)
+    """Times of an instance whose steps take so long over its stages."""
     host = model.host_s("prefill")
-    busy = pieces * (slowest + host)
+    busy = pieces * (step.slowest_s + host)
     return PrefillTimes(
         prompts=prompts,
         busy_s=busy,
-        service_s=total + (pieces - 1.0) * slowest + pieces * host,
+        service_s=step.total_s + (pieces - 1.0) * step.slowest_s + pieces * host,
         prompts_per_s=groups * prompts / busy,
     )
 
 
 def decode_times(
-    model: Pricer,
-    stages: list[Parts],
-    runs: Sequence[int],
-    *,
-    groups: int,
-    slots: Array,
-    given: ServingInput,
+    model: Pricer, span: Span, *, stages: int, groups: int, slots: Array, given: ServingInput
 ) -> DecodeTimes:
-    """Times of an instance whose different stages, `runs` of each, are priced as `stages`.
+    """Times of an instance whose steps take so long over its `stages`.
 
     `given`: lengths, and the tokens that are predicted ahead.
     """
-    total, slowest = stage_times(model, stages, "decode", runs)
-    step = np.maximum(total, slowest * sum(runs)) + model.host_s("decode")
+    step = np.maximum(span.total_s, span.slowest_s * stages) + model.host_s("decode")
     steps = given.decode_steps
     return DecodeTimes(
         step_s=step,

@@ -15,7 +15,12 @@ import numpy as np
 
 from shardplan.models.opgraph import Operator, Tensor
 
-__all__ = ["Blocks", "by_depth", "find_blocks"]
+__all__ = ["MAX_BLOCK", "Blocks", "by_depth", "find_blocks"]
+
+MAX_BLOCK = 4096
+"""Largest block that is looked for, operators (a decoder layer has about a hundred)."""
+_TRIED = 256
+"""Runs of equal hashes whose wiring is compared, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +92,17 @@ def _reaching(
 def find_blocks(order: Sequence[Operator], tensors: Mapping[str, Tensor]) -> Blocks:
     """The repeated blocks of operators in an order; count 0 where nothing with weights repeats."""
     hashes = np.array([_hash(one, tensors) for one in order], dtype=np.uint64)
-    best = Blocks()
-    for period in range(1, len(order) // 2 + 1):
+    weighs = np.cumsum([0, *(_weighs(one, tensors) for one in order)])
+    best, tried = Blocks(), 0
+    for period in range(1, min(len(order) // 2, MAX_BLOCK) + 1):
         equal = hashes[period:] == hashes[:-period]
         start, length = _longest(equal)
         count = length // period + 1
-        if count > 1 and period * count > best.period * best.count:
+        heavy = bool(weighs[start + period] > weighs[start])
+        if count > 1 and heavy and period * count > best.period * best.count:
+            tried += 1
+            if tried > _TRIED:
+                break
             found = Blocks(start, period, _wired_alike(Blocks(start, period, count), order))
             longer = found.count > 1 and period * found.count > best.period * best.count
             if longer and _follow(found, order, tensors):
@@ -122,19 +132,21 @@ def _longest(equal: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> tuple[int, in
 
 
 def _follow(found: Blocks, order: Sequence[Operator], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the blocks are layers: each has weights, all of which wait for the block before."""
+    """Whether the blocks are layers: all that has weights waits for the block before."""
     middle = found.start + found.period
     reached = {write.tensor for one in order[found.start : middle] for write in one.writes}
-    weighs = False
     for one in order[middle : middle + found.period]:
         waits = any(name in reached for name in one.inputs)
         reached |= {write.tensor for write in one.writes} if waits else set()
-        read = [tensors[name] for name in one.inputs]
-        if any(tensor.kind == "parameter" and len(tensor.shape) > 1 for tensor in read):
-            weighs = True
-            if not waits:
-                return False
-    return weighs
+        if _weighs(one, tensors) and not waits:
+            return False
+    return True
+
+
+def _weighs(one: Operator, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an operator reads a weight of two dims or more."""
+    read = [tensors[name] for name in one.inputs]
+    return any(tensor.kind == "parameter" and len(tensor.shape) > 1 for tensor in read)
 
 
 def _wired_alike(found: Blocks, order: Sequence[Operator]) -> int:

@@ -6,7 +6,7 @@ A layout is {axis: dim}; `PARTIAL` stands for a sum that is not yet taken over t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from shardplan.models.errors import LayoutError
 
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["PARTIAL", "redistributions"]
 
 PARTIAL = "+"
+Dim = TypeVar("Dim", bound="int | str")
+"""A named dim, or the number of a tensor's dim."""
 
 
-def _transition(have: str | None, want: str | None) -> str:
+def _transition(have: int | str | None, want: int | str | None) -> str:
     if have == PARTIAL:
         return "all_reduce" if want is None else "reduce_scatter"
     if have is None:
@@ -29,8 +31,8 @@ def _transition(have: str | None, want: str | None) -> str:
 
 
 def redistributions(
-    have: dict[str, str], want: dict[str, str], mesh: Mesh
-) -> Iterator[tuple[str, tuple[str, ...], dict[str, str]]]:
+    have: dict[str, Dim], want: dict[str, Dim], mesh: Mesh
+) -> Iterator[tuple[str, tuple[str, ...], dict[str, Dim]]]:
     """(kind, axes, layout after) of each redistribution, cheapest first.
 
     Slices come first (less to move), then what reduces, exchanges and gathers. Axes that move
@@ -41,7 +43,7 @@ def redistributions(
         yield from redistributions(have, through, mesh)
         yield from redistributions(through, want, mesh)
         return
-    moves: dict[tuple[str, str | None, str | None], list[str]] = {}
+    moves: dict[tuple[str, Dim | None, Dim | None], list[str]] = {}
     for axis in mesh.axes:
         before, after = have.get(axis), want.get(axis)
         if before != after:
@@ -64,7 +66,7 @@ def redistributions(
         yield kind, tuple(axes), dict(now)
 
 
-def _detour(have: dict[str, str], want: dict[str, str], mesh: Mesh) -> dict[str, str] | None:
+def _detour(have: dict[str, Dim], want: dict[str, Dim], mesh: Mesh) -> dict[str, Dim] | None:
     """A layout to pass through where an exchange cannot nest, None where all can.
 
     A slice that joins the dim of an exchange would have to nest inside it, and an exchange cannot
@@ -83,7 +85,7 @@ def _detour(have: dict[str, str], want: dict[str, str], mesh: Mesh) -> dict[str,
 
 
 def _check_nesting(
-    now: Mapping[str, str], want: Mapping[str, str], axes: list[str], mesh: Mesh
+    now: Mapping[str, Dim], want: Mapping[str, Dim], axes: list[str], mesh: Mesh
 ) -> None:
     """Axes leave and join a dim at its minor end; `LayoutError` otherwise."""
     place = mesh.axes.index

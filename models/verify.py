@@ -39,7 +39,7 @@ from shardplan.models.shrink import Case, shrink
 from shardplan.models.spec import ModelSpec
 from shardplan.models.weights import Array, Weight, param_key, random_weights
 
-__all__ = ["TOLERANCE", "Check", "Proof", "check_static", "prove", "prove_case"]
+__all__ = ["TOLERANCE", "Check", "Proof", "attempt", "check_static", "prove", "prove_case"]
 
 TOLERANCE = 1e-10
 DECODE_STEPS = 3
@@ -75,7 +75,7 @@ class Proof:
         return all(check.passed for check in self.checks)
 
 
-def _attempt(level: int, name: str, run: Callable[[], str]) -> Check:
+def attempt(level: int, name: str, run: Callable[[], str]) -> Check:
     try:
         return Check(level=level, name=name, passed=True, detail=run())
     except (ProofError, LayoutError) as error:
@@ -167,12 +167,12 @@ def check_static(graphs: tuple[ShardedGraph, ...]) -> list[Check]:
     found = []
     for graph in graphs:
         phase = graph.model.phase
-        found.append(_attempt(0, f"{phase}: dims divide", partial(_divides, graph)))
-        found.append(_attempt(0, f"{phase}: weights owned", partial(_owned, graph)))
-        found.append(_attempt(0, f"{phase}: blocks joined", partial(_joined, graph)))
+        found.append(attempt(0, f"{phase}: dims divide", partial(_divides, graph)))
+        found.append(attempt(0, f"{phase}: weights owned", partial(_owned, graph)))
+        found.append(attempt(0, f"{phase}: blocks joined", partial(_joined, graph)))
         if graph.parallel.mtp:
             ahead = partial(_joined_ahead, graph)
-            found.append(_attempt(0, f"{phase}: prediction layer joined", ahead))
+            found.append(attempt(0, f"{phase}: prediction layer joined", ahead))
     return found
 
 
@@ -334,15 +334,15 @@ def prove_case(
         np.random.default_rng(seed + 1),
     )
     kind = "int8 weights" if quantized else "float64"
-    checks = [_attempt(1, f"{kind}: prefill, decode, reset", lambda: _run(pair, quantized))]
+    checks = [attempt(1, f"{kind}: prefill, decode, reset", lambda: _run(pair, quantized))]
     if quantized:
         return checks
     elements = partial(_check_elements, cut, weights, executor)
-    joins = [_attempt(1, f"{g.model.phase}: blocks joined", partial(_joined, g)) for g in cut]
+    joins = [attempt(1, f"{g.model.phase}: blocks joined", partial(_joined, g)) for g in cut]
     if case.parallel.mtp:
         name = "prediction layer joined"
-        joins += [_attempt(1, f"{g.model.phase}: {name}", partial(_joined_ahead, g)) for g in cut]
-    return [*checks, _attempt(1, "elements on the right ranks", elements), *joins]
+        joins += [attempt(1, f"{g.model.phase}: {name}", partial(_joined_ahead, g)) for g in cut]
+    return [*checks, attempt(1, "elements on the right ranks", elements), *joins]
 
 
 def prove(spec: ModelSpec, par: Parallelism, *, level: int = 1, seed: int = 0) -> Proof:

@@ -18,7 +18,7 @@ from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.memo import Memo
 from shardplan.models.errors import InputError, ProofError
-from shardplan.models.spec import ModelSpec
+from shardplan.search.apply_plan import is_module, spec_of_module
 from shardplan.search.aside import aside
 from shardplan.search.beside import Beside, search_beside
 from shardplan.search.build_plan import build_plan, pareto_front, time_note
@@ -74,7 +74,7 @@ class SearchResult:
 
 
 def search(
-    model: str | ModelSpec,
+    model: Any,
     cluster: str | Cluster,
     *,
     top: int = 5,
@@ -86,12 +86,16 @@ def search(
 ) -> SearchResult:
     """Find, price and prove the best plan.
 
+    `model`: a `ModelSpec`, the name of a preset, the path of a config.json, or a Hugging Face
+    module, whose configuration is taken.
     `asked` are the fields of `shardplan.search.request.Asked` (cards, input_len, objective, ...).
     `storage`, `study` and `resume` say where a sampling engine keeps its trials
     (`shardplan.search.study.Place`).
     Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
     """
     whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
+    if is_module(model):
+        model = spec_of_module(model)
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
     place = _place(resolved, storage, study, resume)

@@ -12,7 +12,7 @@ import numpy as np
 from shardplan.costmodel.basis import basis_in
 from shardplan.costmodel.confidence import fact_kind
 from shardplan.costmodel.forward import forward_loads, parts_by_kind
-from shardplan.costmodel.hardware import Device
+from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.kernels.attention import kv_element_bytes
 from shardplan.costmodel.ledger import StageMemory, weight_element_bytes
 from shardplan.costmodel.optable import Group
@@ -50,6 +50,7 @@ __all__ = [
     "breakdown",
     "build_plan",
     "candidate",
+    "cluster_info",
     "lever",
     "memory_rows",
     "pareto_front",
@@ -88,8 +89,7 @@ def pareto_front(outcome: Outcome) -> list[Kept]:
 
 
 def plan_info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
-    spec, cluster = resolved.spec, resolved.cluster
-    device = cluster.device
+    spec = resolved.spec
     kv = resolved.choices[0].kv_dtype
     model = ModelInfo(
         name=spec.name,
@@ -102,7 +102,13 @@ def plan_info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
         kv_bytes_per_token=float(kv_bytes_per_token(spec, dtype_bytes=int(kv_element_bytes(kv)))),
         max_context=spec.max_context,
     )
-    machine = ClusterInfo(
+    return model, cluster_info(resolved.cluster)
+
+
+def cluster_info(cluster: Cluster) -> ClusterInfo:
+    """The machine as plans tell it."""
+    device = cluster.device
+    return ClusterInfo(
         name=cluster.name,
         title=cluster.title,
         device=device.name,
@@ -113,7 +119,6 @@ def plan_info(resolved: Resolved) -> tuple[ModelInfo, ClusterInfo]:
         hbm_bytes=device.hbm_bytes,
         fast_ranks=int(min(fast_ranks(cluster), cluster.ranks)),
     )
-    return model, machine
 
 
 def memory_rows(scorer: LayoutScorer, best: Kept) -> tuple[MemoryRow, ...]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["emit", "explain", "verify"]
 
+_LEVELS = "0: shapes; 1: arithmetic too; 2: PyTorch graphs too; 3: processes too (extra torch)."
 PlanFile = Annotated[Path, typer.Argument(help="plan.json of a search.")]
 
 
@@ -50,12 +51,12 @@ def verify(
     mtp: Annotated[
         int, typer.Option("--mtp", help="Tokens predicted ahead and verified in a decode step.")
     ] = 0,
-    level: Annotated[int, whole("--level", "0: shapes; 1: arithmetic too.")] = 1,
+    level: Annotated[int, whole("--level", _LEVELS)] = 1,
     json: Json = False,
 ) -> None:
     """Prove that a plan, or a strategy on a model, computes what the model computes."""
-    if level not in (0, 1):
-        raise InputError("`--level` is 0 or 1", got=f"level={level}")
+    if level not in range(4):
+        raise InputError("`--level` is 0, 1, 2 or 3", got=f"level={level}")
     if plan is not None:
         proof, what = _prove_plan(plan, model, level)
     elif model is not None:

@@ -15,18 +15,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.models.parallel import Parallelism
-from shardplan.search.disagg_bounds import floor_of, most_of, most_unreached
-from shardplan.search.disagg_combine import Combination, DisaggQuestion, DisaggTally, combine
-from shardplan.search.disagg_dominance import undominated, worth_another_look
+from shardplan.search.disagg_bounds import (
+    floor_of,
+    floors,
+    most_later,
+    most_of,
+    most_unreached,
+    peak_floor,
+)
+from shardplan.search.disagg_combine import Combination, DisaggQuestion, DisaggTally
+from shardplan.search.disagg_cuts import Refining, refine_cuts
+from shardplan.search.disagg_dominance import Partners
 from shardplan.search.disagg_options import Options, Priced
+from shardplan.search.disagg_pairs import Both, Found, Tables, combined, hoped
 from shardplan.search.disagg_pools import PoolPricing
 from shardplan.search.disagg_space import (
     PairKey,
@@ -41,9 +51,9 @@ from shardplan.search.legality import first_broken_pair_rule
 __all__ = ["DisaggOutcome", "search_disagg"]
 
 Keys = dict[PairKey, int]
-_ALL = slice(None)
-_PRICING = 0.7
-"""Share of a time limit after which no other layout is priced: the rest is for their pairs."""
+_PRICING, _CUTTING = 0.6, 0.8
+"""Shares of a time limit after which no other layout is priced, and none is cut otherwise: the rest
+is for their pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,30 +93,6 @@ class DisaggOutcome:
         return max(self.best.columns["objective"], self.unreached)
 
 
-@dataclass(slots=True)
-class _Side:
-    """One pool while it is searched."""
-
-    pool: Pool
-    keys: Keys
-    priced: Priced
-
-    def key_of(self) -> NDArray[np.int64]:
-        """Which key of `keys` each option has."""
-        options = self.priced.options
-        layouts = np.array(
-            [self.keys[pair_key(par)] for par in options.layouts] or [0], dtype=np.int64
-        )
-        return layouts[options.columns["layout"].astype(np.int64)]
-
-    def by_key(self, some: NDArray[np.int64] | slice = _ALL) -> NDArray[np.int64]:
-        """Options, all or some, by instance size and key; `[sizes, keys]`."""
-        found = np.zeros((len(self.pool.sizes), len(self.keys)), dtype=np.int64)
-        sizes = np.searchsorted(self.pool.sizes, self.priced.options.columns["cards"][some])
-        np.add.at(found, (sizes, self.key_of()[some]), 1)
-        return found
-
-
 def _keys(pool: Pool) -> tuple[Keys, list[Parallelism]]:
     """Keys of the layouts that are legal alone, and a layout of each."""
     keys: Keys = {}
@@ -144,36 +130,91 @@ def search_disagg(
     pools = question.prefill, question.decode
     (keys, ones), (others, two) = map(_keys, pools)
     broken = pair_table(*pools, (ones, two), rule)
-    pricings = _priced(question, (keys, others), broken, start + _PRICING * (until_s - start))
-    limits = question.limits
-    sides = (
-        _Side(pools[0], keys, pricings[0].finish(limits.ttft_s or np.inf)),
-        _Side(pools[1], others, pricings[1].finish(limits.tpot_s or np.inf)),
+    spare_s, legal = until_s - start, np.asarray(broken == "")
+    pricings = _priced(question, (keys, others), broken, start + _PRICING * spare_s)
+    limits = question.limits.ttft_s or math.inf, question.limits.tpot_s or math.inf
+    priced = pricings[0].finish(limits[0]), pricings[1].finish(limits[1])
+    partners = (
+        Partners(_kinds(keys, pricings[0].legal), legal),
+        Partners(_kinds(others, pricings[1].legal), legal.T),
     )
-    unreached = most_unreached(question, *(side.priced for side in sides))
-    tally = DisaggTally()
-    kept: list[Combination] = []
-    if all(side.priced.options.size for side in sides):
-        before = [side.by_key() for side in sides]
-        kept, tally, left = _combined(question, sides, np.asarray(broken == ""), until_s)
-        unreached = max(unreached, left)
-        _count_pairs(question, broken, before, sides, tally)
-    _count_left_out(question, sides, tally)
-    best = kept[0] if kept and kept[0].feasible else None
+    refining = (
+        Refining.of(pricings[0], partners[0], limits[0]),
+        Refining.of(pricings[1], partners[1], limits[1]),
+    )
+    cut_by_s = start + _CUTTING * spare_s
+    unreached = most_unreached(question, *priced)
+    full = priced[0].options, priced[1].options
+    found = combined(question, partners, full, cut_by_s)
+    hopes, missed = _refined(question, refining, found, cut_by_s)
+    if any(one.built for one in refining):
+        every = priced[0].options, priced[1].options
+        again = combined(question, partners, every, until_s)
+        if not again.tally.unreached.size or again.worth(question) > found.worth(question):
+            full, found = every, again
+        else:
+            hopes = every
+    tally = found.tally
+    _count_pairs(question, broken, partners, full, found)
+    hope = hoped(question, partners, found, hopes, until_s)
+    unreached = max(unreached, missed, found.unreached, hope)
+    if pricings[1].bases:
+        unreached = max(unreached, most_later(question, tally.late))
+    _count_left_out(question, priced, tally)
+    for one, options in zip(priced, found.options, strict=True):
+        one.options = options
     return DisaggOutcome(
         question=question,
-        prefill=sides[0].priced,
-        decode=sides[1].priced,
-        best=best,
-        kept=tuple(kept),
+        prefill=priced[0],
+        decode=priced[1],
+        best=found.kept[0] if found.kept and found.kept[0].feasible else None,
+        kept=tuple(found.kept),
         space_size=sum(
-            weight * sides[0].priced.total[one] * sides[1].priced.total[two]
+            weight * priced[0].total[one] * priced[1].total[two]
             for one, two, weight in _weights(question)
         ),
         tally=tally,
         unreached=unreached,
         wall_s=time.perf_counter() - start,
     )
+
+
+def _kinds(keys: Keys, layouts: list[Parallelism]) -> NDArray[np.int64]:
+    """Which key each layout has."""
+    return np.array([keys[pair_key(par)] for par in layouts], dtype=np.int64)
+
+
+def _refined(
+    question: DisaggQuestion,
+    refining: tuple[Refining, Refining],
+    found: Found,
+    until_s: float,
+) -> tuple[Tables, float]:
+    """Cut the layers of either pool otherwise where that may be better than what is found.
+
+    Returns what no cut is proven to reach, and the most that what was not reached can do.
+    """
+    own = found.worth(question)
+    first, second = (
+        floor_of(one.pricing.priced.options, one.role)
+        .either(floor_of(one.rough, one.role))
+        .either(peak_floor(one.pricing.pool, one.pricing.priced.unreached))
+        for one in refining
+    )
+
+    def better(most: Array) -> NDArray[np.bool_]:
+        """As many cards may still serve more."""
+        ties = question.objective == "cards" and own > -math.inf
+        return np.asarray(most >= own if ties else most > own)
+
+    refining[0].may_win = lambda some: better(most_of(question, floors(some, "prefill"), second))
+    refining[1].may_win = lambda some: better(most_of(question, first, floors(some, "decode")))
+    hopes = refine_cuts(refining[0], until_s), refine_cuts(refining[1], until_s)
+    missed = (
+        most_of(question, refining[0].missed, second),
+        most_of(question, first, refining[1].missed),
+    )
+    return hopes, float(max(missed))
 
 
 def _priced(
@@ -200,53 +241,6 @@ def _priced(
     return pricings
 
 
-def _combined(
-    question: DisaggQuestion, sides: tuple[_Side, _Side], legal: NDArray[np.bool_], until_s: float
-) -> tuple[list[Combination], DisaggTally, float]:
-    """(deployments of options that no other may take the place of, what became of all of them, the
-    most that one that was not reached can do)."""
-    full = [side.priced.options for side in sides]
-    kept = [
-        undominated(side.priced.options, side.pool.role, side.key_of(), partners)
-        for side, partners in zip(sides, (legal, legal.T), strict=True)
-    ]
-    found, tally, left = _pairs(question, sides, full, kept, legal, until_s)
-    best = found[0] if found else None
-    again = worth_another_look(question, sides[0].priced.options, full[1], best)
-    more = [kept[0], np.union1d(kept[1], np.flatnonzero(again))]
-    if more[1].size == kept[1].size:
-        return found, tally, left
-    other = _pairs(question, sides, full, more, legal, until_s)
-    if not other[1].unreached.size:
-        return other
-    _keep(sides, full, kept)
-    floors = floor_of(sides[0].priced.options, "prefill"), floor_of(full[1].at(again), "decode")
-    return found, tally, max(left, most_of(question, *floors))
-
-
-def _pairs(
-    question: DisaggQuestion,
-    sides: tuple[_Side, _Side],
-    full: list[Options],
-    kept: list[NDArray[np.int64]],
-    legal: NDArray[np.bool_],
-    until_s: float,
-) -> tuple[list[Combination], DisaggTally, float]:
-    """The same of the options `kept` alone."""
-    _keep(sides, full, kept)
-    tally = DisaggTally()
-    first, second = (side.priced.options for side in sides)
-    allowed = legal[sides[0].key_of()][:, sides[1].key_of()]
-    found = combine(question, first, second, allowed, tally, until_s)
-    left = floor_of(first.at(tally.unreached), "prefill"), floor_of(second, "decode")
-    return found, tally, most_of(question, *left)
-
-
-def _keep(sides: tuple[_Side, _Side], full: list[Options], kept: list[NDArray[np.int64]]) -> None:
-    for side, options, index in zip(sides, full, kept, strict=True):
-        side.priced.options = options.at(index)
-
-
 def _weights(question: DisaggQuestion) -> Iterator[tuple[int, int, int]]:
     """(prefill cards, decode cards, counts of both) of every pair of instance sizes."""
     prefill, decode = question.prefill, question.decode
@@ -259,10 +253,10 @@ def _weights(question: DisaggQuestion) -> Iterator[tuple[int, int, int]]:
 
 
 def _count_left_out(
-    question: DisaggQuestion, sides: tuple[_Side, _Side], tally: DisaggTally
+    question: DisaggQuestion, priced: tuple[Priced, Priced], tally: DisaggTally
 ) -> None:
     """Combinations of an instance that was left out alone."""
-    first, second = (side.priced for side in sides)
+    first, second = priced
     fine = dict(first.total.items())
     for (size, _), count in first.left_out.items():
         fine[size] -= count
@@ -278,25 +272,36 @@ def _count_left_out(
 def _count_pairs(
     question: DisaggQuestion,
     broken: NDArray[np.object_],
-    before: list[NDArray[np.int64]],
-    sides: tuple[_Side, _Side],
-    tally: DisaggTally,
+    partners: Both,
+    full: Tables,
+    found: Found,
 ) -> None:
     """Combinations of fitting instances: illegal pairs, dominated ones, counts not priced."""
-    sizes = len(question.prefill.sizes), len(question.decode.sizes)
+    pools, tally = (question.prefill, question.decode), found.tally
+    if not all(one.size for one in full):
+        return
+    sizes = len(pools[0].sizes), len(pools[1].sizes)
     weight = np.array([one[2] for one in _weights(question)], dtype=object).reshape(sizes)
 
-    def pairs(of: Sequence[NDArray[np.int64]], mask: NDArray[np.bool_]) -> int:
+    def by_key(options: Options, side: int) -> NDArray[np.int64]:
+        """Options by instance size and key; `[sizes, keys]`."""
+        counts = np.zeros((sizes[side], broken.shape[side]), dtype=np.int64)
+        places = np.searchsorted(pools[side].sizes, options.columns["cards"])
+        np.add.at(counts, (places, partners[side].of(options)), 1)
+        return counts
+
+    def pairs(one: Options, two: Options, mask: NDArray[np.bool_]) -> int:
         """Combinations whose keys the mask holds."""
-        return int((weight * (of[0] @ mask.astype(np.int64) @ of[1].T).astype(object)).sum())
+        held = by_key(one, 0) @ mask.astype(np.int64) @ by_key(two, 1).T
+        return int((weight * held.astype(object)).sum())
 
     legal = np.asarray(broken == "")
     for rule in sorted({str(one) for one in broken[~legal].tolist()}):
-        count = pairs(before, np.asarray(broken == rule))
+        count = pairs(full[0], full[1], np.asarray(broken == rule))
         if count:
             tally.pruned_by[f"rule {rule}"] += count
-    after = [side.by_key() for side in sides]
-    kept = pairs(after, legal)
-    tally.pruned_by["dominated instance"] += pairs(before, legal) - kept
-    left = pairs((sides[0].by_key(tally.unreached), after[1]), legal)
+    first, second = found.options
+    kept = pairs(first, second, legal)
+    tally.pruned_by["dominated instance"] += pairs(full[0], full[1], legal) - kept
+    left = pairs(first.at(tally.unreached), second, legal)
     tally.pruned_by["counts that others stand for"] += kept - left - tally.evaluated

@@ -39,7 +39,8 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
         raise context_message(work, longest)
     limit_s = resolved.time_limit_s
     outcome = search_disagg(disagg_question(sides), time_limit_s=limit_s)
-    if outcome.best is None and resolved.soft_limits and outcome.complete:
+    late = limit_s is not None and not outcome.complete
+    if outcome.best is None and resolved.soft_limits and not late:
         sides = replace(sides, decode=without_limits(sides.decode))
         limit_s = time_left(limit_s, [outcome])
         outcome = search_disagg(disagg_question(sides), time_limit_s=limit_s)

@@ -4,14 +4,17 @@ p and q are the seconds that a card of a prefill and of a decode instance is tak
 the seconds of a prompt alone, t those of a decode step, d those of all steps after the first, O
 output tokens, C requests in flight. With N cards of both pools, or N_P and N_D apart:
 
-    rate   <= N / (p + q), or min(N_P / p, N_D / q)      rate <= C / (s + t + d)
-    latency >= s + t + d                                 cards >= rate asked * (p + q)
+    rate   <= N / (p / u + q), or min(N_P u / p, N_D / q)      rate <= C / (s + t + d)
+    latency >= s + t + d                                       cards >= rate asked * (p / u + q)
 
-p, q, s, t and d of layouts that were not priced are at least what the device's peak leaves of them
+with u the most that prefill instances may be used (`shardplan.costmodel.disagg`): 1 of a closed
+population, else what the TTFT limit, or none, allows where a prompt begins every b seconds.
+
+Of layouts that were not priced all of them are at least what the device's peak leaves of them
 (`shardplan.search.bounds`): f operations a token, I' computed prompt tokens, at F a rank
 
     p >= I' f / F      q >= O f / F
-    s >= I' f / (tp pp cp F)      t >= f / (tp F)      d >= (O - 1) f / (tp F)
+    s, b >= I' f / (tp pp cp F)      t >= f / (tp F)      d >= (O - 1) f / (tp F)
 
 (a step of k + 1 verified tokens gives at most as many).
 """
@@ -22,6 +25,10 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
+from shardplan.costmodel.disagg import unbounded_utilisation
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.step_mix import computed_prompt
 from shardplan.models.parallel import Parallelism
 from shardplan.search.bounds import layer_flop_per_token, peak_flop_per_s
@@ -29,33 +36,38 @@ from shardplan.search.disagg_combine import DisaggQuestion
 from shardplan.search.disagg_options import Options, Priced
 from shardplan.search.disagg_space import Pool
 
-__all__ = ["Floor", "floor_of", "most_of", "most_unreached", "peak_floor"]
+__all__ = ["Floor", "floor_of", "floors", "most_later", "most_of", "most_unreached", "peak_floor"]
 
 _SLACK = 1.0 + 1e-6
 """Bounds are wide by this, so that rounding rules nothing out."""
 
 
 class Floor(NamedTuple):
-    """The least of some instances of one pool."""
+    """The least of some instances of one pool, or of each of many `[options]`."""
 
-    card_s: float = math.inf
+    card_s: ArrayLike = math.inf
     """Seconds that a card is taken by a request; inf where there are no instances."""
-    alone_s: float = math.inf
+    alone_s: ArrayLike = math.inf
     """Seconds of one prompt, or of a decode step."""
-    later_s: float = math.inf
-    """Decode: seconds of all steps of a request after the first."""
+    rest_s: ArrayLike = math.inf
+    """Until the next prompts can begin; decode: of all steps of a request after the first."""
 
     def either(self, other: Floor) -> Floor:
         """Of both together."""
-        return Floor(*map(min, self, other))
+        return Floor(*map(np.minimum, self, other))
+
+
+def floors(options: Options, role: str) -> Floor:
+    """Of each priced option."""
+    names = ("service_s", "busy_s") if role == "prefill" else ("step_s", "later_s")
+    return Floor(*(options.columns[name] for name in ("slow_s", *names)))
 
 
 def floor_of(options: Options, role: str) -> Floor:
     """The least of priced options."""
     if not options.size:
         return Floor()
-    names = ("service_s", "service_s") if role == "prefill" else ("step_s", "later_s")
-    return Floor(*(float(options.columns[name].min()) for name in ("slow_s", *names)))
+    return Floor(*(float(np.min(one)) for one in floors(options, role)))
 
 
 def peak_floor(pool: Pool, layouts: Iterable[Parallelism]) -> Floor:
@@ -68,40 +80,50 @@ def peak_floor(pool: Pool, layouts: Iterable[Parallelism]) -> Floor:
     for par in layouts:
         if pool.role == "prefill":
             alone_s = prompt * token_s / (par.tp * par.pp * par.cp)
-            found = found.either(Floor(prompt * token_s, alone_s))
+            found = found.either(Floor(prompt * token_s, alone_s, alone_s))
         else:
             each_s, later = token_s / par.tp, work.output_len - 1.0
             found = found.either(Floor(work.output_len * token_s, each_s, later * each_s))
     return found
 
 
-def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> float:
+def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> Array:
     """An objective that no deployment of instances above these floors exceeds; -inf for none.
 
-    Of the objective `cards`: minus the fewest cards.
+    Of the objective `cards`: minus the fewest cards. The floors broadcast.
     """
-    demand, limits = question.demand, question.limits
-    if not (math.isfinite(prefill.card_s) and math.isfinite(decode.card_s)):
-        return -math.inf
-    first_s = prefill.alone_s + decode.alone_s
-    latency_s = first_s + decode.later_s
-    rate = _most_rate(question, prefill, decode)
+    p, q = np.asarray(prefill.card_s), np.asarray(decode.card_s)
+    demand, allowed_s = question.demand, question.limits.ttft_s or math.inf
+    first_s = prefill.alone_s + as_array(decode.alone_s) + question.link.latency_s
+    latency_s = first_s + decode.rest_s
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = p / _filled(question, first_s, as_array(prefill.rest_s))
+        if question.shared:
+            rate = question.cards / (p + q)
+        else:
+            rate = np.minimum(question.prefill.cards / p, question.decode.cards / q)
+        if demand.in_flight is not None:
+            rate = np.minimum(rate, demand.in_flight / latency_s)
+        asked = question.decode.workload.request_rate or 0.0
+        able = (rate * _SLACK >= asked) & (rate > 0.0) & (first_s <= allowed_s * _SLACK)
+        if question.objective == "cards":
+            found = -np.maximum(2.0, np.ceil(asked * (p + q) / _SLACK))
+        elif question.objective == "latency":
+            found = _SLACK / latency_s
+        else:
+            found = _SLACK * rate * question.decode.workload.output_len
+    return np.where(able, found, -math.inf)
+
+
+def _filled(question: DisaggQuestion, first_s: Array, busy_s: Array) -> Array:
+    """The most that prefill instances may be used, as `serve_pools` has it."""
+    demand = question.demand
     if demand.in_flight is not None:
-        rate = min(rate, demand.in_flight / latency_s)
-    asked = question.decode.workload.request_rate or 0.0
-    if rate * _SLACK < asked or first_s > (limits.ttft_s or math.inf) * _SLACK:
-        return -math.inf
-    if question.objective == "cards":
-        return -max(2.0, math.ceil(asked * (prefill.card_s + decode.card_s) / _SLACK))
-    if question.objective == "latency":
-        return _SLACK / latency_s
-    return _SLACK * rate * question.decode.workload.output_len
-
-
-def _most_rate(question: DisaggQuestion, prefill: Floor, decode: Floor) -> float:
-    if question.shared:
-        return question.cards / (prefill.card_s + decode.card_s)
-    return min(question.prefill.cards / prefill.card_s, question.decode.cards / decode.card_s)
+        return np.ones(())
+    if demand.ttft_s is None:
+        return np.asarray(unbounded_utilisation())
+    room = np.maximum(demand.ttft_s * _SLACK - first_s, 0.0)
+    return 2.0 * room / (busy_s + 2.0 * room)
 
 
 def most_unreached(question: DisaggQuestion, prefill: Priced, decode: Priced) -> float:
@@ -109,7 +131,23 @@ def most_unreached(question: DisaggQuestion, prefill: Priced, decode: Priced) ->
     one, two = question.prefill, question.decode
     priced = floor_of(prefill.options, one.role), floor_of(decode.options, two.role)
     left = peak_floor(one, prefill.unreached), peak_floor(two, decode.unreached)
-    return max(
-        most_of(question, left[0], priced[1].either(left[1])),
-        most_of(question, priced[0], left[1]),
+    return float(
+        max(
+            most_of(question, left[0], priced[1].either(left[1])),
+            most_of(question, priced[0], left[1]),
+        )
     )
+
+
+def most_later(question: DisaggQuestion, late: float) -> float:
+    """The most of deployments whose decode instances are cut so that their steps are slower.
+
+    With C requests in flight such steps may keep a limit on TTFT that faster ones break, of which
+    `late` is the largest objective: a slower one has no larger one, but it may need fewer cards.
+    """
+    demand = question.demand
+    if demand.in_flight is None or demand.ttft_s is None:
+        return -math.inf
+    if question.objective == "cards":
+        return -float(question.prefill.sizes[0] + question.decode.sizes[0])
+    return late

@@ -98,6 +98,8 @@ class DisaggTally:
     infeasible: Counter[str] = field(default_factory=Counter)
     unreached: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Prefill options that the time limit left out."""
+    late: float = -np.inf
+    """Largest objective of what breaks the TTFT limit."""
 
 
 class _Best(NamedTuple):
@@ -192,12 +194,14 @@ def _counts_of(
     service, _ = deployments(question, (columns, decode), x[:, None], y)
     broken = _broken(question, service)
     tally.evaluated += int(fits.sum())
+    objective, late = _objective(question, service), fits & (broken == 1)
+    tally.late = max(tally.late, float(objective[late].max(initial=-np.inf)))
     for index, name in enumerate(_LIMITS[1:], start=1):
         tally.infeasible[name] += int((fits & (broken == index)).sum())
     if question.objective != "cards":
         y = np.minimum(y, _enough(question, decode, service.requests_per_s))
     used = np.where(fits, x[:, None] * prefill["cards"] + y * decode["cards"], np.inf)
-    return _objective(question, service), used, y, fits & (broken == 0)
+    return objective, used, y, fits & (broken == 0)
 
 
 def _first_best(

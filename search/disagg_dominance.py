@@ -22,7 +22,9 @@ steps of t seconds after the first:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.search.disagg_combine import Combination, DisaggQuestion
 from shardplan.search.disagg_options import Options
 
-__all__ = ["COSTS", "undominated", "worth_another_look"]
+__all__ = ["COSTS", "Partners", "beaten", "undominated", "worth_another_look"]
 
 _BLOCK = 256
 _SLACK = 1.0 + 1e-6
@@ -44,6 +46,18 @@ COSTS: Mapping[str, tuple[str, ...]] = {
 """What is better the less it is, by role; slow_s: cards over requests a second."""
 
 
+@dataclass(frozen=True, slots=True)
+class Partners:
+    """Who may serve with whom: `kinds` of a pool's layouts, and `[kinds, kinds of the others]`."""
+
+    kinds: NDArray[np.int64]
+    table: NDArray[np.bool_]
+
+    def of(self, options: Options) -> NDArray[np.int64]:
+        """Kind of each option."""
+        return self.kinds[options.columns["layout"].astype(np.int64)]
+
+
 def undominated(
     options: Options, role: str, kind: NDArray[np.int64], partners: NDArray[np.bool_]
 ) -> NDArray[np.int64]:
@@ -51,15 +65,48 @@ def undominated(
 
     kind: `[options]`, a row of `partners`, the legal partners `[kinds, kinds of the other pool]`.
     """
-    costs = np.stack([options.columns[name] for name in COSTS[role]], axis=1)
-    cards = options.columns["cards"].astype(np.int64)
-    wider = np.asarray((partners[:, None, :] >= partners[None, :, :]).all(axis=2))
+    costs, cards, wider = _costs(options, role), _cards(options), _wider(partners)
     kept: list[NDArray[np.int64]] = []
     for size in np.unique(cards):
         own = np.flatnonzero(cards == size)
         kept.append(own[_first(costs[own], cards[own], kind[own], wider)])
     index = np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
     return np.sort(index[_first(costs[index], cards[index], kind[index], wider)])
+
+
+def beaten(
+    by: Options,
+    ones: Options,
+    role: str,
+    kinds: tuple[NDArray[np.int64], NDArray[np.int64]],
+    partners: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Which of `ones` some of `by` may take the place of; `kinds`: of both, as of `undominated`."""
+    if not by.size or not ones.size:
+        return np.zeros(ones.size, dtype=bool)
+    costs, cards = (
+        np.concatenate([of(by), of(ones)]) for of in (functools.partial(_costs, role=role), _cards)
+    )
+    first = np.arange(by.size)
+    found = [
+        _beaten(costs, cards, np.concatenate(kinds), _wider(partners), first, part).any(axis=0)
+        for part in np.array_split(by.size + np.arange(ones.size), -(-ones.size // _BLOCK))
+    ]
+    return np.concatenate(found)
+
+
+def _costs(options: Options, role: str) -> Array:
+    """What is better the less it is, `[options, costs]`."""
+    return np.stack([options.columns[name] for name in COSTS[role]], axis=1)
+
+
+def _cards(options: Options) -> NDArray[np.int64]:
+    return options.columns["cards"].astype(np.int64)
+
+
+def _wider(partners: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`[kinds, kinds]`: whether the first has every partner of the second."""
+    return np.asarray((partners[:, None, :] >= partners[None, :, :]).all(axis=2))
 
 
 def worth_another_look(

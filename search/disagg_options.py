@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg_space import Pool
 from shardplan.search.space import Choice
 
-__all__ = ["Options", "Priced", "Row", "fitting", "stacked"]
+__all__ = ["Options", "Priced", "Row", "fitting", "limited_s", "stacked"]
 
 Row = tuple[int, int, dict[str, Array]]
 """A layout and a choice by their places, and columns that broadcast over the grid."""
@@ -26,8 +26,10 @@ class Options:
     layouts: list[Parallelism]
     choices: tuple[Choice, ...]
     columns: dict[str, Array]
-    """cards, layout, choice, chunk, slots, rate, memory, free, the costs and the parts of a
+    """cards, layout, choice, cut, chunk, slots, rate, memory, free, the costs and the parts of a
     step: compute, transfer of memory, collectives, overhead, seconds."""
+    cuts: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    """Layers of each stage; () for the even cut."""
 
     @property
     def size(self) -> int:
@@ -36,13 +38,26 @@ class Options:
 
     def at(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> Options:
         """Some of them."""
-        return Options(
-            self.layouts, self.choices, {name: one[index] for name, one in self.columns.items()}
-        )
+        columns = {name: one[index] for name, one in self.columns.items()}
+        return replace(self, columns=columns)
+
+    def joined(self, other: Options) -> Options:
+        """These and others of the same pool, whose cuts are among these."""
+        if not other.size:
+            return self
+        columns = {
+            name: np.concatenate([one, other.columns[name]]) for name, one in self.columns.items()
+        }
+        return replace(self, columns=columns)
 
     def layout(self, index: int) -> Parallelism:
-        """The layout of one option."""
+        """The layout of one option, but for its cut."""
         return self.layouts[int(self.columns["layout"][index])]
+
+    def way(self, index: int) -> Parallelism:
+        """The layout of one option, with its cut."""
+        cut = self.cuts[int(self.columns["cut"][index])]
+        return replace(self.layout(index), stage_layers=cut)
 
     def choice(self, index: int) -> Choice:
         """The choice of one option."""
@@ -78,7 +93,13 @@ def stacked(rows: list[Row], points: int) -> dict[str, Array]:
         columns[name] = column.ravel()
     columns["layout"] = np.repeat([float(row[0]) for row in rows], points)
     columns["choice"] = np.repeat([float(row[1]) for row in rows], points)
+    columns["cut"] = np.zeros(columns["choice"].size)
     return columns
+
+
+def limited_s(options: Options, role: str) -> Array:
+    """What a limit bounds: one prompt alone, or TPOT."""
+    return options.columns["service_s" if role == "prefill" else "tpot_s"]
 
 
 def fitting(priced: Priced, pool: Pool, limit_s: float) -> Priced:
@@ -86,7 +107,7 @@ def fitting(priced: Priced, pool: Pool, limit_s: float) -> Priced:
     found = priced.options
     if not found.size:
         return priced
-    time = found.columns["service_s" if pool.role == "prefill" else "tpot_s"]
+    time = limited_s(found, pool.role)
     big = found.columns["free"] < 0.0
     priced.least_s = float(time[~big].min(initial=np.inf))
     slow = ~big & (time > limit_s)

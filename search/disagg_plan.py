@@ -49,7 +49,7 @@ _PARETO_KEPT = 200
 
 def _strategy(pool: Side, options: Options, index: int) -> StrategyInfo:
     """One option as the plan writes it."""
-    par, choice = options.layout(index), options.choice(index)
+    par, choice = options.way(index), options.choice(index)
     layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
     chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
     layout["stage_layers"] = balanced_stages(pool.spec, par)
@@ -120,7 +120,7 @@ def _pool(
     index = best.prefill if first else best.decode
     count = best.prefill_instances if first else best.decode_instances
     way = _strategy(side, options, index)
-    par, choice = options.layout(index), options.choice(index)
+    par, choice = options.way(index), options.choice(index)
     question = role_question(outcome.question, side, par.ranks)
     scorer = LayoutScorer(question, par)
     kept = Kept(parallel=par, choice=choice, batch=way.batch, chunk=way.chunk, limit=-1, columns={})
@@ -179,6 +179,7 @@ def _certificate(outcome: DisaggOutcome) -> Certificate:
         for name in ("attention", "weight_dtype", "kv_dtype"):
             space[f"{pool.role}_{name}"] = sorted({getattr(one, name) for one in pool.choices})
         space["prefill_chunk" if pool.role == "prefill" else "decode_batch"] = list(pool.grid)
+        space[f"{pool.role}_stage_layers"] = ["any" if pool.reach.ways else "even"]
     pruned = {name: count for name, count in outcome.tally.pruned_by.items() if count}
     return Certificate(
         engine="exact",

@@ -18,6 +18,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger, weight_element_bytes
 from shardplan.costmodel.load import ZERO, Parts
 from shardplan.costmodel.memo import Memo
+from shardplan.costmodel.pace import Span, stage_times
 from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.step_mix import ServingInput, computed_prompt
 from shardplan.costmodel.steps import decode_stages, prompt_stages
@@ -30,13 +31,13 @@ from shardplan.search.disagg_space import Pool
 from shardplan.search.evaluate import acceptance_of
 from shardplan.search.space import Choice
 
-__all__ = ["PoolPricing"]
+__all__ = ["Base", "PoolPricing", "cost_columns", "priced_columns"]
 
 _INFLIGHT = 2.0
 """Prompts that a prefill rank holds for each that it computes: as many wait to be pulled."""
 
 
-class _Base:
+class Base:
     """One layout, its templates priced apart."""
 
     def __init__(
@@ -146,7 +147,7 @@ def _summed(stages: Iterable[Stage], templates: Mapping[str, Parts]) -> list[Par
 
 
 def _memory(
-    pool: Pool, base: _Base, graph: ShardedGraph, choice: Choice, slots: Array, tokens: Array
+    pool: Pool, base: Base, graph: ShardedGraph, choice: Choice, slots: Array, tokens: Array
 ) -> Array:
     """Bytes on the fullest rank over the grid."""
     work = pool.workload
@@ -165,45 +166,61 @@ def _memory(
     return np.broadcast_to(total, slots.shape)
 
 
-def _sent_bytes(pool: Pool, base: _Base, graph: ShardedGraph, runs: list[int], dtype: str) -> float:
-    """Bytes of one prompt's cache over all ranks of a dp group."""
+def _sent_bytes(base: Base, dtype: str) -> float:
+    """Bytes of one prompt's cache over all ranks of a dp group, however the layers are cut."""
+    pool, graph = base.pool, base.graph
     block = pool.engine.kv_block_tokens
     tokens = -(-pool.workload.input_len // block) * block
-    held = sum(
-        count * base.held.token_bytes(base.ledger, stage, dtype)
-        for stage, count in zip(graph.stages, runs, strict=True)
-    )
-    return held * tokens * graph.parallel.tp
+    counts = {name: graph.model.layers.count(name) for name in dict.fromkeys(graph.model.layers)}
+    counts |= {"mtp": 1} if base.par.mtp else {}
+    every = Stage(index=0, first=0, last=0, counts=counts)
+    return base.held.token_bytes(base.ledger, every, dtype) * tokens * base.par.tp
 
 
-def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
+def priced_columns(base: Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
     """One layout and choice over the pool's grid."""
     pool = base.pool
     graph = replace(base.graph, parallel=par, stages=apply(base.graph.model, par).stages)
     stages, runs = _folded(graph)
     graph = replace(graph, stages=stages)
-    model = base.model(choice)
     parts = _summed(stages, base.templates(choice, par.pp))
+    total = ZERO
+    for one, count in zip(parts, runs, strict=True):
+        total = total.plus(one.times(count))
+    span = stage_times(base.model(choice), parts, base.graph.model.phase, runs)
+    costs = cost_columns(base, par, choice, span)
+    memory = _memory(pool, base, graph, choice, costs["slots"], costs["chunk"])
+    return {
+        **costs,
+        "memory": memory,
+        "free": base.ledger.capacity_bytes - memory,
+        "compute_s": total.compute_s,
+        "memory_s": total.memory_s,
+        "collective_s": total.collective_s,
+    }
+
+
+def cost_columns(base: Base, par: Parallelism, choice: Choice, step: Span) -> dict[str, Array]:
+    """What a layout costs over the pool's grid, were its steps these."""
+    pool, model = base.pool, base.model(choice)
     grid = np.array(pool.grid, dtype=np.float64)
-    rank = par.tp * par.pp
-    groups, cards = par.dp, np.asarray(float(par.ranks))
+    rank, cards = par.tp * par.pp, np.asarray(float(par.ranks))
     if pool.role == "prefill":
         prompt = computed_prompt(pool.workload.input_len, pool.workload.prefix_hit)
         prompts, pieces, _ = step_prompts(grid, prompt)
-        times = prefill_times(model, parts, runs, groups=groups, prompts=prompts, pieces=pieces)
-        slots, rate = _INFLIGHT * prompts * par.pp, times.prompts_per_s
+        times = prefill_times(model, step, groups=par.dp, prompts=prompts, pieces=pieces)
+        slots, rate, tokens = _INFLIGHT * prompts * par.pp, times.prompts_per_s, grid
         costs = {
             "busy_s": times.busy_s,
             "service_s": times.service_s,
             "sent": prompts / rank,
         }
-        tokens = grid
     else:
         found = decode_times(
-            model, parts, runs, groups=groups, slots=grid, given=base.given(choice)
+            model, step, stages=par.pp, groups=par.dp, slots=grid, given=base.given(choice)
         )
         slots, rate, tokens = grid, found.requests_per_s, grid * (1.0 + par.mtp)
-        held = _sent_bytes(pool, base, graph, runs, choice.kv_dtype)
+        held = _sent_bytes(base, choice.kv_dtype)
         costs = {
             "step_s": found.step_s,
             "later_s": found.later_s,
@@ -211,10 +228,6 @@ def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
             "bytes": np.asarray(held),
             "received": np.asarray(held / rank),
         }
-    total = ZERO
-    for one, count in zip(parts, runs, strict=True):
-        total = total.plus(one.times(count))
-    memory = _memory(pool, base, graph, choice, slots, tokens)
     return {
         "cards": cards,
         "chunk": tokens,
@@ -222,11 +235,6 @@ def _columns(base: _Base, par: Parallelism, choice: Choice) -> dict[str, Array]:
         "rate": rate,
         "slow_s": cards / rate,
         **costs,
-        "memory": memory,
-        "free": base.ledger.capacity_bytes - memory,
-        "compute_s": total.compute_s,
-        "memory_s": total.memory_s,
-        "collective_s": total.collective_s,
     }
 
 
@@ -239,17 +247,17 @@ def _legal(
     )
     room = pool.engine.memory_fraction * pool.cluster.device.hbm_bytes
     for par, own in pool.layouts:
-        size = par.ranks
-        priced.total[size] += pool.per_layout
+        size, count = par.ranks, pool.per_cut * pool.cuts_of(par)
+        priced.total[size] += count
         if size * room < least:  # the weights alone are larger, however they are split
-            priced.left_out[size, "memory"] += pool.per_layout
+            priced.left_out[size, "memory"] += count
             priced.least_bytes = min(priced.least_bytes, least / size)
             continue
         rule = own or refused(par)
         if rule is None:
             yield par
         else:
-            priced.left_out[size, f"rule {rule}"] += pool.per_layout
+            priced.left_out[size, f"rule {rule}"] += count
 
 
 class PoolPricing:
@@ -268,6 +276,8 @@ class PoolPricing:
         self.legal = list(_legal(pool, refused, self.priced))
         self.memo: Memo = Memo()
         self.rows: list[Row] = []
+        self.bases: dict[int, Base] = {}
+        """Of the layouts that can be cut otherwise, by their places."""
         self.done = 0
 
     @property
@@ -279,13 +289,17 @@ class PoolPricing:
         """Price the next layout with all its choices."""
         self.memo.make_room()
         par = self.legal[self.done]
-        base = _Base(self.pool, par, self.memo, self.ledgers)
+        base = Base(self.pool, par, self.memo, self.ledgers)
+        points, cuts = len(self.pool.grid), self.pool.cuts_of(par)
+        if cuts > 1:
+            self.bases[self.done] = base
         for number, choice in enumerate(self.pool.choices):
             rule = self.pool.broken_switch(par, choice)
             if rule is None:
-                self.rows.append((self.done, number, _columns(base, par, choice)))
+                self.rows.append((self.done, number, priced_columns(base, par, choice)))
+                self.priced.left_out[par.ranks, "cut"] += points * (cuts - 1)
             else:
-                self.priced.left_out[par.ranks, f"rule {rule}"] += len(self.pool.grid)
+                self.priced.left_out[par.ranks, f"rule {rule}"] += points * cuts
         self.done += 1
 
     def finish(self, limit_s: float) -> Priced:

@@ -1,6 +1,6 @@
 """The space of disaggregated serving: strategies of either pool, and how many instances of each.
 
-    pool        instance sizes * canonical layouts of each size * choices * grid
+    pool        instance sizes * canonical layouts of each size * cuts * choices * grid
     grid        prefill: step sizes in tokens; decode: slots of a dp group
     counts      x, y >= 1 with x cards_P + y cards_D <= cards (or each within its own cluster)
     space       sum over sizes of (prefill strategies) * (decode strategies) * counts
@@ -25,6 +25,7 @@ from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
+from shardplan.search.cuts import cut_count
 from shardplan.search.layouts import Reach, base_order, divisors
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import Workload
@@ -109,9 +110,13 @@ class Pool:
         )
 
     @property
-    def per_layout(self) -> int:
-        """Strategies of one layout."""
+    def per_cut(self) -> int:
+        """Strategies of one layout and cut."""
         return len(self.choices) * len(self.grid)
+
+    def cuts_of(self, par: Parallelism) -> int:
+        """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
+        return max(cut_count(self.spec.layers, par.pp), 1) if self.reach.ways else 1
 
     def subject(self, par: Parallelism) -> Subject:
         """A layout as the rules look at it."""

@@ -353,6 +353,12 @@ class Plan(Part):
 
         return verify_plan(self, level=level)
 
+    def apply(self, module: Any, rank: int, **step: Any) -> Any:
+        """The module of one rank of a Hugging Face module (`apply_plan`; extra `torch`)."""
+        from shardplan.search.apply_plan import apply_plan
+
+        return apply_plan(self, module, rank, **step)
+
 
 def plan_schema() -> dict[str, Any]:
     """JSON Schema of plan.json."""

@@ -15,13 +15,16 @@ from shardplan.costmodel.step import StepModel
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError, ProofError
 from shardplan.models.parallel import Parallelism
+from shardplan.models.shrink import shrink
 from shardplan.models.spec import ModelSpec
-from shardplan.models.verify import prove
+from shardplan.models.verify import Check, prove
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import ClusterInfo, Plan, ProofInfo, StrategyInfo
 from shardplan.search.space import Choice
 
-__all__ = ["merged_proof", "model_digest", "model_of", "prove_strategy", "verify_plan"]
+__all__ = ["LEVELS", "merged_proof", "model_digest", "model_of", "prove_strategy", "verify_plan"]
+
+LEVELS = (0, 1, 2, 3)
 
 
 def model_digest(spec: ModelSpec) -> str:
@@ -42,14 +45,16 @@ def prove_strategy(
 ) -> ProofInfo:
     """Prove one strategy; `LayoutError` where it cannot be laid on the model.
 
+    Levels 2 and 3 also run the small model as PyTorch graphs and as processes (extra `torch`).
     With a `scorer`, what it charges for collectives and memory is held against the graph (L0),
     with the switches of `choice` on where one is given: they change prices, never the graph.
     """
-    if level not in (0, 1):
-        raise InputError("proof levels are 0 and 1", got=f"level={level}")
+    if level not in LEVELS:
+        raise InputError("proof levels are 0 to 3", got=f"level={level}")
+    further = _on_torch(spec, par, level)
     checks = [
         (check.passed, f"L{check.level} {check.name}: {check.detail}")
-        for check in prove(spec, par, level=level).checks
+        for check in (*prove(spec, par, level=min(level, 1)).checks, *further)
     ]
     if scorer is not None:
         model = scorer.model if choice is None else scorer.model_for(choice)
@@ -60,6 +65,18 @@ def prove_strategy(
         checks=tuple(text for passed, text in checks if passed),
         failures=tuple(text for passed, text in checks if not passed),
     )
+
+
+def _on_torch(spec: ModelSpec, par: Parallelism, level: int) -> list[Check]:
+    """Checks of levels 2 and 3. `InputError` where the extra `torch` is missing."""
+    if level < LEVELS[2]:
+        return []
+    from shardplan.models.fx.processes import prove_processes
+    from shardplan.models.fx.prove import prove_graphs
+
+    case = shrink(spec, par)
+    later = prove_processes(case) if level == LEVELS[3] else []
+    return [*prove_graphs(case), *later]
 
 
 def _audit(model: StepModel, ledger: Ledger) -> Iterator[tuple[bool, str]]:

@@ -149,8 +149,8 @@ class Space:
             yield par, rule, each
 
     def cuts_of(self, par: Parallelism) -> int:
-        """Ways to cut the layers into the stages of a layout."""
-        return _cuts(self.spec, par) if self.reach.ways else 1
+        """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
+        return max(cut_count(self.spec.layers, par.pp), 1) if self.reach.ways else 1
 
     def orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
         """Legal orders of a layout's axes, its own first."""
@@ -248,11 +248,6 @@ def chunk_grid(engine: EngineProfile, input_len: int, output_len: int) -> tuple[
     found = {round(2.0**x / 16) * 16 for x in steps}
     found |= {engine.max_num_batched_tokens, max(_MIN_CHUNK, min(input_len, _MAX_CHUNK))}
     return tuple(sorted(size for size in found if size <= limit))
-
-
-def _cuts(spec: ModelSpec, par: Parallelism) -> int:
-    """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
-    return max(cut_count(spec.layers, par.pp), 1)
 
 
 def build_space(

@@ -29,7 +29,15 @@ from shardplan.models.apply import ShardedGraph, Stage
 from shardplan.models.graph import Phase
 from shardplan.search.cuts import CostRow
 
-__all__ = ["BYTES", "DECODE", "MIXED", "PointRows", "TemplateCosts"]
+__all__ = [
+    "BYTES",
+    "DECODE",
+    "MIXED",
+    "PointRows",
+    "TemplateCosts",
+    "ends_of",
+    "template_seconds",
+]
 
 DECODE, MIXED, BYTES = range(3)
 """Places of the rows of a point."""
@@ -89,10 +97,10 @@ class TemplateCosts:
         fixed += ledger.engine.reserve_bytes
         return cls(
             layers=graph.model.layers,
-            ends={phase: _ends(graph) for phase, graph in model.graphs.items()},
+            ends={phase: ends_of(graph) for phase, graph in model.graphs.items()},
             times=(
-                _parts(alone, "decode", names["decode"], decode),
-                _parts(alone, "prefill", names["prefill"], mixed),
+                template_seconds(alone, "decode", names["decode"], decode),
+                template_seconds(alone, "prefill", names["prefill"], mixed),
             ),
             held={
                 name: ledger.weights_bytes(stage, given.weight_dtype)
@@ -149,7 +157,7 @@ class TemplateCosts:
         return PointRows(rows, _at(self.room, point))
 
 
-def _ends(graph: ShardedGraph) -> tuple[dict[str, int], ...]:
+def ends_of(graph: ShardedGraph) -> tuple[dict[str, int], ...]:
     """Per stage, how often it runs each template that is no layer."""
     layers = set(graph.model.layers)
     return tuple(
@@ -162,7 +170,7 @@ def _at(values: Array, point: int) -> float:
     return float(values if values.ndim == 0 else values[point])
 
 
-def _parts(
+def template_seconds(
     model: StepModel, phase: Phase, names: list[str], stages: list[Parts]
 ) -> tuple[dict[str, Array], ...]:
     """Busy time and launch floor of each template."""

@@ -25,7 +25,7 @@ def checks(pytest_arguments: list[str]) -> dict[str, list[str]]:
         "format": [python, "-m", "ruff", "format", "--check", "."],
         "types": [python, "-m", "mypy"],
         "layers": [lint_imports, "--no-logo"],
-        "tests": [python, "-m", "pytest", *pytest_arguments],
+        "tests": [python, "-m", "pytest", "-n", "auto", *pytest_arguments],
     }
 
 

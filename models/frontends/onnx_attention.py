@@ -20,6 +20,8 @@ from shardplan.models.opgraph import Access, Loop, Operator, Tensor
 
 __all__ = ["Fused", "find_attentions", "is_causal"]
 
+_BETWEEN = 32
+"""Operators between the two products of an attention, masks included, at most."""
 _MOVES = ("Reshape", "Unsqueeze", "Expand", "Transpose")
 Member = tuple[str, str]
 """(operator, loop of it)"""
@@ -111,20 +113,33 @@ def _written(wiring: _Wiring, name: str) -> Iterator[str]:
 
 
 def _scores(wiring: _Wiring, tensor: str, between: set[str]) -> Operator | None:
-    """The product of queries and keys from which a tensor follows, element by element."""
-    one = wiring.made.get(tensor)
-    if one is None:
+    """The product of queries and keys from which a tensor follows, element by element.
+
+    The operators between are added to `between`; None where there are several products or more
+    operators than an attention has.
+    """
+    waiting, seen, products = [tensor], dict[str, Operator](), dict[str, Operator]()
+    while waiting and len(seen) <= _BETWEEN:
+        one = wiring.made.get(waiting.pop())
+        if one is None or one.name in seen or one.name in products:
+            continue
+        if _of_results(wiring, one):
+            products[one.name] = one
+        elif one.kind in ("pointwise", "softmax"):
+            seen[one.name] = one
+            waiting += one.inputs
+    if waiting or len(products) != 1:
         return None
-    if _of_results(wiring, one):
-        return one
-    if one.kind not in ("pointwise", "softmax"):
-        return None
-    found = None
-    for name in one.inputs:
-        reached = _scores(wiring, name, between)
-        found = reached or found
-    if found is not None:
-        between.add(one.name)
+    (found,) = products.values()
+    reached = {found.name}
+    while more := {
+        one.name
+        for one in seen.values()
+        if one.name not in reached
+        and any(n in wiring.made and wiring.made[n].name in reached for n in one.inputs)
+    }:
+        reached |= more
+    between |= reached - {found.name}
     return found
 
 
@@ -274,6 +289,7 @@ def _sizes(
     inner = {write.tensor for one in parts for write in one.writes}
     masks = {name for one in parts if one.kind == "pointwise" for name in one.inputs} - inner
     causal = any(is_causal(array) for name in masks for array in _constants(wiring, name))
+    causal = causal or 1 == shape[-2] < shape[-1]  # a decode step: nothing later is there
     kv_heads = kv_heads if repeated else shape[1]
     return head_attrs(shape[1], kv_heads, queries[-1], values[-1], shape[-1], int(causal))
 

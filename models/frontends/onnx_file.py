@@ -274,9 +274,20 @@ def _check_payloads(file: OnnxFile) -> None:
                 f"initializer={tensor.name}, data_type={tensor.data_type}",
             )
         payload = file.payloads.get(tensor.name)
-        if payload is not None and payload.length != payload_bytes(tensor):
+        length = len(tensor.raw_data) if payload is None else payload.length
+        given = payload is not None or tensor.HasField("raw_data")
+        fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+        typed = sum(len(getattr(tensor, name)) for name in fields)
+        whole = DTYPES[tensor.data_type][1] >= 8 and not given
+        if whole and typed != math.prod(tensor.dims):
+            raise _refused(
+                "a weight has as many elements as its shape says",
+                file.path,
+                f"initializer={tensor.name}, shape={list(tensor.dims)}, elements={typed}",
+            )
+        if (given and length != payload_bytes(tensor)) or min(tensor.dims, default=0) < 0:
             raise _refused(
                 "a weight has as many bytes as its shape says",
                 file.path,
-                f"initializer={tensor.name}, shape={list(tensor.dims)}, bytes={payload.length}",
+                f"initializer={tensor.name}, shape={list(tensor.dims)}, bytes={length}",
             )

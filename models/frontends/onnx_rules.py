@@ -185,6 +185,7 @@ def attention(view: View) -> Draft:
 
     Inputs of rank 4 are [batch, heads, tokens, head dim], of rank 3 [batch, tokens, heads * dim].
     Caches (slots 4 and 5) and what is given of them (outputs 1 and 2) have rank 4.
+    One query before a longer context is a decode step, causal without a mask.
     """
     q, k, v = view.shape(0), view.shape(1), view.shape(2)
     flat = len(q) == 3
@@ -202,7 +203,7 @@ def attention(view: View) -> Draft:
         reads[3] = aligned(view.shape(3), (q[0], heads, q[-2], context), ("b", "h", "t", ""))
     given = [cache, cache, ("b", "h", "t", "")]
     outputs = list(view.node.output[1:])
-    causal = int(view.attrs.get("is_causal", 0))
+    causal = int(view.attrs.get("is_causal", 0) or 1 == q[-2] < context)
     return Draft(
         kind="attention",
         reads=reads,

@@ -27,9 +27,20 @@ __all__ = ["Array", "Walked", "node_error", "walk"]
 Array = np.ndarray[Any, np.dtype[Any]]
 MAX_FOLDED = 2**22
 """Largest constant that is computed, elements (a mask of 2048 by 2048)."""
+MAX_FOLDED_TOTAL = 2**26
+"""All computed constants together, elements."""
+MAX_LOOKED = 2**26
+"""Largest constant of the file that is looked at, elements (a mask of 8192 by 8192)."""
+_PLAIN = tuple(name for name, bits in DTYPES.values() if bits >= 8 and hasattr(np, name))
+"""Types that numpy computes with."""
+_PACKED = tuple(name for name, bits in DTYPES.values() if bits < 8)
 _INFERRED = 1024
 """Largest constant that shape inference is shown, elements: shapes, axes, counts."""
-_LIKE_FIRST = ("SimplifiedLayerNormalization",)
+_LIKE_FIRST = (
+    ("", "SimplifiedLayerNormalization"),
+    ("com.microsoft", "SimplifiedLayerNormalization"),
+    ("com.microsoft", "Gelu"),
+)
 """Operators of onnxruntime that onnx has no schema of; the output is like the first input."""
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
 
@@ -46,14 +57,20 @@ class Walked:
     nodes: list[NodeProto] = field(default_factory=list)
     """Operators on data, in computing order."""
     types: dict[str, TypeProto] = field(default_factory=dict)
+    folded: int = 0
+    """Elements of all computed constants."""
     weights: frozenset[str] = frozenset()
     """Initializers of the file."""
 
     def constant(self, name: str) -> Array | None:
-        """The elements of a constant of up to MAX_FOLDED elements, None for other tensors."""
+        """The elements of a constant of up to MAX_LOOKED elements, None for other tensors.
+
+        Types that numpy lacks come as their bits, which is enough to tell what is hidden.
+        """
         if name in self.values:
             return self.values[name]
-        small = name in self.weights and math.prod(self.shapes[name]) <= MAX_FOLDED
+        known = name in self.weights and self.dtypes[name] not in _PACKED
+        small = known and math.prod(self.shapes[name]) <= MAX_LOOKED
         return self.file.weight(name) if small else None
 
 
@@ -80,7 +97,7 @@ def walk(file: OnnxFile, sizes: Mapping[str, int] | None = None) -> Walked:
             need_onnx().helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims)),
         )
         whole = dtype.startswith(("int", "uint", "bool")) or math.prod(tensor.dims) <= 1
-        if whole and tensor.name not in file.payloads:
+        if whole and dtype in _PLAIN and tensor.name not in file.payloads:
             found.values[tensor.name] = file.weight(tensor.name)
     _inputs(found, sizes or {})
     for node in file.proto.graph.node:
@@ -138,7 +155,8 @@ def _visit(found: Walked, node: NodeProto) -> None:
     known = node.op_type in ("Shape", "Size") or (
         node.op_type not in _RANDOM and all(name in found.values for name in node.input if name)
     )
-    small = all(_elements(one) <= MAX_FOLDED for one in inferred.values())
+    size = sum(_elements(one) for one in inferred.values())
+    small = size <= MAX_FOLDED and size + found.folded <= MAX_FOLDED_TOTAL
     if known and small and _fold(found, node):
         return
     for name in node.output:
@@ -159,7 +177,7 @@ def _elements(kind: TypeProto) -> int:
 
 def _infer(found: Walked, node: NodeProto) -> dict[str, TypeProto]:
     onnx = need_onnx()
-    if node.op_type in _LIKE_FIRST:
+    if (node.domain, node.op_type) in _LIKE_FIRST and len(node.output) == 1:
         return {node.output[0]: found.types[node.input[0]]}
     opset, domain = found.file.proto.opset_import, node.domain
     version = next((one.version for one in opset if (one.domain or "") == domain), found.file.opset)
@@ -207,6 +225,7 @@ def _fold(found: Walked, node: NodeProto) -> bool:
         array = np.asarray(value)
         code = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         found.values[name] = array
+        found.folded += array.size
         _note(found, name, onnx.helper.make_tensor_type_proto(code, list(array.shape)))
     return True
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def annotate(
     """Write the whole model with the strategy as annotations; arguments as those of `lay`.
 
     A model whose weights lie outside is written into their folder. `LayoutError` for a strategy
-    that cannot be laid, `InputError` for another folder.
+    that cannot be laid, `InputError` for another folder or a file that cannot be written.
     """
     proto = source.file.whole()
     outside = any(one.data_location for one in proto.graph.initializer)
@@ -80,7 +81,12 @@ def annotate(
         for name, layout in layouts.items():
             _write_spec(entry, name, layout, source.walked.shapes[name], mesh, place)
     check_annotations(proto, source.walked.shapes)
-    path.write_bytes(proto.SerializeToString())
+    try:
+        path.write_bytes(proto.SerializeToString())
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be written: {error.strerror}", got=f"file={path}"
+        ) from None
 
 
 def read_annotations(source: OnnxGraph) -> tuple[Mesh, dict[str, dict[str, str]], list[int]]:
@@ -93,7 +99,7 @@ def read_annotations(source: OnnxGraph) -> tuple[Mesh, dict[str, dict[str, str]]
     check_annotations(proto, source.walked.shapes)
     mesh, stage_layers = _mesh(proto, source.file.path)
     known = {
-        (node.name, spec.tensor_name): _read_spec(spec, mesh)
+        (node.name, spec.tensor_name): _read_spec(node.name, spec, mesh)
         for node in proto.graph.node
         for entry in node.device_configurations
         if entry.configuration_id == CONFIGURATION
@@ -160,10 +166,16 @@ def _write_spec(
         split.dim_value, split.num_shards = shape[dim], shard(layout, dim, 0, mesh)[1]
 
 
-def _read_spec(spec: Any, mesh: Mesh) -> Layout:
-    """{axis: dim}: an axis splits the dim along which its neighbours hold other shards."""
+def _read_spec(node: str, spec: Any, mesh: Mesh) -> Layout:
+    """{axis: dim}: an axis splits the dim along which its neighbours hold other shards.
+
+    `InputError` where the devices of the shards are not those of such a layout.
+    """
     groups = {one.key: list(one.value) for one in spec.index_to_device_group_map}
-    counts = [dim.simple_sharding[0].num_shards for dim in spec.sharded_dim]
+    dims = [int(dim.axis) for dim in spec.sharded_dim]
+    counts = [math.prod(one.num_shards for one in dim.simple_sharding) for dim in spec.sharded_dim]
+    if math.prod(counts) == 1:
+        return {}
     places = itertools.product(*map(range, counts))
     held = {
         device % mesh.ranks: place
@@ -174,11 +186,19 @@ def _read_spec(spec: Any, mesh: Mesh) -> Layout:
     step = mesh.ranks
     for axis, size in zip(mesh.axes, mesh.shape, strict=True):
         step //= size
-        moved = [
-            i for i, (a, b) in enumerate(zip(held[0], held.get(step, ()), strict=True)) if a != b
-        ]
+        pair = zip(held.get(0, ()), held.get(step, ()), strict=False)
+        moved = [index for index, (first, second) in enumerate(pair) if first != second]
         if size > 1 and moved:
-            found[axis] = spec.sharded_dim[moved[0]].axis
+            found[axis] = dims[moved[0]]
+    wanted = {
+        rank: tuple(shard(found, dim, rank, mesh)[0] for dim in dims) for rank in range(mesh.ranks)
+    }
+    if held != wanted:
+        told = dict(zip(mesh.axes, mesh.shape, strict=True))
+        raise InputError(
+            "shards lie on the devices of a mesh, row by row",
+            got=f"node={node}, tensor={spec.tensor_name}, axes={told}",
+        )
     return found
 
 
@@ -186,11 +206,16 @@ def _mesh(proto: ModelProto, path: Path) -> tuple[Mesh, list[int]]:
     text = next((one.value for one in proto.metadata_props if one.key == _MESH), "")
     try:
         told = json.loads(text)
-        mesh = Mesh(tuple(told["axes"]), tuple(told["shape"]), {})
-        return mesh, list(told["stage_layers"])
+        axes, shape, layers = (list(told[key]) for key in ("axes", "shape", "stage_layers"))
     except (ValueError, KeyError, TypeError):
+        axes, shape, layers = [], [], []
+    numbers = all(type(one) is int and one > 0 for one in (*shape, *layers))
+    devices = math.prod(shape) * max(len(layers), 1) if numbers else 0
+    known = {one.name: one.num_devices for one in proto.configuration}.get(CONFIGURATION)
+    if len({*map(str, axes)}) != len(axes) or len(axes) != len(shape) or devices != known:
         raise InputError(
             "the mesh of the annotations stands in the model's metadata",
-            got=f"file={path.name}, {_MESH}={text[:80]!r}",
+            got=f"file={path.name}, {_MESH}={text[:80]!r}, devices={known}",
             hint="annotate the model again",
-        ) from None
+        )
+    return Mesh(tuple(map(str, axes)), tuple(shape), {}), layers

@@ -1,4 +1,4 @@
-"""Strategies that follow from a graph: Megatron's split of its products, the split of its inputs.
+"""Strategies that follow from a graph: Megatron's split of its products, a split of some tensors.
 
 Megatron's: products whose input is whole are split by columns, the others by rows, and what lies
 between follows. On a decoder this gives the known plan (Shoeybi et al., Megatron-LM, 2019):
@@ -17,7 +17,7 @@ from shardplan.models.frontends.onnx_graph import Strategy
 from shardplan.models.opgraph import Operator, OpGraph
 from shardplan.models.parallel import Mesh
 
-__all__ = ["both", "data_strategy", "megatron_strategy"]
+__all__ = ["both", "follow_strategy", "megatron_strategy"]
 
 
 def megatron_strategy(graph: OpGraph, mesh: Mesh, axis: str) -> dict[str, dict[str, str]]:
@@ -25,19 +25,21 @@ def megatron_strategy(graph: OpGraph, mesh: Mesh, axis: str) -> dict[str, dict[s
     return _chosen(graph, mesh, axis, {}, seed=True)
 
 
-def data_strategy(
+def follow_strategy(
     graph: OpGraph, mesh: Mesh, axis: str, dims: Mapping[str, int]
 ) -> dict[str, dict[str, str]]:
-    """Inputs split along a dim each ({input: dim}), and what follows from them: data parallelism.
+    """Tensors split along a dim each ({tensor: dim}), and what follows from them.
 
-    `LayoutError` for a tensor that the graph does not have or a dim that does not divide.
+    Inputs along their batch: data parallelism. Weights of experts along their first dim: expert
+    parallelism. `LayoutError` for a tensor that the graph does not have or a dim that does not
+    divide.
     """
     for name, dim in dims.items():
         shape = graph.tensors[name].shape if name in graph.tensors else ()
         if not 0 <= dim < len(shape) or shape[dim] % mesh.size((axis,)):
             raise LayoutError(
-                "inputs are split along a dim of theirs that the axis divides",
-                got=f"input={name}, shape={list(shape)}, dim={dim}, axis={axis}",
+                "tensors are split along a dim of theirs that the axis divides",
+                got=f"tensor={name}, shape={list(shape)}, dim={dim}, axis={axis}",
             )
     return _chosen(graph, mesh, axis, dims, seed=False)
 

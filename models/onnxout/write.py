@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from shardplan.models.errors import InputError
 from shardplan.models.frontends.onnx_lib import need_onnx
 from shardplan.models.frontends.onnx_skim import KEPT_BYTES
 from shardplan.models.onnxout.laid import Laid, Move, Placed, local_shape, shard
@@ -37,8 +38,20 @@ def rank_file(rank: int) -> str:
 
 
 def write_ranks(laid: Laid, folder: Path) -> dict[str, Any]:
-    """Write all models; what `ranks.json` says is returned. The folder is made where missing."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write all models; what `ranks.json` says is returned. The folder is made where missing.
+
+    `InputError` for a folder that cannot be written and for what a collective does not take.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _write(laid, folder)
+    except OSError as error:
+        raise InputError(
+            f"the folder of the ranks cannot be written: {error.strerror}", got=f"folder={folder}"
+        ) from None
+
+
+def _write(laid: Laid, folder: Path) -> dict[str, Any]:
     entries = []
     for stage in range(laid.stages):
         steps = stage_steps(laid, stage)

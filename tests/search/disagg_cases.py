@@ -79,7 +79,10 @@ def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
     """A small question over shared or separate pools whose limits bind about as often as not."""
     spec = replace(draw(specs()), mtp_layers=draw(st.sampled_from([0, 1])))
     asked: list[tuple[int, ...]] = [(0,), (0, 1), (0, 1, 2), (2,)]
-    reach = Reach(depths=draw(st.sampled_from(asked)) if spec.mtp_layers else (0,))
+    depths = draw(st.sampled_from(asked)) if spec.mtp_layers else (0,)
+    reach = Reach(depths=depths, ways=draw(st.booleans()))
+    if reach.ways:
+        spec = replace(spec, layers=min(spec.layers, 5))
     shared = draw(st.booleans())
     engine = draw(st.sampled_from(["vllm-ascend", "vllm-ascend", "torch-graph"]))
     memory = draw(st.sampled_from([16e6, 64e6, 1e9]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -73,7 +74,19 @@ def _layouts(pool: Pool) -> Iterator[Parallelism]:
                     for sp in (False, True):
                         for exchange in exchanges if ep > 1 else exchanges[:1]:
                             one = Parallelism(tp=tp, pp=pp, dp=dp, ep=ep, sp=sp, exchange=exchange)
-                            yield from (replace(one, mtp=depth) for depth in _depths(pool))
+                            for depth in _depths(pool):
+                                yield from _cuts(pool, replace(one, mtp=depth))
+
+
+def _cuts(pool: Pool, par: Parallelism) -> Iterator[Parallelism]:
+    """A layout with every cut of its layers; as it is where there is none."""
+    layers = pool.spec.layers
+    if not pool.reach.ways or not 1 < par.pp <= layers:
+        yield par
+        return
+    for ends in combinations(range(1, layers), par.pp - 1):
+        places = (0, *ends, layers)
+        yield replace(par, stage_layers=tuple(b - a for a, b in pairwise(places)))
 
 
 def _depths(pool: Pool) -> list[int]:
@@ -310,5 +323,5 @@ def space_size(question: DisaggQuestion) -> int:
     for one in _layouts(question.prefill):
         for other in _layouts(question.decode):
             counts = sum(1 for _ in _counts(question, one.ranks, other.ranks))
-            total += counts * question.prefill.per_layout * question.decode.per_layout
+            total += counts * question.prefill.per_cut * question.decode.per_cut
     return total

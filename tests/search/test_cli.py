@@ -227,6 +227,21 @@ def test_verify_of_a_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < len(shapes["checks"]) < both.count("  ok ")
 
 
+@pytest.mark.slow
+def test_verify_of_a_plan_on_graphs_and_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Level 3 runs all that the lower levels do, on the plan's own model made small."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    asked = ["--model", "qwen3-8b", "--cluster", "atlas-800t-a2", "--cards", "2"]
+    assert run(["search", *asked, "--serving", "agg", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert run(["verify", str(tmp_path / "plan.json"), "--level", "3", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert [one[:2] for one in checks if one[:2] in ("L2", "L3")] == ["L2", "L2", "L3"]
+
+
 def test_an_infeasible_question_exits_with_3(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -265,10 +266,20 @@ def test_options_of_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not out.exists()
 
 
+def test_levels_that_need_an_extra_say_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And do so before anything is run."""
+    for name in ("transformers", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+        refused(["verify", *MODEL, "--level", "2"], capsys, name, "shardplan[torch]")
+        refused(["verify", *MODEL, "--level", "3"], capsys, "shardplan[torch]")
+
+
 def test_verify_and_analyze_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """What is missing, and what to give."""
     refused(["verify"], capsys, "--model")
-    refused(["verify", *MODEL, "--level", "2"], capsys, "level=2")
+    refused(["verify", *MODEL, "--level", "4"], capsys, "level=4")
     refused(["verify", *MODEL, "--tp", "3"], capsys, "tp must divide")
     refused(["verify", *MODEL, "--stage-layers", "a,b"], capsys, "stage_layers")
     refused(["analyze"], capsys, "argument")

@@ -93,6 +93,25 @@ def test_the_same_question_gives_the_same_bytes(found: SearchResult) -> None:
     assert again.trials.equals(found.trials)
 
 
+def test_layers_are_cut_unevenly_where_that_serves_more(tmp_path: Path) -> None:
+    """The head weighs as much as layers: 41 and 39 of 80 in a prefill pool of two stages."""
+    asked = {"nodes": 4, "output_len": 256, "tpot_ms": 100, "ttft_ms": 2000}
+    found = _search("atlas-800i-a2", model="qwen2.5-72b", **asked)
+    prefill, _ = found.plan.pools
+    assert prefill.strategy.pp == 2
+    first, last = prefill.strategy.stage_layers
+    assert first > last
+    assert [row.layers for row in prefill.memory] == [first, last]
+    proof = found.plan.certificate
+    assert proof.gap == 0
+    assert proof.space["prefill_stage_layers"] == ["any"]
+    assert proof.pruned_by["cut"] > 0
+    assert proof.evaluated + proof.pruned == proof.space_size
+    assert verify_plan(found.plan).passed
+    texts = [path.read_text("utf-8") for path in emit(found.plan, "vllm-ascend", tmp_path / "out")]
+    assert any(f"VLLM_PP_LAYER_PARTITION:-{first},{last}" in text for text in texts)
+
+
 def test_tokens_are_predicted_ahead_in_both_pools(tmp_path: Path) -> None:
     """Decode drafts and verifies; prefill holds the layer, whose cache is sent with the others."""
     asked = {"nodes": 4, "mtp": 2, "output_len": 256, "tpot_ms": 60, "ttft_ms": 2000}

@@ -96,6 +96,18 @@ def _symbol(model: Any) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "rows"
 
 
+def _shape_of_weight(model: Any) -> None:
+    """A small weight, whose bytes stay in the message."""
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((4, 4), np.float32), "small"))
+    model.graph.initializer[-1].dims[0] = 5
+
+
+def _typed_too_short(model: Any) -> None:
+    weight = next(one for one in model.graph.initializer if one.name == "w2")
+    weight.ClearField("raw_data")
+    weight.float_data.extend([1.0, 2.0])
+
+
 REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "no rule": (_node("Hardmax", ["h"]), "no rule for the operator Hardmax.*node=second"),
     "unknown operator": (_node("Magic", ["h"]), "no rule for the operator Magic.*node=second"),
@@ -108,6 +120,8 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str]] = {
     "control flow": (_branch, "control flow.*node=choice, operator=If"),
     "complex weight": (_complex, "not complex.*initializer=phases"),
     "complex input": (_complex_input, "not complex.*tensor=x"),
+    "bytes of a weight": (_shape_of_weight, r"as many bytes.*initializer=small, shape=\[5, 4\]"),
+    "elements of a weight": (_typed_too_short, "as many elements.*initializer=w2"),
     "symbol": (_symbol, "symbolic dim needs a size.*input=x, dim=rows"),
 }
 
@@ -183,3 +197,23 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"shardplan\[onnx\]"):
         open_onnx(path)
+
+
+def test_scalars_that_numpy_lacks_are_not_computed_with(tmp_path: Path) -> None:
+    """A bfloat16 scale stays what it is; a chain of thousands of nodes is read."""
+    scale = helper.make_tensor("scale", TensorProto.BFLOAT16, [], [0.5])
+    nodes = [helper.make_node("Cast", ["scale"], ["s"], "cast", to=TensorProto.FLOAT)]
+    nodes += [helper.make_node("Mul", ["x", "s"], ["y0"], "mul")]
+    for index in range(3000):
+        pair = [f"y{index}", f"y{index}"]
+        nodes.append(helper.make_node("Add", pair, [f"y{index + 1}"], f"add{index}"))
+    nodes.append(helper.make_node("MatMul", ["y3000", "y2999"], ["z"], "product"))
+    path = cases.save(tmp_path / "m.onnx", nodes[1:], {"x": (4, 4), "s": ()}, ["z"], {})
+    model = onnx.load(path)
+    model.graph.node.insert(0, nodes[0])
+    del model.graph.input[1]
+    model.graph.initializer.append(scale)
+    onnx.save(model, path)
+    graph = read_onnx(path)
+    assert graph.raw.operators[0].name == "cast"
+    assert len(graph.raw.operators) == 3003

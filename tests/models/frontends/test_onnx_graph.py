@@ -127,6 +127,18 @@ def test_other_exports_of_a_decoder_say_the_same(options: Any, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_weights_of_sixteen_bits_are_recognised(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from tests.models.frontends.torch_modules import Decoder
+
+    ids = torch.arange(16).reshape(2, 8)
+    for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        file = cases.export(tmp_path / f"{name}.onnx", Decoder(tied=True).to(kind), ids)
+        spec = load_model(file)
+        assert (spec.dtype, spec.tied_embeddings, spec.layers) == (name, True, 2)
+
+
+@pytest.mark.slow
 def test_an_encoder_and_a_vit_are_counted_and_not_taken_for_decoders(tmp_path: Path) -> None:
     from tests.models.frontends.torch_modules import Encoder, VitBlock
 
@@ -182,3 +194,23 @@ def test_layers_are_found_where_all_read_one_table(tmp_path: Path) -> None:
     layers = {one.name: one.layer for one in graph.operators}
     assert [layers[f"sum{index}"] for index in range(5)] == [0, 1, 2, 3, 4]
     assert (layers["table"], layers["sum"]) == (-1, -1)
+
+
+@pytest.mark.slow
+def test_a_search_takes_an_onnx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same plan as for the config of the same sizes."""
+    from shardplan.search.main import run
+
+    file = cases.decoder(tmp_path / "model.onnx")
+    config(tmp_path, "LlamaForCausalLM")
+    found = []
+    for model in (file, tmp_path / "config.json"):
+        words = ["search", "--model", str(model), "--cluster", "atlas-800t-a2", "--json"]
+        assert run([*words, "--out", str(tmp_path / model.suffix)]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        found.append({key: value for key, value in plan.items() if key in SAME_PLAN})
+    assert found[0] == found[1]
+    assert set(found[0]) == SAME_PLAN
+
+
+SAME_PLAN = {"strategy", "performance", "memory"}

@@ -31,15 +31,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv * dim, bias=bias)
         self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Any = None) -> Any:
+        """What attention adds; with the keys and values of earlier tokens, those of all tokens
+        too."""
         b, t, _ = x.shape
         q = self.q_proj(x).view(b, t, self.heads, self.dim).transpose(1, 2)
         k = self.k_proj(x).view(b, t, self.kv, self.dim).transpose(1, 2)
         v = self.v_proj(x).view(b, t, self.kv, self.dim).transpose(1, 2)
         q, k = (one * cos + self.turned(one) * sin for one in (q, k))
-        k, v = (self.repeated(one) for one in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(mixed.transpose(1, 2).reshape(b, t, self.heads * self.dim))
+        if past is not None:
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        mixed = F.scaled_dot_product_attention(
+            q, self.repeated(k), self.repeated(v), is_causal=past is None
+        )
+        given = self.o_proj(mixed.transpose(1, 2).reshape(b, t, self.heads * self.dim))
+        return given if past is None else (given, (k, v))
 
     def turned(self, x: Tensor) -> Any:
         half = self.dim // 2
@@ -66,10 +72,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
         x = x + self.self_attn(self.norm1(x), cos, sin)
-        y = self.norm2(x)
+        return x + self.fed(self.norm2(x))
+
+    def fed(self, y: Tensor) -> Any:
         up = self.up_proj(y)
         wide = F.silu(up) if self.gate_proj is None else F.silu(self.gate_proj(y)) * up
-        return x + self.down_proj(wide)
+        return self.down_proj(wide)
 
 
 class Decoder(nn.Module):
@@ -105,8 +113,9 @@ class Decoder(nn.Module):
         angles = places[:, None] * steps[None]
         angles = torch.cat((angles, angles), -1)
         x = self.embed_tokens(ids)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x, angles.cos(), angles.sin())
+            x = layer(x, cos, sin)
         return self.lm_head(self.norm(x))
 
 
@@ -128,6 +137,25 @@ class EncoderLayer(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, h)
         x = self.norm1(x + self.o(mixed))
         return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class DecodeStep(nn.Module):
+    """One token after others: ids [b, 1] and the cache of each layer to logits and the caches."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, ids: Tensor, past: list[tuple[Tensor, Tensor]]) -> Any:
+        x, grown = self.decoder.embed_tokens(ids), []
+        cos, sin = (torch.full((1, self.decoder.dim), value) for value in (0.8, 0.6))
+        layers: Any = self.decoder.layers
+        for layer, cache in zip(layers, past, strict=True):
+            mixed, new = layer.self_attn(layer.norm1(x), cos, sin, cache)
+            grown.append(new)
+            x = x + mixed
+            x = x + layer.fed(layer.norm2(x))
+        return self.decoder.lm_head(self.decoder.norm(x)), grown
 
 
 class VitBlock(nn.Module):
@@ -155,3 +183,14 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, places: Tensor) -> Any:
         return self.layers(self.words(ids) + self.places(places))
+
+
+class Logits(nn.Module):
+    """A causal model of transformers: token ids to logits, no cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids, use_cache=False).logits

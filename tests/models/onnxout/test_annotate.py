@@ -56,6 +56,12 @@ def test_annotations_of_a_decoder_read_back_are_the_strategy(kind: str, tmp_path
         _round_trip(path, plan)
 
 
+def test_a_file_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    graph = read_onnx(cases.matmul2(tmp_path / "m.onnx"))
+    with pytest.raises(InputError, match=r"cannot be written.*file="):
+        annotate(graph, {}, mesh(2), tmp_path / "none" / "a.onnx")
+
+
 def test_weights_outside_stay_where_they_are(tmp_path: Path) -> None:
     path = cases.matmul2(tmp_path / "m.onnx", hidden=512)
     onnx.save(onnx.load(path), path, save_as_external_data=True, location="w.bin")
@@ -169,6 +175,16 @@ def test_wrong_annotations_are_refused_that_onnx_lets_pass(name: str, tmp_path: 
         check_annotations(proto, graph.walked.shapes)
 
 
+def test_shards_in_another_order_are_not_read_as_ours(tmp_path: Path) -> None:
+    graph = read_onnx(cases.matmul2(tmp_path / "m.onnx"))
+    annotate(graph, {"first": {"x": "n"}}, mesh(4), tmp_path / "a.onnx")
+    proto = onnx.load(tmp_path / "a.onnx")
+    _first(proto).sharding_spec[0].device[:] = [1, 0, 2, 3]
+    onnx.save(proto, tmp_path / "a.onnx")
+    with pytest.raises(InputError, match="row by row"):
+        read_annotations(read_onnx(tmp_path / "a.onnx"))
+
+
 def test_annotations_of_others_are_not_guessed_at(tmp_path: Path) -> None:
     graph = read_onnx(cases.matmul2(tmp_path / "m.onnx"))
     with pytest.raises(InputError, match=r"shardplan\.mesh"):
@@ -183,6 +199,16 @@ def test_annotations_of_others_are_not_guessed_at(tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "a.onnx")
     with pytest.raises(InputError, match="those of one strategy"):
         read_annotations(read_onnx(tmp_path / "a.onnx"))
+    for text in (
+        "",
+        "[]",
+        '{"axes": ["x"], "shape": ["2"], "stage_layers": []}',
+        '{"axes": ["x"], "shape": [4], "stage_layers": []}',
+    ):
+        proto.metadata_props[-1].value = text
+        onnx.save(proto, tmp_path / "a.onnx")
+        with pytest.raises(InputError, match=r"mesh of the annotations"):
+            read_annotations(read_onnx(tmp_path / "a.onnx"))
     proto.ir_version = 10
     with pytest.raises(InputError, match="IR version 11"):
         check_annotations(proto, graph.walked.shapes)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, LayoutError
 from shardplan.models.parallel import Mesh
 
@@ -21,7 +22,7 @@ from tests.models.frontends import onnx_cases as cases
 from tests.models.onnxout.lockstep import Values, run_ranks, run_whole
 
 from shardplan.models.frontends.onnx_graph import OnnxGraph, read_onnx
-from shardplan.models.onnxout.choose import both, data_strategy, megatron_strategy
+from shardplan.models.onnxout.choose import both, follow_strategy, megatron_strategy
 from shardplan.models.onnxout.laid import Laid, lay
 from shardplan.models.onnxout.write import write_ranks
 
@@ -69,7 +70,7 @@ def _megatron(graph: OnnxGraph, on: Mesh) -> Strategy:
 
 def _megatron_and_data(graph: OnnxGraph, on: Mesh) -> Strategy:
     dims = {name: 0 for name, one in graph.raw.tensors.items() if one.kind == "input"}
-    data = data_strategy(graph.graph, on, "y", dims)
+    data = follow_strategy(graph.graph, on, "y", dims)
     return both(megatron_strategy(graph.graph, on, "x"), data)
 
 
@@ -201,6 +202,112 @@ def test_caches_are_held_and_given_back_in_parts(tmp_path: Path) -> None:
     assert max(np.abs(one["y"] - whole["y"]).max() for one in ranks) < TOLERANCE
 
 
+def routed(path: Path) -> Path:
+    """Four experts, two a token: scores by softmax, the best scattered, all experts computed."""
+    make = helper.make_node
+    nodes = [
+        make("MatMul", ["x", "router"], ["s"], "router"),
+        make("Softmax", ["s"], ["p"], "softmax"),
+        make("TopK", ["p", "two"], ["best", "chosen"], "topk"),
+        make("Mul", ["p", "zero"], ["none"], "none"),
+        make("ScatterElements", ["none", "chosen", "best"], ["gates"], "scatter", axis=1),
+        make("Transpose", ["gates"], ["turned"], "turned"),
+        make("Unsqueeze", ["turned", "last"], ["g"], "last_dim"),
+        make("MatMul", ["x", "w1"], ["h"], "up"),
+        make("Relu", ["h"], ["a"], "act"),
+        make("MatMul", ["a", "w2"], ["o"], "down"),
+        make("Mul", ["o", "g"], ["weighed"], "weigh"),
+        make("ReduceSum", ["weighed", "first"], ["y"], "sum", keepdims=0),
+    ]
+    weights = {"router": cases.numbers(8, 4), "w1": cases.numbers(4, 8, 12)}
+    weights |= {"w2": cases.numbers(4, 12, 8), "two": np.array([2]), "zero": np.float32(0)}
+    weights |= {"last": np.array([-1]), "first": np.array([0])}
+    return cases.save(path, nodes, {"x": (6, 8)}, ["y"], weights)
+
+
+def test_experts_are_split_over_ranks_and_summed(tmp_path: Path) -> None:
+    """Each rank has its experts; the sum over them is the one collective."""
+    path = routed(tmp_path / "m.onnx")
+    graph = read_onnx(path)
+    for ways in (2, 4):
+        strategy = follow_strategy(graph.graph, mesh(ways), "x", {"w1": 0})
+        laid = lay(graph, strategy, mesh(ways))
+        assert [one.kind for one in laid.moves() if one.kind != "slice"] == ["all_reduce"]
+        assert laid.held["w1"] == laid.held["w2"] == {"x": 0}
+        proven(path, laid, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3"])
+def test_models_of_transformers_are_recognised_and_their_ranks_agree(
+    name: str, tmp_path: Path
+) -> None:
+    torch, hf = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 2}
+    config = getattr(hf, f"{name}Config")(**sizes, head_dim=4, dtype="float32")
+
+    from tests.models.frontends.torch_modules import Logits
+
+    with torch.no_grad():
+        path = cases.export(
+            tmp_path / "m.onnx",
+            Logits(hf.AutoModelForCausalLM.from_config(config)),
+            torch.arange(16).reshape(2, 8),
+        )
+    config.architectures = [f"{name}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    found, wanted = load_model(path), load_model(tmp_path / "config.json")
+    for field in (
+        "architecture",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "ffn",
+        "vocab",
+        "qkv_bias",
+        "qk_norm",
+        "tied_embeddings",
+        "dtype",
+    ):
+        assert getattr(found, field) == getattr(wanted, field), field
+    graph = read_onnx(path)
+    for plan in ("tp2", "tp4", "tp2 pp2"):
+        on, choose, stages = PLANS[plan]
+        proven(path, lay(graph, choose(graph, on), on, stages), tmp_path / plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp2", "tp4", "tp2 pp2"])
+def test_a_decode_step_with_caches_agrees(plan: str, tmp_path: Path) -> None:
+    """Caches are inputs and outputs, held by kv heads; the decoder is recognised in it."""
+    torch = pytest.importorskip("torch")
+    from tests.models.frontends.torch_modules import Decoder, DecodeStep
+
+    past = [(torch.zeros(2, 4, 5, 4), torch.zeros(2, 4, 5, 4)) for _ in range(2)]
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    path = cases.export(tmp_path / "m.onnx", DecodeStep(Decoder()), ids, past)
+    assert load_model(path).kv_heads == 4
+    graph, (on, choose, stages) = read_onnx(path), PLANS[plan]
+    laid = lay(graph, choose(graph, on), on, stages)
+    write_ranks(laid, tmp_path / "out")
+    given = inputs_of(path)
+    states = [name for name, one in graph.raw.tensors.items() if one.kind == "state"]
+    assert len(states) == 4
+    parts = [
+        given | {name: np.split(given[name], on.ranks, 1)[rank % on.ranks] for name in states}
+        for rank in range(laid.ranks)
+    ]
+    ranks, whole = run_ranks(tmp_path / "out", parts), run_whole(path, given)
+    for name, value in whole.items():
+        found = [one[name] for one in ranks if name in one]
+        assert len(found) == on.ranks
+        logits = found[0].shape == value.shape
+        together = found[0] if logits else np.concatenate(found, axis=1)
+        assert np.abs(together - value).max() < TOLERANCE * np.abs(value).max()
+
+
 @pytest.mark.parametrize("plan", ["tp2", "tp4", "tp2 dp2", "tp 2x2"])
 def test_every_element_of_a_weight_is_owned_the_right_number_of_times(
     plan: str, tmp_path: Path
@@ -249,8 +356,8 @@ def test_what_cannot_be_laid_is_refused(tmp_path: Path) -> None:
             lay(graph, strategy, on)
     with pytest.raises(LayoutError, match="hold all layers"):
         lay(graph, {}, mesh(1), (1, 1))
-    with pytest.raises(LayoutError, match=r"input=x.*dim=0"):
-        data_strategy(graph.graph, mesh(3), "x", {"x": 0})
+    with pytest.raises(LayoutError, match=r"tensor=x.*dim=0"):
+        follow_strategy(graph.graph, mesh(3), "x", {"x": 0})
 
 
 def test_a_collective_that_does_not_know_a_type_is_refused(tmp_path: Path) -> None:
@@ -258,5 +365,8 @@ def test_a_collective_that_does_not_know_a_type_is_refused(tmp_path: Path) -> No
     types = {"x": onnx.TensorProto.INT32}
     path = cases.save(tmp_path / "m.onnx", nodes, {"x": (8,)}, ["y"], {}, types=types)
     laid = lay(read_onnx(path), {"total": {"x": "d0"}}, mesh(2))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written.*folder="):
+        write_ranks(laid, tmp_path / "file")
     with pytest.raises(InputError, match=r"AllReduce takes float16.*dtype=int32"):
         write_ranks(laid, tmp_path / "out")

@@ -50,7 +50,7 @@ def ints(*values: int) -> Any:
     return np.array(values, np.int64)
 
 
-IDS = {"i": TensorProto.INT64}
+IDS: dict[str, int] = {"i": TensorProto.INT64}
 TWO = {"a": (4, 6, 8), "b": (6, 8)}
 CASES = {
     "matmul, weight": Case("MatMul", "b0 m k n", weights={"w": cases.numbers(8, 10)}),

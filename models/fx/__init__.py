@@ -1,0 +1,1 @@
+"""Strategies applied to PyTorch graphs (extra `torch`): per-rank modules with collectives."""

@@ -1,0 +1,186 @@
+"""`search_operators`: the fastest split of a captured graph; `price_operators`: the price of one.
+
+Operators run as the engine profile `torch-graph` has it: each a kernel of a captured graph, its
+launch gap, memory share and reserve.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from shardplan.costmodel.catalog import load_cluster
+from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.hardware import Cluster
+from shardplan.costmodel.opcost import AUTO_DTYPE, OperatorPrices
+from shardplan.models.errors import InfeasibleError, InputError
+from shardplan.models.opfold import unfolded
+from shardplan.models.opgraph import Layout, OpGraph, check_graph
+from shardplan.models.parallel import Mesh
+from shardplan.search.oplevel.constraints import Constraints
+from shardplan.search.oplevel.memory import capacity_bytes
+from shardplan.search.oplevel.pipeline import find
+from shardplan.search.oplevel.plan import OperatorPlan
+from shardplan.search.oplevel.problem import Strategy, make_problem
+from shardplan.search.oplevel.quotient import Quotient, quotient_of
+from shardplan.search.oplevel.tell import Answer, tell
+
+__all__ = ["MeshShape", "price_operators", "search_operators"]
+
+MeshShape = Mapping[str, int] | Sequence[int] | Literal["auto"]
+_ENGINE = "torch-graph"
+_NAMES = ("x", "y")
+
+
+def search_operators(
+    graph: OpGraph,
+    cluster: Cluster | str,
+    mesh_shape: MeshShape = "auto",
+    *,
+    stages: int = 1,
+    dtype: str = AUTO_DTYPE,
+    pins: Mapping[str, Layout] | None = None,
+    forbid: Mapping[str, Sequence[str]] | None = None,
+    memory_bytes: float | None = None,
+    time_limit_s: float | None = None,
+) -> OperatorPlan:
+    """The fastest split of every operator over a mesh of one or two axes.
+
+    `mesh_shape`: {axis: ranks} or ranks of the axes x and y, major to minor; `auto` tries all that
+    use the whole cluster and takes the fastest. `stages`: pipeline stages, each a mesh of its own.
+    `dtype`: of matrix products, `auto` as the graph's tensors are. `pins`: {tensor: {axis: dim}} of
+    inputs, outputs and parameters; `forbid`: {kind of operator: axes}; both need a mesh that is
+    named. `memory_bytes`: of a rank, in place of what its card leaves. `time_limit_s`: of each
+    turn of the solver; the gap may then be above 0.
+    `InputError` for what breaks a rule, `InfeasibleError` where nothing fits, with how much it
+    would take.
+    """
+    start = time.perf_counter()
+    machine = load_cluster(cluster) if isinstance(cluster, str) else cluster
+    constraints = Constraints(pins=pins or {}, forbid=forbid or {})
+    if mesh_shape == "auto" and (pins or forbid):
+        raise InputError(
+            "constraints name axes of a mesh that is given",
+            got=f"mesh_shape=auto, pins={sorted(pins or {})}, forbid={sorted(forbid or {})}",
+            hint="give mesh_shape={'x': 2, 'y': 4} or such",
+        )
+    quotient = _quotient(graph)
+    answers, failed = [], []
+    for mesh in _meshes(mesh_shape, machine, stages):
+        try:
+            answers.append(
+                _answer(
+                    quotient, machine, mesh, constraints, stages, dtype, memory_bytes, time_limit_s
+                )
+            )
+        except InfeasibleError as error:
+            failed.append(error)
+    if not answers:
+        raise failed[-1]
+    best = min(answers, key=lambda one: one.seconds)
+    return tell(
+        graph,
+        best,
+        space_size=sum(one.problem.space_size for one in answers),
+        meshes=len(answers) + len(failed),
+        wall_s=time.perf_counter() - start,
+    )
+
+
+def price_operators(
+    graph: OpGraph,
+    cluster: Cluster | str,
+    mesh_shape: MeshShape,
+    strategy: Strategy,
+    *,
+    stages: int = 1,
+    dtype: str = AUTO_DTYPE,
+    pins: Mapping[str, Layout] | None = None,
+) -> OperatorPlan:
+    """The price of a given {operator: {axis: loop}}, moves as cheap as they can be.
+
+    Operators that it leaves out run whole (partial sums may pass them); one of equal layers' stands
+    for all. Its memory is told, not limited (`fits`). Arguments and errors as of
+    `search_operators`; `LayoutError` for a split that an operator refuses.
+    """
+    start = time.perf_counter()
+    machine = load_cluster(cluster) if isinstance(cluster, str) else cluster
+    if mesh_shape == "auto":
+        raise InputError("a strategy is priced on a mesh that is given", got="mesh_shape=auto")
+    (mesh,) = _meshes(mesh_shape, machine, stages)
+    answer = _answer(
+        _quotient(graph), machine, mesh, Constraints(pins=pins or {}), stages, dtype, np.inf, None,
+        strategy,
+    )  # fmt: skip
+    wall_s = time.perf_counter() - start
+    return tell(graph, answer, space_size=answer.problem.space_size, meshes=1, wall_s=wall_s)
+
+
+def _quotient(graph: OpGraph) -> Quotient:
+    check_graph(graph)
+    if not graph.operators:
+        raise InputError("a graph has operators", got=f"graph={graph.name}")
+    return quotient_of(unfolded(graph))
+
+
+def _answer(
+    quotient: Quotient,
+    cluster: Cluster,
+    mesh: Mesh,
+    constraints: Constraints,
+    stages: int,
+    dtype: str,
+    memory_bytes: float | None,
+    time_limit_s: float | None,
+    strategy: Strategy | None = None,
+) -> Answer:
+    constraints.check(quotient.graph, mesh)
+    engine = load_engine(_ENGINE)
+    prices = OperatorPrices.of(cluster, mesh, engine, quotient.graph.tensors, dtype)
+    problem = make_problem(quotient, prices, constraints, strategy)
+    capacity = capacity_bytes(cluster.device, engine, mesh)
+    limit = capacity if memory_bytes is None else memory_bytes
+    found = find(problem, prices, stages, limit, time_limit_s)
+    told = capacity if limit == np.inf else limit
+    return Answer(problem=problem, prices=prices, found=found, capacity_bytes=told)
+
+
+def _meshes(shape: MeshShape, cluster: Cluster, stages: int) -> Iterator[Mesh]:
+    """Meshes of one stage. `InputError` for one that the cluster does not hold."""
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise InputError("`stages` is a whole number from 1", got=f"stages={stages!r}")
+    if isinstance(shape, str):
+        yield from _all_meshes(shape, cluster, stages)
+        return
+    sizes = dict(shape) if isinstance(shape, Mapping) else dict(zip(_NAMES, shape, strict=False))
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes.values())
+    if not whole or len(sizes) != len(shape) or not 1 <= len(shape) <= len(_NAMES):
+        raise InputError(
+            "a mesh has one or two axes of one or more ranks each",
+            got=f"mesh_shape={shape!r}",
+            hint="try (8,) or {'x': 2, 'y': 8}",
+        )
+    mesh = Mesh(tuple(map(str, sizes)), tuple(sizes.values()), {})
+    if mesh.ranks * stages > cluster.ranks:
+        raise InputError(
+            "a mesh and its stages fit in the cluster",
+            got=f"mesh_shape={shape!r}, stages={stages}, ranks={cluster.ranks}",
+            hint="use more nodes",
+        )
+    yield mesh
+
+
+def _all_meshes(shape: str, cluster: Cluster, stages: int) -> Iterator[Mesh]:
+    ranks, rest = divmod(cluster.ranks, stages)
+    if shape != "auto" or rest or not ranks:
+        raise InputError(
+            "`mesh_shape` is `auto`, where the stages share the cluster evenly, or ranks of axes",
+            got=f"mesh_shape={shape!r}, stages={stages}, ranks={cluster.ranks}",
+        )
+    yield Mesh(_NAMES[:1], (ranks,), {})
+    for first in range(2, ranks // 2 + 1):
+        if ranks % first == 0:
+            yield Mesh(_NAMES, (first, ranks // first), {})

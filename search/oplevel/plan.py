@@ -1,0 +1,191 @@
+"""What the operator-level search gives: the split of each operator and all that follows from it.
+
+The models are the contract of the file that `save` writes; equal layers are told once, by their
+first, with `times`. Layouts are {axis: dim of the tensor}, "+" for a partial sum. Seconds and bytes
+are those of one rank; a row with `times` tells one of as many. As in `plan.json`, the same inputs
+and version give the same bytes: `certificate.wall_s` is an upper bound, rounded up to a power of
+ten of at least ten seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from shardplan.models.errors import InputError
+from shardplan.search.atomic import rounded, write_atomically
+from shardplan.search.plan import MAX_PLAN_BYTES, ClusterInfo
+from shardplan.search.plan_confidence import Part
+
+__all__ = [
+    "HeldRow",
+    "KindRow",
+    "MoveRow",
+    "OperatorCertificate",
+    "OperatorPlan",
+    "OperatorRow",
+    "StageRow",
+    "operator_plan_schema",
+]
+
+_VERSION = 1
+Layout = dict[str, int | str]
+
+
+class OperatorRow(Part):
+    """One operator, the first of as many equal ones."""
+
+    name: str
+    kind: str
+    where: str
+    layer: int
+    times: int
+    split: dict[str, str]
+    """{axis: loop}; axes that it leaves out compute the whole."""
+    passes: tuple[str, ...]
+    """Axes on which partial sums go through it."""
+    compute_s: float
+    memory_s: float
+    overhead_s: float
+    total_s: float
+
+
+class MoveRow(Part):
+    """A tensor that lies one way and comes to lie another, once for all that read it so."""
+
+    tensor: str
+    times: int
+    kind: Literal["slice", "reduce_scatter", "all_to_all", "all_reduce", "all_gather"]
+    axes: tuple[str, ...]
+    before: Layout
+    after: Layout
+    message_bytes: float
+    """Of the full tensor of the group; of a slice, what is kept."""
+    seconds: float
+
+
+class HeldRow(Part):
+    """A parameter, constant or cache, in each layout in which it is read."""
+
+    tensor: str
+    kind: Literal["parameter", "constant", "state"]
+    times: int
+    layouts: tuple[Layout, ...]
+    bytes: float
+
+
+class KindRow(Part):
+    """Seconds of a run by kind of operator or collective; `send`: between stages."""
+
+    kind: str
+    calls: int
+    compute_s: float
+    memory_s: float
+    collective_s: float
+    overhead_s: float
+    total_s: float
+
+
+class StageRow(Part):
+    """One pipeline stage; without a pipeline, all of the graph."""
+
+    stage: int
+    layers: int
+    seconds: float
+    parameters_bytes: float
+    constants_bytes: float
+    states_bytes: float
+    activations_bytes: float
+    """A bound on what is alive at once."""
+    total_bytes: float
+    capacity_bytes: float
+    """What the graph may use of the card, communicator buffers and the engine's part left out."""
+
+
+class OperatorCertificate(Part):
+    """Why no other split of the space is faster, by this cost model."""
+
+    engine: Literal["ilp"] = "ilp"
+    space_size: int
+    """Ways to split all operators, equal layers alike, summed over the meshes."""
+    meshes: int
+    """Meshes that were searched."""
+    variables: int
+    integers: int
+    rows: int
+    lp_bound_s: float
+    """Of the relaxation without integers."""
+    bound_s: float
+    gap: float
+    """How far the plan may be above the bound, relative; 0 is optimal."""
+    wall_s: float
+
+
+class OperatorPlan(Part):
+    """How every operator of a graph is split over a mesh."""
+
+    schema_version: Literal[1] = 1
+    shardplan_version: str
+    graph: str
+    source: str
+    layers: int
+    parameters: int
+    cluster: ClusterInfo
+    mesh: dict[str, int]
+    """Axes major to minor: ranks of the last are neighbours."""
+    dtype: str
+    total_s: float
+    """One run of the whole graph, through all stages."""
+    slowest_stage_s: float
+    stages: tuple[StageRow, ...]
+    operators: tuple[OperatorRow, ...]
+    moves: tuple[MoveRow, ...]
+    held: tuple[HeldRow, ...]
+    costs: tuple[KindRow, ...]
+    fits: bool
+    """Whether every stage is within its memory; a priced strategy may not be."""
+    certificate: OperatorCertificate
+    notes: tuple[str, ...] = ()
+
+    @property
+    def strategy(self) -> dict[str, dict[str, str]]:
+        """{operator: {axis: loop}}, of those that are split."""
+        return {one.name: dict(one.split) for one in self.operators if one.split}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> OperatorPlan:
+        """Read a saved plan. `InputError` with the place and the rule where it breaks one."""
+        file = Path(path)
+        try:
+            if file.stat().st_size > MAX_PLAN_BYTES:
+                raise InputError("a saved plan is at most 16 MiB", got=str(file))
+            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise InputError(
+                f"an operator plan follows its schema, version {_VERSION}",
+                got=f"{file}: {place}: {first['msg']}",
+                hint="make it anew with `search_operators`",
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise InputError("a saved plan is JSON in UTF-8", got=f"{file}: {error}") from None
+
+    def dumps(self) -> str:
+        """The bytes of the file; floats have ten digits, beyond which machines differ."""
+        return json.dumps(rounded(self.model_dump(mode="json")), indent=2) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all."""
+        write_atomically(Path(path), self.dumps())
+
+
+def operator_plan_schema() -> dict[str, Any]:
+    """JSON Schema of a saved plan."""
+    return OperatorPlan.model_json_schema()
