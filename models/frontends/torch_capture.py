@@ -19,9 +19,9 @@ from types import MappingProxyType
 from typing import Any
 
 from shardplan.models.errors import InputError
-from shardplan.models.frontends.torch_lib import need_torch
 from shardplan.models.frontends.torch_normal import normal_graph
 from shardplan.models.frontends.torch_stack import Stack, find_stack
+from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["USUAL_TOKENS", "Capture", "capture_class", "capture_module", "capture_program"]
 
@@ -97,7 +97,7 @@ def capture_module(
     The module is read as it is; parameters on the meta device are enough, and of others no copy is
     made. `InputError` where the module cannot be exported.
     """
-    torch = need_torch()
+    torch = torch_lib()
     config = _config_of(module)
     if inputs is None:
         if config is None:
@@ -127,7 +127,7 @@ def capture_class(
     name: str = "",
 ) -> Capture:
     """A model class of transformers, built from its config on the meta device."""
-    torch = need_torch()
+    torch = torch_lib()
     try:
         with torch.device("meta"):
             module = model_class(config).eval()
@@ -167,7 +167,7 @@ def _config_of(module: Any) -> Mapping[str, Any] | None:
 
 
 def _logits_of(model: Any) -> Any:
-    torch = need_torch()
+    torch = torch_lib()
 
     class Logits(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is loaded late
         """Token ids [batch, tokens] to logits [batch, tokens, vocabulary]."""
@@ -184,7 +184,7 @@ def _logits_of(model: Any) -> Any:
 
 
 def _exported(module: Any, inputs: tuple[Any, ...]) -> Any:
-    torch = need_torch()
+    torch = torch_lib()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -218,7 +218,7 @@ def _shortened(stack: Stack | None) -> Iterator[None]:
     if stack is None:
         yield
         return
-    torch = need_torch()
+    torch = torch_lib()
     whole = getattr(stack.owner, stack.attribute)
     short = torch.nn.ModuleList(list(whole)[: stack.kept])
     setattr(stack.owner, stack.attribute, short)

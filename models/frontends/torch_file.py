@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from shardplan.models.errors import InputError
-from shardplan.models.frontends.torch_lib import need_torch
+from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["open_program"]
 
 
 def open_program(path: Path) -> Any:
     """The `ExportedProgram` in a file. `InputError` for what is no such file."""
-    torch = need_torch()
+    torch = torch_lib()
     shown = str(path).encode("utf-8", "backslashreplace").decode("utf-8")
     if not path.is_file():
         raise InputError("no such file", got=f"file={shown}", hint="check the path")

@@ -18,7 +18,7 @@ from shardplan.models.errors import InputError
 from shardplan.models.frontends.loops import Draft
 from shardplan.models.frontends.torch_capture import Capture
 from shardplan.models.frontends.torch_layers import check_alike, number_layers
-from shardplan.models.frontends.torch_lib import need_torch
+from shardplan.models.frontends.torch_masks import hides_later
 from shardplan.models.frontends.torch_node import (
     Shape,
     View,
@@ -29,6 +29,7 @@ from shardplan.models.frontends.torch_node import (
 )
 from shardplan.models.frontends.torch_rules import COMPUTE, pointwise
 from shardplan.models.frontends.torch_rules_shape import MOVE
+from shardplan.models.fx.torch_lib import torch_lib
 from shardplan.models.opgraph import Access, Operator, OpGraph, Tensor, check_graph
 
 __all__ = ["TorchGraph", "graph_of"]
@@ -90,6 +91,7 @@ class _Reader:
         self.same: dict[str, str] = {}
         """Node -> the node whose tensor it holds: tied parameters, parts taken twice."""
         self.held: set[Any] = set()
+        self.masks: dict[Any, bool] = {}
 
     def visit(self, node: Any) -> None:
         """One node, after those that it reads."""
@@ -192,12 +194,21 @@ class _Reader:
                 linear=draft.linear,
                 flop=draft.flop,
                 where=path_of(node),
-                attrs={"torch": view.op.rpartition("::")[2], **draft.attrs},
+                attrs={"torch": view.op.rpartition("::")[2], **draft.attrs, **self._mask(view)},
             )
         )
 
+    def _mask(self, view: View) -> dict[str, float | str]:
+        """Whether the mask that an attention reads is causal."""
+        if not view.has("attn_mask") or view.op != "aten::scaled_dot_product_attention":
+            return {}
+        mask = view.tensors[view.slot("attn_mask")]
+        if mask not in self.masks:
+            self.masks[mask] = hides_later(mask)
+        return {"causal": int(self.masks[mask])}
+
     def _draft(self, view: View) -> Draft:
-        torch = need_torch()
+        torch = torch_lib()
         rule = _RULES.get(view.op)
         if rule is None and torch.Tag.pointwise in getattr(view.node.target, "tags", ()):
             rule = pointwise
@@ -225,7 +236,7 @@ class _Reader:
         return [(taken[i], draft.writes[i]) for i in sorted(taken)]
 
     def _view(self, node: Any) -> View:
-        torch = need_torch()
+        torch = torch_lib()
         given: dict[str, Any] = {}
         tensors: list[Any] = []
         slots: dict[str, tuple[int, ...]] = {}

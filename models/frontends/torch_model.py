@@ -17,7 +17,7 @@ from shardplan.models.frontends.torch_capture import (
 )
 from shardplan.models.frontends.torch_file import open_program
 from shardplan.models.frontends.torch_graph import TorchGraph, graph_of
-from shardplan.models.frontends.torch_lib import need_torch
+from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["capture", "read_torch"]
 
@@ -66,7 +66,7 @@ def capture(
     name: str = "",
 ) -> Capture:
     """The export behind `read_torch`, with the same arguments."""
-    torch = need_torch()
+    torch = torch_lib()
     _check_sizes(batch=batch, tokens=tokens, **(sizes or {}))
     ids = {"batch": batch, "tokens": tokens}
     if isinstance(subject, (str, os.PathLike)):

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardplan.models.errors import InputError
 from shardplan.models.frontends.loops import Draft, Loops, names
-from shardplan.models.frontends.torch_lib import need_torch
+from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["Rule", "Shape", "View", "follow", "is_tensor", "node_error", "operator_of", "path_of"]
 
@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 def is_tensor(node: Any) -> bool:
     """Whether a node's value is one tensor."""
-    return isinstance(node.meta.get("val"), need_torch().Tensor)
+    return isinstance(node.meta.get("val"), torch_lib().Tensor)
 
 
 def operator_of(node: Any) -> str:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from shardplan.models.frontends.torch_lib import need_torch
 from shardplan.models.frontends.torch_node import node_error, operator_of
+from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["normal_graph"]
 
@@ -29,7 +29,7 @@ def normal_graph(graph: Any) -> tuple[Any, dict[str, str]]:
     New values of inputs are added to the outputs. `InputError` for nodes that hold other graphs
     and for changes through views that are not followed.
     """
-    torch = need_torch()
+    torch = torch_lib()
     made = torch.fx.Graph()
     result = made.graph_copy(graph, {})
     made.output(result)
@@ -75,7 +75,7 @@ class _Functional:
 
     def run(self) -> dict[str, Any]:
         """{placeholder: node of its last value} of the inputs that are changed."""
-        torch = need_torch()
+        torch = torch_lib()
         dead = []
         for node in list(self.graph.nodes):
             node.args = torch.fx.node.map_arg(node.args, self._value)
@@ -112,7 +112,7 @@ class _Functional:
 
     def _function(self, node: Any) -> Any:
         """The same operator without the underscore, on the same arguments."""
-        torch = need_torch()
+        torch = torch_lib()
         namespace, _, name = operator_of(node).partition("::")
         packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
         overload = getattr(packet, node.target._overloadname, None)
@@ -139,7 +139,7 @@ class _Functional:
             if self._read_after(base, node):
                 raise node_error(node, f"a tensor is changed through its view {target.name}")
             return
-        torch = need_torch()
+        torch = torch_lib()
         overload = getattr(torch.ops.aten, name).default
         self.views[base] = [one for one in self.views[base] if one is not target]
         with self.graph.inserting_before(node):
@@ -165,7 +165,7 @@ def _call(graph: Any, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
 
 def _copied(graph: Any, node: Any) -> Any:
     """What `copy_` leaves: its source, in the shape and type of what it overwrites."""
-    torch = need_torch()
+    torch = torch_lib()
     source, value = node.args[1], node.meta["val"]
     made = source
     if tuple(source.meta["val"].shape) != tuple(value.shape):
@@ -196,7 +196,7 @@ def _viewed(node: Any) -> Any:
 
 def _parted(graph: Any, node: Any) -> None:
     """Take the bias out of a linear layer."""
-    torch = need_torch()
+    torch = torch_lib()
     if operator_of(node) != "aten::linear":
         return
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")

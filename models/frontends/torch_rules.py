@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 
 from shardplan.models.frontends.loops import Draft, Loops, aligned, names
-from shardplan.models.frontends.torch_lib import need_torch
 from shardplan.models.frontends.torch_node import Rule, View, follow
+from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["COMPUTE", "pointwise"]
 
@@ -300,7 +300,7 @@ def _linear(view: View) -> tuple[int, ...]:
 def _keeps_sums(view: View) -> bool:
     """Whether a cast is between floating-point types."""
     value = view.node.meta["val"]
-    torch = need_torch()
+    torch = torch_lib()
     return bool(
         torch.empty(0, dtype=view.dtype(0), device="meta").is_floating_point()
         and value.is_floating_point()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardplan.models.frontends.torch_lib import need_torch
+from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["Stack", "find_stack"]
 
@@ -41,7 +41,7 @@ class Stack:
 
 def find_stack(module: Any) -> Stack | None:
     """The longest list of modules whose first entries are enough; None where all are needed."""
-    torch = need_torch()
+    torch = torch_lib()
     lists = [
         (owner, name, list(entry))
         for owner in module.modules()
