@@ -23,7 +23,15 @@ from shardplan.models.frontends.torch_normal import normal_graph
 from shardplan.models.frontends.torch_stack import Stack, find_stack
 from shardplan.models.fx.torch_lib import torch_lib
 
-__all__ = ["USUAL_TOKENS", "Capture", "capture_class", "capture_module", "capture_program"]
+__all__ = [
+    "USUAL_TOKENS",
+    "Capture",
+    "capture_class",
+    "capture_module",
+    "capture_program",
+    "config_of",
+    "module_of",
+]
 
 USUAL_TOKENS = 128
 """Tokens of the ids that a model is captured on where none are given; sizes of weights and layers
@@ -98,7 +106,7 @@ def capture_module(
     made. `InputError` where the module cannot be exported.
     """
     torch = torch_lib()
-    config = _config_of(module)
+    config = config_of(module)
     if inputs is None:
         if config is None:
             raise InputError(
@@ -126,18 +134,22 @@ def capture_class(
     folded: bool = True,
     name: str = "",
 ) -> Capture:
-    """A model class of transformers, built from its config on the meta device."""
-    torch = torch_lib()
+    """A model class of transformers with its config, as `capture_module`."""
+    module = module_of(model_class, config)
+    return capture_module(module, batch=batch, tokens=tokens, folded=folded, name=name)
+
+
+def module_of(model_class: Any, config: Any) -> Any:
+    """A class built from its config on the meta device: no weights. `InputError` if it does not."""
     try:
-        with torch.device("meta"):
-            module = model_class(config).eval()
+        with torch_lib().device("meta"):
+            return model_class(config).eval()
     except Exception as error:  # whatever the class raises on a config that does not fit
         raise InputError(
             "the class is built from its config on the meta device",
             got=f"class={getattr(model_class, '__name__', model_class)}, {_said(error)}",
             hint="give the config class that belongs to the model class",
         ) from None
-    return capture_module(module, batch=batch, tokens=tokens, folded=folded, name=name)
 
 
 def capture_program(
@@ -156,13 +168,13 @@ def _capture(program: Any, name: str, **more: Any) -> Capture:
     return Capture(name=name, program=program, graph=graph, states=states, **more)
 
 
-def _config_of(module: Any) -> Mapping[str, Any] | None:
+def config_of(module: Any) -> Mapping[str, Any] | None:
     """The configuration of a model of transformers as its config.json would hold it."""
     config: Any = getattr(module, "config", None)
     if not hasattr(config, "to_dict"):
         return None
     found: dict[str, Any] = config.to_dict()
-    found["architectures"] = found.get("architectures") or [type(module).__name__]
+    found["architectures"] = [type(module).__name__]
     return found
 
 

@@ -1,4 +1,4 @@
-"""`read_torch(...)`: whatever PyTorch holds a model in, as a captured graph."""
+"""Whatever PyTorch holds a model in: as a captured graph (`read_torch`), as sizes (`spec_of`)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardplan.models.config import spec_from_config
+from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InputError
+from shardplan.models.frontends.decoder import decoder_of
 from shardplan.models.frontends.torch_capture import (
     USUAL_TOKENS,
     Capture,
     capture_class,
     capture_module,
     capture_program,
+    config_of,
+    module_of,
 )
 from shardplan.models.frontends.torch_file import open_program
 from shardplan.models.frontends.torch_graph import TorchGraph, graph_of
 from shardplan.models.fx.torch_lib import torch_lib
+from shardplan.models.spec import ModelSpec
 
-__all__ = ["capture", "read_torch"]
+__all__ = ["capture", "read_torch", "spec_of", "spec_of_module"]
+
+_WHOLE = ("bf16", "fp16", "fp32")
+"""Types of checkpoints that hold weights alone, without the scales of quantized ones."""
 
 
 def read_torch(
@@ -91,3 +100,50 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError("sizes are whole numbers from 1 on", got=f"{name}={size!r}")
+
+
+def spec_of(
+    subject: Any, config: Any = None, *, inputs: tuple[Any, ...] | None = None
+) -> ModelSpec:
+    """The sizes of a causal decoder; `subject`, `config` and `inputs` as of `read_torch`.
+
+    From the configuration of a model of transformers where there is one, else recognised in the
+    graph. `InputError` where neither says them.
+    """
+    if isinstance(subject, type) and config is not None:
+        subject = module_of(subject, config)
+    if config_of(subject) is not None:
+        return spec_of_module(subject)
+    return decoder_of(read_torch(subject, config, inputs=inputs).graph)
+
+
+def spec_of_module(module: Any) -> ModelSpec:
+    """The sizes of a model of transformers, from its configuration, checked by its parameters.
+
+    `InputError` for a module without one, of an architecture that is not known, or that has other
+    parameters than its configuration says.
+    """
+    config = config_of(module)
+    name = type(module).__name__
+    if config is None:
+        raise InputError(
+            "a module has the configuration of a Hugging Face decoder",
+            got=name,
+            hint="give a transformers model, the name of a preset or a config.json",
+        )
+    spec = spec_from_config(config, name=name, source=f"module {name}")
+    held = _parameters(module)
+    if spec.dtype in _WHOLE and parameter_count(spec) != held:
+        raise InputError(
+            "a model has the parameters that its configuration says",
+            got=f"module={name}, parameters={held}, by its configuration={parameter_count(spec)}",
+            hint="give inputs to load_graph and search the graph at operator level",
+        )
+    return spec
+
+
+def _parameters(module: Any) -> int:
+    """Elements that a checkpoint of a module holds as floating-point numbers, shared ones once."""
+    stored = module.state_dict(keep_vars=True).values()
+    own = {id(one): one for one in stored if one.is_floating_point()}
+    return sum(int(one.numel()) for one in own.values())

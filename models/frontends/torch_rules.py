@@ -171,7 +171,7 @@ def attention(view: View) -> Draft:
     from the first one, so that they stay whole; the context is summed by the softmax.
     """
     q, k, v = view.shape("query"), view.shape("key"), view.shape("value")
-    lead = names(len(q) - 3, "b")
+    lead = ("b",) if len(q) == 4 else names(len(q) - 3, "b")
     heads, kv = (q[-3], k[-3]) if len(q) > 2 else (1, 1)
     if len(q) != len(k) or heads % kv:
         raise view.error("the number of kv heads divides the number of heads")
