@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -124,3 +125,13 @@ def test_bert_is_a_graph_but_no_decoder() -> None:
     assert (said.layers, said.attentions) == (3, 3)
     with pytest.raises(InputError, match="causal decoder"):
         decoder_of(graph)
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "capture.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    exec("\n".join(blocks), {})
+    told = capsys.readouterr().out
+    assert "70,553,706,496 parameters, 80 layers, folded: {1: 79}" in told
+    assert "matmul" in told
