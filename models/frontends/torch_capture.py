@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -119,10 +119,18 @@ def capture_module(
         whole: Any = _logits_of(module)
     else:
         whole = module
+    said = name or type(module).__name__
     stack = find_stack(module) if folded else None
+    if stack is not None:
+        with suppress(InputError):  # what follows the layers may count on all of them
+            short = _program(module, whole, inputs, stack)
+            return _capture(short, said, config=config, stack=stack)
+    return _capture(_program(module, whole, inputs, None), said, config=config)
+
+
+def _program(module: Any, whole: Any, inputs: tuple[Any, ...], stack: Stack | None) -> Any:
     with _shortened(stack), _evaluating(module):
-        program = _exported(whole, inputs)
-    return _capture(program, name or type(module).__name__, config=config, stack=stack)
+        return _exported(whole, inputs)
 
 
 def capture_class(
