@@ -139,7 +139,7 @@ def order_case(engine: str) -> DisaggQuestion:
     slow = replace(far, bytes_per_s=1e9, link_bytes_per_s=1e9, latency_s=0.0)
     pool = replace(pool, cluster=replace(pool.cluster, tiers=(near, slow)), sizes=(4,))
     workload = Workload(input_len=2000, output_len=2)
-    sized = {"grid": (4096,), "workload": workload}
+    ends = load_cluster("atlas-800i-a3", nodes=2)
     subject = pool.subject(Parallelism())
     pool = replace(
         pool,
@@ -147,10 +147,10 @@ def order_case(engine: str) -> DisaggQuestion:
         layouts=tuple(instance_layouts(replace(subject, role="decode"), 4, reach)),
     )
     return DisaggQuestion(
-        prefill=replace(_as_role(pool, "prefill"), **sized),
+        prefill=replace(_as_role(pool, "prefill"), grid=(4096,)),
         decode=pool,
         shared=False,
-        link=link_between(*[load_cluster("atlas-800i-a3", nodes=2)] * 2, 4, same=False),
+        link=link_between(ends, ends, 4, same=False),
         limits=Limits(),
         objective="latency",
     )
