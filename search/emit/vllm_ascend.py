@@ -2,14 +2,16 @@
 
     serve_node<i>.sh   environment and command of node i; more flags may follow on its line
     balancer.conf      where there are several servers: nginx before them
-    bench.sh           `vllm bench serve` with the plan's workload
+    quantize.sh        where ModelSlim makes the checkpoint with one command (`modelslim`)
+    bench.sh           `vllm bench serve` with the plan's workload (`serving_page`)
     README.md          steps, assumptions, a first request, what the plan promises
 
-Flags, environment and quantization schemes are those of `search/data/vllm_ascend.toml`, which
-names the releases they were read from; how ranks become servers is in `vllm_layout`. Lengths are
-rounded up to the KV block; modules split over data-parallel ranks are in `vllm_modules`. Left out,
-and refused: context parallelism (the plugin has it for prefill and decode apart, for some models
-and runners), unfused attention, dtypes without a scheme.
+Environment and quantization schemes are those of `search/data/vllm_ascend.toml`, flags those of
+`vllm_flags.toml`; both name the releases they were read from. How ranks become servers is in
+`vllm_layout`. Lengths are rounded up to the KV block; modules split over data-parallel ranks are in
+`vllm_modules`. There is no rank table: vLLM's groups find each other by the head's address.
+Left out, and refused: context parallelism (the plugin has it for prefill and decode apart, for some
+models and runners), unfused attention, dtypes without a scheme.
 """
 
 from __future__ import annotations
@@ -29,16 +31,19 @@ from shardplan.search.emit.common import (
     model_name,
     printable,
     refuse,
+    round_up,
     table,
 )
+from shardplan.search.emit.modelslim import quantize_script
+from shardplan.search.emit.serving_page import bench
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
 from shardplan.search.emit.vllm_modules import module_rules, module_sizes
-from shardplan.search.emit.vllm_readme import balancer, bench, readme
+from shardplan.search.emit.vllm_readme import balancer, readme, url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.legality import Role
 from shardplan.search.plan import Plan
 
-__all__ = ["Flag", "checked_family", "files", "script"]
+__all__ = ["Flag", "capture_sizes", "checked_family", "files", "longest_request", "script"]
 
 _TARGET = "vllm-ascend"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
@@ -57,6 +62,7 @@ def files(plan: Plan) -> dict[str, str]:
     split = split_servers(plan)
     todo = launches(plan, split)
     nodes = sorted({one.slot.node for one in todo})
+    port = table("vllm_ascend")["ports"]["serve"]
     made = {
         f"serve_node{node}.sh": script(
             plan, family, checkpoint, split, [one for one in todo if one.slot.node == node]
@@ -64,9 +70,13 @@ def files(plan: Plan) -> dict[str, str]:
         for node in nodes
     }
     if split.servers > 1:
-        made["balancer.conf"] = balancer(todo)
-    made["bench.sh"] = bench(plan, checkpoint, split)
-    made["README.md"] = readme(plan, checkpoint, split, todo)
+        made["balancer.conf"] = balancer(todo, port)
+    made |= quantize_script(plan)
+    alone = split.servers == 1
+    made["bench.sh"] = bench(
+        plan, checkpoint.shell, url=url_of(port) if alone else "", servers=split.servers
+    )
+    made["README.md"] = readme(plan, checkpoint, split, todo, sorted({*made, "README.md"}))
     return made
 
 
@@ -203,7 +213,7 @@ def script(
         "",
     ]
     commands = [
-        command_line("vllm_ascend", "serve", ["vllm", "serve", Raw('"$MODEL"')], flags)
+        command_line("vllm_flags", "serve", ["vllm", "serve", Raw('"$MODEL"')], flags)
         + ' \\\n  "$@"'
         for flags in ([*_flags(plan, family, checkpoint, split, one), *more(one)] for one in here)
     ]
@@ -304,13 +314,22 @@ def _across_nodes(split: Split, one: Launch, copy: int) -> list[Flag]:
     return flags
 
 
+def longest_request(plan: Plan, block: int) -> int:
+    """Tokens of the longest request in whole blocks, at most the model's context."""
+    work = plan.request.workload
+    longest = round_up(work.input_len + work.output_len, block)
+    return min(longest, plan.model.max_context) if plan.model.max_context else longest
+
+
+def capture_sizes(batch: int) -> list[int]:
+    """Batches of decode graphs: powers of two, and the largest."""
+    return sorted({2**i for i in range(batch.bit_length()) if 2**i < batch} | {batch})
+
+
 def _sizes(plan: Plan) -> list[Flag]:
     """Batch, lengths and memory, in tokens and shares."""
     way, work = plan.strategy, plan.request.workload
     block = int(table("vllm_ascend")["block_size"]["value"])
-    longest = -(-(work.input_len + work.output_len) // block) * block
-    if plan.model.max_context:
-        longest = min(longest, plan.model.max_context)
     least = way.batch * (1 + way.mtp)
     if way.chunk < least:
         raise InputError(
@@ -322,7 +341,7 @@ def _sizes(plan: Plan) -> list[Flag]:
     flags: list[Flag] = [
         ("--max-num-seqs", str(way.batch)),
         ("--max-num-batched-tokens", str(way.chunk)),
-        ("--max-model-len", str(longest)),
+        ("--max-model-len", str(longest_request(plan, block))),
         ("--block-size", str(block)),
     ]
     if plan.memory:
@@ -374,7 +393,6 @@ def _graphs(plan: Plan, family: str) -> list[Flag]:
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
     step, each = way.tp if way.sp else 1, 1 + way.mtp
-    sizes = {2**i for i in range(way.batch.bit_length()) if 2**i < way.batch} | {way.batch}
-    rounded = sorted({-(-size * each // step) * step for size in sizes})
+    rounded = sorted({round_up(size * each, step) for size in capture_sizes(way.batch)})
     config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
     return [*flags, ("--compilation-config", json.dumps(config))]
