@@ -116,7 +116,8 @@ def emit(
     target: Annotated[
         str,
         typer.Option(
-            "--target", help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's."
+            "--target",
+            help="atc, jax, megatron, mindspore, sglang, torch, vllm-ascend, or a plug-in's.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],

@@ -34,6 +34,7 @@ BUILT_IN: Mapping[str, str] = {
     "jax": "shardplan.search.emit.jax_specs:files",
     "megatron": "shardplan.search.emit.megatron:files",
     "mindspore": "shardplan.search.emit.mindspore_strategy:files",
+    "sglang": "shardplan.search.emit.sglang:files",
     "torch": "shardplan.search.emit.torch_plan:files",
     "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
 }

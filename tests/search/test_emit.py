@@ -184,7 +184,17 @@ def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]
 
 @pytest.mark.parametrize(
     "name",
-    ["ascend_families", "atc", "hf_names", "megatron", "modelslim", "vllm_ascend", "vllm_flags"],
+    [
+        "ascend_families",
+        "atc",
+        "hf_names",
+        "megatron",
+        "modelslim",
+        "sglang",
+        "sglang_flags",
+        "vllm_ascend",
+        "vllm_flags",
+    ],
 )
 def test_every_fact_has_a_source_and_every_number_a_kind(name: str) -> None:
     """In the tables that the targets are written from."""
