@@ -117,7 +117,8 @@ def emit(
         str,
         typer.Option(
             "--target",
-            help="atc, jax, megatron, mindspore, sglang, torch, vllm-ascend, or a plug-in's.",
+            help="atc, jax, megatron, mindie, mindspore, sglang, torch, vllm-ascend, "
+            "or a plug-in's.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],

@@ -33,6 +33,7 @@ BUILT_IN: Mapping[str, str] = {
     "atc": "shardplan.search.emit.atc:files",
     "jax": "shardplan.search.emit.jax_specs:files",
     "megatron": "shardplan.search.emit.megatron:files",
+    "mindie": "shardplan.search.emit.mindie:files",
     "mindspore": "shardplan.search.emit.mindspore_strategy:files",
     "sglang": "shardplan.search.emit.sglang:files",
     "torch": "shardplan.search.emit.torch_plan:files",

@@ -62,7 +62,7 @@ def test_a_dense_plan_on_one_node(tmp_path: Path) -> None:
 @pytest.mark.parametrize("node", [0, 3])
 def test_experts_over_four_nodes(tmp_path: Path, node: int) -> None:
     """tp 2 dp 32 ep 64: SGLang's tp_size counts all 64 ranks, its batch those of 32 groups."""
-    way = {"tp": 2, "dp": 32, "ep": 64, "exchange": "alltoall", "batch": 16}
+    way: dict[str, Any] = {"tp": 2, "dp": 32, "ep": 64, "exchange": "alltoall", "batch": 16}
     plan = emit_plan(soc="Ascend910_9382", model=moe(), **way)
     ((flags, environment),) = _started(plan, tmp_path, node)
     assert (flags.tp_size, flags.dp_size, flags.ep_size) == ("64", "32", "64")
@@ -80,7 +80,7 @@ def test_experts_over_four_nodes(tmp_path: Path, node: int) -> None:
 
 def test_modules_over_all_ranks_of_a_server(tmp_path: Path) -> None:
     """The LM head and dense layers over the server's ranks are what the engine does unasked."""
-    way = {"tp": 1, "dp": 8, "ep": 8, "exchange": "alltoall", "model": moe()}
+    way: dict[str, Any] = {"tp": 1, "dp": 8, "ep": 8, "exchange": "alltoall", "model": moe()}
     ((by_tp, _),) = _started(emit_plan(**way), tmp_path)
     assert by_tp.enable_dp_lm_head
     assert by_tp.moe_dense_tp_size == "1"
@@ -127,7 +127,7 @@ def test_tokens_predicted_ahead(tmp_path: Path) -> None:
 
 def test_pools_and_their_router(tmp_path: Path) -> None:
     """Roles, ports and devices of every instance, and all heads behind the router."""
-    asked = {"input_len": 1024, "output_len": 128, "ttft_ms": 800, "tpot_ms": 40}
+    asked: dict[str, Any] = {"input_len": 1024, "output_len": 128, "ttft_ms": 800, "tpot_ms": 40}
     plan = search("llama-3.1-8b", "atlas-800t-a2", serving="disagg", **asked).plan
     emit(plan, "sglang", tmp_path / "out")
     seen: dict[str, list[argparse.Namespace]] = {"prefill": [], "decode": []}
