@@ -117,7 +117,7 @@ def emit(
         str,
         typer.Option(
             "--target",
-            help="atc, jax, megatron, mindie, mindspore, sglang, torch, vllm-ascend, "
+            help="atc, jax, k8s, megatron, mindie, mindspore, sglang, torch, vllm-ascend, "
             "or a plug-in's.",
         ),
     ],

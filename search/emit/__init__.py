@@ -32,6 +32,7 @@ GROUP = "shardplan.emitters"
 BUILT_IN: Mapping[str, str] = {
     "atc": "shardplan.search.emit.atc:files",
     "jax": "shardplan.search.emit.jax_specs:files",
+    "k8s": "shardplan.search.emit.k8s:files",
     "megatron": "shardplan.search.emit.megatron:files",
     "mindie": "shardplan.search.emit.mindie:files",
     "mindspore": "shardplan.search.emit.mindspore_strategy:files",

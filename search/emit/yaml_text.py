@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 __all__ = ["yaml_text"]
 
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
-_BLOCK = re.compile(r"[!-~][ -~]*\n(?:[ -~]*\n)*[!-~][ -~]*\n")
+_LINES = re.compile(r"(?:[ -~]*\n)+")
 _MEANINGS = {"false", "n", "no", "null", "off", "on", "true", "y", "yes"}
 _STEP = "  "
 
@@ -49,12 +49,18 @@ def _item(head: str, value: object, indent: str) -> Iterator[str]:
         yield head
         for item in value:
             yield from _item(f"{indent}{_STEP}-", item, f"{indent}{_STEP}")
-    elif isinstance(value, str) and _BLOCK.fullmatch(value):
+    elif isinstance(value, str) and _is_block(value):
         yield f"{head} |"
         for line in value[:-1].split("\n"):
             yield f"{indent}{_STEP}{line}" if line else ""
     else:
         yield f"{head} {_scalar(value)}"
+
+
+def _is_block(text: str) -> bool:
+    """Whether lines can stand as they are: the first sets the indent, the last is not blank."""
+    inside = _LINES.fullmatch(text) and text[0] not in " \n"
+    return bool(inside) and bool(text[:-1].rpartition("\n")[2].strip())
 
 
 def _scalar(value: object) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KUBERNETES", "kubernetes_model", "ray_models", "schema_of"]
+__all__ = ["KUBERNETES", "LEADER_WORKER_SET", "kubernetes_model", "ray_models", "schema_of"]
 
 KUBERNETES = (
     "V1ConfigMap",
@@ -32,6 +32,7 @@ KUBERNETES = (
     "V1EmptyDirVolumeSource",
     "V1EnvVar",
     "V1EnvVarSource",
+    "V1ExecAction",
     "V1HTTPGetAction",
     "V1HostPathVolumeSource",
     "V1LabelSelector",
@@ -50,6 +51,34 @@ KUBERNETES = (
     "V1Volume",
     "V1VolumeMount",
 )
+LEADER_WORKER_SET = {
+    "LeaderWorkerSet": {
+        "apiVersion": {"enum": ["leaderworkerset.x-k8s.io/v1"]},
+        "kind": {"enum": ["LeaderWorkerSet"]},
+        "metadata": {"$ref": "#/$defs/V1ObjectMeta"},
+        "spec": {"$ref": "#/$defs/LeaderWorkerSetSpec"},
+    },
+    "LeaderWorkerSetSpec": {
+        "replicas": {"type": "integer", "minimum": 0},
+        "leaderWorkerTemplate": {"$ref": "#/$defs/LeaderWorkerTemplate"},
+        "startupPolicy": {"enum": ["LeaderCreated", "LeaderReady"]},
+    },
+    "LeaderWorkerTemplate": {
+        "leaderTemplate": {"$ref": "#/$defs/V1PodTemplateSpec"},
+        "workerTemplate": {"$ref": "#/$defs/V1PodTemplateSpec"},
+        "size": {"type": "integer", "minimum": 1},
+        "restartPolicy": {
+            "enum": ["Default", "RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"]
+        },
+    },
+}
+"""Fields of kubernetes-sigs/lws@024af084 api/leaderworkerset/v1/leaderworkerset_types.go that are
+written; its CRD holds a whole pod template, which is Kubernetes' own here."""
+_NEEDED = {
+    "LeaderWorkerSet": ("apiVersion", "kind", "metadata", "spec"),
+    "LeaderWorkerSetSpec": ("leaderWorkerTemplate",),
+    "LeaderWorkerTemplate": ("workerTemplate",),
+}
 _RAY = {
     "ray/llm/_internal/serve/core/configs/llm_config.py": ("LLMConfig", "ModelLoadingConfig"),
     "ray/llm/_internal/common/placement.py": ("BundleConfig", "PlacementGroupConfig"),
@@ -182,6 +211,8 @@ def _kubernetes(wheel: zipfile.ZipFile) -> dict[str, Any]:
         file = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
         text = wheel.read(f"kubernetes/client/models/{file}.py").decode("utf-8")
         made[name] = kubernetes_model(text, name, KUBERNETES)
+    for name, properties in LEADER_WORKER_SET.items():
+        made[name] = _object(properties, _NEEDED[name])
     return made
 
 

@@ -187,6 +187,7 @@ def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]
     [
         "ascend_families",
         "atc",
+        "containers",
         "hf_names",
         "megatron",
         "modelslim",
