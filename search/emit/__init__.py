@@ -31,6 +31,7 @@ Emitter = Callable[..., Mapping[str, str | bytes]]
 GROUP = "shardplan.emitters"
 BUILT_IN: Mapping[str, str] = {
     "atc": "shardplan.search.emit.atc:files",
+    "docker-compose": "shardplan.search.emit.compose:files",
     "jax": "shardplan.search.emit.jax_specs:files",
     "k8s": "shardplan.search.emit.k8s:files",
     "megatron": "shardplan.search.emit.megatron:files",

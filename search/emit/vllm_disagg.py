@@ -36,7 +36,7 @@ from shardplan.search.emit.vllm_readme import url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan, Pool, StrategyInfo
 
-__all__ = ["Side", "disagg_files", "pool_script", "sides_of"]
+__all__ = ["Side", "disagg_files", "pool_script", "proxy_script", "sides_of"]
 
 _TARGET = "vllm-ascend"
 
@@ -62,7 +62,7 @@ def disagg_files(plan: Plan) -> dict[str, str]:
         for node in sorted({one.slot.node for one in side.launches}):
             here = [one for one in side.launches if one.slot.node == node]
             made[f"serve_{side.pool.role}_node{node}.sh"] = pool_script(plan, side, here)
-    made["proxy.sh"] = _proxy(plan, sides)
+    made["proxy.sh"] = proxy_script(plan, sides)
     made |= quantize_script(sides[1].plan)
     instances = sum(pool.instances for pool in plan.pools)
     made["bench.sh"] = bench(sides[1].plan, sides[1].checkpoint.shell, servers=instances)
@@ -161,7 +161,7 @@ def _config(plan: Plan, side: Side, one: Launch, first_port: int) -> dict[str, A
     }
 
 
-def _proxy(plan: Plan, sides: Sequence[Side]) -> str:
+def proxy_script(plan: Plan, sides: Sequence[Side]) -> str:
     """The proxy over the heads of all instances."""
     facts, ports = table("vllm_ascend")["kv_transfer"], table("vllm_ascend")["ports"]
     lines = [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shardplan.models.errors import InputError
 from shardplan.search.emit.schemas import check, schema
 
-NAMES = ("kubernetes", "mindie", "ray")
+NAMES = ("compose", "kubernetes", "mindie", "ray")
 WORDS: dict[str, Any] = {
     "modelInstanceNumber": 1,
     "npuDeviceIds": [[0, 1]],
