@@ -117,8 +117,8 @@ def emit(
         str,
         typer.Option(
             "--target",
-            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, sglang, torch, "
-            "vllm-ascend, or a plug-in's.",
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, ray, sglang, "
+            "torch, vllm-ascend, or a plug-in's.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],

@@ -37,6 +37,7 @@ BUILT_IN: Mapping[str, str] = {
     "megatron": "shardplan.search.emit.megatron:files",
     "mindie": "shardplan.search.emit.mindie:files",
     "mindspore": "shardplan.search.emit.mindspore_strategy:files",
+    "ray": "shardplan.search.emit.ray_serve:files",
     "sglang": "shardplan.search.emit.sglang:files",
     "torch": "shardplan.search.emit.torch_plan:files",
     "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",

@@ -15,7 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from shardplan.search.emit.common import Slot, model_name, printable, refuse, table
+from shardplan.search.emit.common import (
+    Slot,
+    model_name,
+    printable,
+    refuse,
+    table,
+    weights_folder,
+)
 from shardplan.search.emit.mindie_config import (
     TARGET,
     checked,
@@ -23,7 +30,6 @@ from shardplan.search.emit.mindie_config import (
     environment,
     model_config,
     schedule_config,
-    weights_folder,
     world_of,
 )
 from shardplan.search.emit.modelslim import quantize_script, quantize_steps

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from shardplan.costmodel.kernels.algorithms import AUTO
-from shardplan.models.errors import InputError
 from shardplan.models.modules import module_ranks
 from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
@@ -30,7 +28,7 @@ from shardplan.search.emit.common import (
     refuse,
     table,
 )
-from shardplan.search.emit.vllm_ascend import longest_request
+from shardplan.search.emit.vllm_flags import longest_request
 from shardplan.search.emit.vllm_layout import has_experts
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
@@ -45,12 +43,10 @@ __all__ = [
     "is_latent",
     "model_config",
     "schedule_config",
-    "weights_folder",
     "world_of",
 ]
 
 TARGET = "mindie"
-_FOLDER = re.compile(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
 
 
 def groups_of(plan: Plan) -> int:
@@ -67,19 +63,6 @@ def world_of(plan: Plan) -> int:
 def is_latent(plan: Plan) -> bool:
     """Whether the model is of the DeepSeek kind, which has a section of its own."""
     return plan.model.architecture in table("vllm_ascend")["mla"]["architectures"]
-
-
-def weights_folder(plan: Plan, weights: str) -> str:
-    """The checkpoint's folder on every node; `InputError` for one that is no plain path."""
-    if not weights:
-        return f"/data/{model_name(plan)}"
-    if not _FOLDER.fullmatch(weights) or ".." in weights.split("/"):
-        raise InputError(
-            "`weights` is a folder from the root, of letters, digits and ._-",
-            got=repr(weights[:100]),
-            hint="for example weights=/data/llama",
-        )
-    return weights
 
 
 def checked(plan: Plan, role: Role = "mixed") -> tuple[str, Checkpoint]:

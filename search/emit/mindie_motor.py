@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shardplan.search.emit.common import model_name, printable, refuse, table
+from shardplan.search.emit.common import model_name, printable, refuse, table, weights_folder
 from shardplan.search.emit.mindie_config import (
     TARGET,
     checked,
@@ -25,7 +25,6 @@ from shardplan.search.emit.mindie_config import (
     groups_of,
     model_config,
     schedule_config,
-    weights_folder,
     world_of,
 )
 from shardplan.search.emit.modelslim import quantize_script, quantize_steps

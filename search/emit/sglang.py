@@ -38,7 +38,7 @@ from shardplan.search.emit.common import (
 )
 from shardplan.search.emit.modelslim import quantize_script
 from shardplan.search.emit.serving_page import Page, ahead_words, bench, page
-from shardplan.search.emit.vllm_ascend import Flag, capture_sizes, longest_request
+from shardplan.search.emit.vllm_flags import Flag, capture_sizes, longest_request
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
 from shardplan.search.emit.vllm_readme import about, balancer, server_steps, shape_of, url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of

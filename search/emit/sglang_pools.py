@@ -27,7 +27,7 @@ from shardplan.search.emit.pools import (
 )
 from shardplan.search.emit.serving_page import Page, bench, page
 from shardplan.search.emit.sglang import assumed, checked, script
-from shardplan.search.emit.vllm_ascend import Flag
+from shardplan.search.emit.vllm_flags import Flag
 from shardplan.search.emit.vllm_layout import Launch, Split
 from shardplan.search.emit.vllm_readme import url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint

@@ -30,13 +30,14 @@ from shardplan.search.emit.pools import (
     shares_cards,
 )
 from shardplan.search.emit.serving_page import Page, ahead_words, bench, page
-from shardplan.search.emit.vllm_ascend import Flag, checked_family, script
+from shardplan.search.emit.vllm_ascend import checked_family, script
+from shardplan.search.emit.vllm_flags import Flag
 from shardplan.search.emit.vllm_layout import Launch, Split
 from shardplan.search.emit.vllm_readme import url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan, Pool, StrategyInfo
 
-__all__ = ["Side", "disagg_files", "pool_script", "proxy_script", "sides_of"]
+__all__ = ["Side", "disagg_files", "pool_script", "pool_transfer", "proxy_script", "sides_of"]
 
 _TARGET = "vllm-ascend"
 
@@ -52,6 +53,11 @@ class Side:
     checkpoint: Checkpoint
     split: Split
     launches: tuple[Launch, ...]
+
+    @property
+    def first_port(self) -> int:
+        """kv_port of the first device of a node."""
+        return _ports()[self.pool.cluster.ranks_per_node]
 
 
 def disagg_files(plan: Plan) -> dict[str, str]:
@@ -133,15 +139,14 @@ def _ports() -> dict[int, int]:
 
 def pool_script(plan: Plan, side: Side, here: Sequence[Launch]) -> str:
     """The script that starts some instances of a pool on one node."""
-    first = _ports()[side.pool.cluster.ranks_per_node]
 
     def connector(one: Launch) -> list[Flag]:
-        return [("--kv-transfer-config", json.dumps(_config(plan, side, one, first)))]
+        return [("--kv-transfer-config", json.dumps(pool_transfer(plan, side, one)))]
 
     return script(side.plan, side.family, side.checkpoint, side.split, here, connector)
 
 
-def _config(plan: Plan, side: Side, one: Launch, first_port: int) -> dict[str, Any]:
+def pool_transfer(plan: Plan, side: Side, one: Launch) -> dict[str, Any]:
     """The connector's settings of one server."""
     facts = table("vllm_ascend")["kv_transfer"]
     prefill, decode = (pool.strategy for pool in plan.pools)
@@ -155,7 +160,7 @@ def _config(plan: Plan, side: Side, one: Launch, first_port: int) -> dict[str, A
     return {
         "kv_connector": facts["connector"],
         "kv_role": facts["producer" if side.pool.role == "prefill" else "consumer"],
-        "kv_port": str(first_port + one.slot.first),
+        "kv_port": str(side.first_port + one.slot.first),
         "engine_id": f"{side.pool.role}-{one.server}",
         "kv_connector_extra_config": sizes,
     }

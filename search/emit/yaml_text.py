@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 __all__ = ["yaml_text"]
 
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
+_DECIMAL = re.compile(r"-?\d+\.\d+")
 _LINES = re.compile(r"(?:[ -~]*\n)+")
 _MEANINGS = {"false", "n", "no", "null", "off", "on", "true", "y", "yes"}
 _STEP = "  "
@@ -23,7 +24,8 @@ _STEP = "  "
 def yaml_text(comment: str, *documents: Mapping[str, object]) -> str:
     """The documents as one stream under a comment of one or more lines.
 
-    Values are texts, numbers, truth values, lists and mappings. TypeError for anything else.
+    Values are texts, whole numbers, floats that need no exponent, truth values, lists and mappings.
+    TypeError for anything else.
     """
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     bodies = ("".join(f"{line}\n" for line in _mapping(one, "")) for one in documents)
@@ -70,6 +72,8 @@ def _scalar(value: object) -> str:
         return _text(value)
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, float) and _DECIMAL.fullmatch(repr(value)):
+        return repr(value)
     if isinstance(value, Mapping):
         return "{}"
     if isinstance(value, Sequence):

@@ -84,7 +84,8 @@ _RAY = {
     "ray/llm/_internal/common/placement.py": ("BundleConfig", "PlacementGroupConfig"),
     "ray/llm/_internal/serve/core/ingress/builder.py": ("LLMServingArgs",),
     "ray/llm/_internal/serve/serving_patterns/data_parallel/builder.py": ("DPOpenAiServingArgs",),
-    "ray/serve/schema.py": ("ServeApplicationSchema",),
+    "ray/llm/_internal/serve/serving_patterns/prefill_decode/builder.py": ("PDServingArgs",),
+    "ray/serve/schema.py": ("HTTPOptionsSchema", "ServeApplicationSchema", "ServeDeploySchema"),
 }
 _OPEN = ("BundleConfig",)
 """Models that take any further property: names of resources."""
@@ -98,6 +99,7 @@ _PLAIN = {
     "StrictInt": "integer",
     "float": "number",
     "dict": "object",
+    "Dict": "object",
 }
 _ANY = ("Any", "object")
 

@@ -191,6 +191,7 @@ def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]
         "hf_names",
         "megatron",
         "modelslim",
+        "ray",
         "sglang",
         "sglang_flags",
         "vllm_ascend",
