@@ -86,9 +86,12 @@ def _graph_options(exchange: str, stage_layers: str | None) -> dict[str, Any]:
 
 def _prove_plan(path: Path, model: str | None, level: int) -> tuple[ProofInfo, str]:
     from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
     from shardplan.search.proof import verify_plan
 
-    plan = Plan.load(path)
+    plan = load_plan(path)
+    if not isinstance(plan, Plan):
+        return plan.verify(level=level, model=model), f"{plan.graph}, {plan.describe()}"
     what = f"{plan.model.name}, {plan.strategy.parallelism().describe()}"
     return verify_plan(plan, level=level, model=model), what
 
@@ -117,7 +120,7 @@ def emit(
         str,
         typer.Option(
             "--target",
-            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, ray, sglang, "
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, onnx, ray, sglang, "
             "torch, vllm-ascend, or a plug-in's.",
         ),
     ],
@@ -131,9 +134,9 @@ def emit(
 ) -> None:
     """Write a plan's files for a compiler or a serving engine."""
     from shardplan.search.emit import emit as write
-    from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
 
-    paths = write(Plan.load(plan), target, out, force=force, **_options(option or []))
+    paths = write(load_plan(plan), target, out, force=force, **_options(option or []))
     if json:
         print_json({"target": target, "files": [str(path) for path in paths]})
         return
