@@ -86,9 +86,12 @@ def _graph_options(exchange: str, stage_layers: str | None) -> dict[str, Any]:
 
 def _prove_plan(path: Path, model: str | None, level: int) -> tuple[ProofInfo, str]:
     from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
     from shardplan.search.proof import verify_plan
 
-    plan = Plan.load(path)
+    plan = load_plan(path)
+    if not isinstance(plan, Plan):
+        return plan.verify(level=level, model=model), f"{plan.graph}, {plan.describe()}"
     what = f"{plan.model.name}, {plan.strategy.parallelism().describe()}"
     return verify_plan(plan, level=level, model=model), what
 
@@ -116,7 +119,9 @@ def emit(
     target: Annotated[
         str,
         typer.Option(
-            "--target", help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's."
+            "--target",
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, onnx, ray, sglang, "
+            "torch, vllm-ascend, or a plug-in's.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
@@ -129,9 +134,9 @@ def emit(
 ) -> None:
     """Write a plan's files for a compiler or a serving engine."""
     from shardplan.search.emit import emit as write
-    from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
 
-    paths = write(Plan.load(plan), target, out, force=force, **_options(option or []))
+    paths = write(load_plan(plan), target, out, force=force, **_options(option or []))
     if json:
         print_json({"target": target, "files": [str(path) for path in paths]})
         return

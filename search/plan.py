@@ -53,6 +53,8 @@ __all__ = [
     "write_atomically",
 ]
 
+OPERATORS = "operators"
+"""`kind` of a plan of operators (`search.oplevel.plan`)."""
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 16 * 2**20
 
@@ -314,6 +316,12 @@ class Plan(Part):
             raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number too long
             raise InputError("a plan.json is JSON in UTF-8", got=f"{file}: {error}") from None
+        if isinstance(data, dict) and data.get("kind") == OPERATORS:
+            raise InputError(
+                "the plan of a deployment is wanted here",
+                got=f"{file}: a plan of the operators of {str(data.get('graph'))[:80]!r}",
+                hint="such a plan goes to `shardplan verify`, `explain` and `emit --target onnx`",
+            )
         if not isinstance(data, dict) or data.get("schema_version") != PLAN_VERSION:
             version = data.get("schema_version") if isinstance(data, dict) else None
             raise InputError(
