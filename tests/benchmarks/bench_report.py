@@ -4,8 +4,9 @@
         [--trials 100000] [--rows 1000000]
 
 Reports are written in this process, from trials in memory to the file: of the committed plans, with
-a table of the tests' toy space. `shardplan analyze` and `trace` run as cold processes. One thread: CPU
-seconds are what a core takes that nothing else wants, so the targets are held against them.
+a table of the tests' toy space. `shardplan analyze` and `trace` run as cold processes. All of it is
+one thread: CPU seconds are what a core takes that nothing else wants, so the targets are held
+against them.
 """
 
 from __future__ import annotations
@@ -127,13 +128,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines += [f"`report.html` of a plan and {asked.trials:,} trials, written from memory:", ""]
-        head = ("plan", "wall s", "CPU s", "target", "kB", "target")
+        head = ["plan", "wall s", "CPU s", "target", "kB", "target"]
         lines += table(head, reports(folder, asked.trials, asked.runs))
         lines += ["", f"`shardplan analyze`, cold, on a CSV of {asked.rows:,} rows:", ""]
-        head = ("what", "wall s", "CPU s", "peak MiB", "target")
+        head = ["what", "wall s", "CPU s", "peak MiB", "target"]
         lines += table(head, tables(folder, asked.rows, asked.runs))
         lines += ["", "`shardplan trace`, cold:", ""]
-        head = ("plan", "wall s", "CPU s", "events", "MB")
+        head = ["plan", "wall s", "CPU s", "events", "MB"]
         lines += table(head, traces(folder, asked.runs))
     lines += ["", "Regenerate: `python tests/benchmarks/bench_report.py`", ""]
     write_atomically(asked.out, "\n".join(lines))
