@@ -159,6 +159,13 @@ def _profiled_cluster(table: Mapping[str, object], path: Path) -> tuple[Cluster,
 
 @functools.cache
 def _shipped_cluster(name: str) -> tuple[Cluster, int]:
+    if name in device_names():
+        own = [one for one in cluster_names() if _shipped_cluster(one)[0].device.name == name]
+        raise InputError(
+            "a cluster is asked for, and this is a device",
+            got=f"cluster={name!r}",
+            hint=f"try {' or '.join(own)}" if own else f"try a cluster, with --device {name}",
+        )
     table = read_shipped("clusters", "cluster", name)
     return cluster_from_table(table, f"clusters/{name}.toml")
 

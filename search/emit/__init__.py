@@ -17,33 +17,19 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
 from shardplan.search.emit.common import check_plan
 from shardplan.search.plan import Plan, write_atomically
+from shardplan.search.targets import BUILT_IN, GROUP, registered, target_names
 
 __all__ = ["BUILT_IN", "GROUP", "Emitter", "emit", "target_names"]
 
 Emitter = Callable[..., Mapping[str, str | bytes]]
 
-GROUP = "shardplan.emitters"
-BUILT_IN: Mapping[str, str] = {
-    "atc": "shardplan.search.emit.atc:files",
-    "jax": "shardplan.search.emit.jax_specs:files",
-    "megatron": "shardplan.search.emit.megatron:files",
-    "mindspore": "shardplan.search.emit.mindspore_strategy:files",
-    "torch": "shardplan.search.emit.torch_plan:files",
-    "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
-}
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}")
-
-
-def target_names() -> tuple[str, ...]:
-    """Names of all targets, sorted: ours and those of installed packages."""
-    return tuple(sorted({*BUILT_IN, *_registered()}))
 
 
 def emit(
@@ -62,18 +48,12 @@ def emit(
     return _write(texts, Path(out), force=force)
 
 
-def _registered() -> dict[str, EntryPoint]:
-    """Targets of other packages by name."""
-    found = entry_points(group=GROUP)
-    return {point.name: point for point in found if point.name not in BUILT_IN}
-
-
 def _load(target: str) -> Emitter:
     if target in BUILT_IN:
         module, _, attribute = BUILT_IN[target].partition(":")
         emitter: Emitter = getattr(importlib.import_module(module), attribute)
         return emitter
-    others = _registered()
+    others = registered()
     if target not in others:
         raise UnknownNameError("target", target[:100], target_names())
     try:

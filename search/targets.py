@@ -1,0 +1,33 @@
+"""Names of the targets of `shardplan emit`, and where each one's function is: ours and plug-ins'.
+
+Apart from `shardplan.search.emit`, which loads plans and tables, so that a shell completes the
+names at once. pyproject.toml lists ours in the same group for others to see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+
+__all__ = ["BUILT_IN", "GROUP", "registered", "target_names"]
+
+GROUP = "shardplan.emitters"
+BUILT_IN: Mapping[str, str] = {
+    "atc": "shardplan.search.emit.atc:files",
+    "jax": "shardplan.search.emit.jax_specs:files",
+    "megatron": "shardplan.search.emit.megatron:files",
+    "mindspore": "shardplan.search.emit.mindspore_strategy:files",
+    "torch": "shardplan.search.emit.torch_plan:files",
+    "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
+}
+
+
+def registered() -> dict[str, EntryPoint]:
+    """Targets of other packages by name."""
+    found = entry_points(group=GROUP)
+    return {point.name: point for point in found if point.name not in BUILT_IN}
+
+
+def target_names() -> tuple[str, ...]:
+    """Names of all targets, sorted: ours and those of installed packages."""
+    return tuple(sorted({*BUILT_IN, *registered()}))
