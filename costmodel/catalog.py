@@ -209,7 +209,7 @@ def cluster_from_table(
 
 def _own_device(entry: object, where: str, folder: Path | None) -> Device:
     if isinstance(entry, Mapping):
-        return device_from_table(entry, f"{where}: [device]")
+        return device_from_table(entry, f"{where}: [device]", folder=folder)
     name = label({"device": entry}, "device", where)
     if is_file_name(name):
         return load_device((folder or Path()) / name)
