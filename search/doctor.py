@@ -271,28 +271,26 @@ def _extras(own: metadata.Distribution) -> Iterator[Check]:
 
 
 def _extra(name: str, needed: list[Requirement], told: Mapping[str, Any]) -> Check:
-    """Absent where a package of it is not installed, a warning where one is not well."""
-    faults = {one.name: _fault(one) for one in needed}
-    for module in told["imports"]:
-        faults[module] = faults.get(module) or _import_fault(module)
-    missing = [one for one, fault in faults.items() if fault == "not installed"]
-    unwell = [f"{one}: {fault}" for one, fault in faults.items() if fault and one not in missing]
-    add = f"pip install 'shardplan[{name}]'"
-    says = told["gives"]
-    if unwell:
-        says = f"{'; '.join(unwell)}; {add}"
-    elif missing:
-        says = f"{says}; {add}"
-    here = [f"{one.name} {_version(one.name)}" for one in needed if one.name not in missing]
-    lack = [f"without {', '.join(missing)}"] if here and missing else []
-    few = here if len(here) <= _MOST_NAMED else [f"{len(here)} packages"]
+    """Absent where a package of it does not fit, a warning where one does not load."""
+    lacking = [one.name for one in needed if _fault(one)]
+    here = [f"{one.name} {_version(one.name)}" for one in needed if one.name not in lacking]
+    loads = [one for one in told["imports"] if _version(one)]
+    unwell = [f"{one}: {fault}" for one in loads if (fault := _import_fault(one))]
+    found = _named(here)
+    if here and lacking:
+        found += f", without {_named(lacking)}"
+    hint = f"; pip install 'shardplan[{name}]'" if lacking or unwell else ""
     return Check(
         part="extra",
         name=name,
-        state="warning" if unwell else "absent" if missing else "ok",
-        found=", ".join(few + lack),
-        says=says,
+        state="warning" if unwell else "absent" if lacking else "ok",
+        found=found,
+        says=("; ".join(unwell) or told["gives"]) + hint,
     )
+
+
+def _named(words: list[str]) -> str:
+    return ", ".join(words) if len(words) <= _MOST_NAMED else f"{len(words)} packages"
 
 
 def _places() -> Iterator[Check]:

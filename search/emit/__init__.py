@@ -127,5 +127,5 @@ def _check_folder(out: Path, *, force: bool) -> None:
         raise InputError(
             "the output folder must be empty",
             got=str(out),
-            hint="name another one, or force writing over its files",
+            hint="name another one, or add --force (force=True) to write over its files",
         )

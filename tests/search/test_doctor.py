@@ -164,15 +164,26 @@ def test_code_beside_what_is_installed_is_pointed_out(monkeypatch: pytest.Monkey
 def test_extras_that_are_absent_or_unwell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said with what they give and how to get them; neither breaks the installation."""
     plots = found("plots").says
-    lines = ["no-such-plots>=1; extra == 'plots'", "numpy>=99; extra == 'onnx'"]
+    lines = [
+        "no-such-plots>=1; extra == 'plots'",
+        "numpy>=99; extra == 'onnx'",
+        "pytest>=1; extra == 'dev'",
+        *(f"no-such-{number}; extra == 'dev'" for number in range(4)),
+    ]
     _install(monkeypatch, [*PROJECT["dependencies"], *lines])
-    checks = examine()
-    rows = {one.name: one for one in checks if one.part == "extra"}
-    assert is_whole(checks)
+    error = OSError("libonnx.so: undefined symbol")
+    monkeypatch.setattr(importlib, "import_module", _refuse("numpy", error))
+    told = doctor._told("extras")
+    told["onnx"]["imports"] = ["numpy"]
+    monkeypatch.setattr(doctor, "_told", lambda kind: told if kind == "extras" else {})
+    rows = {one.name: one for one in examine() if one.part == "extra"}
     assert rows["plots"].state == "absent"
     assert rows["plots"].says == f"{plots}; pip install 'shardplan[plots]'"
     assert rows["onnx"].state == "warning"
-    assert "numpy: another version is needed" in rows["onnx"].says
+    assert "numpy: OSError: libonnx.so" in rows["onnx"].says
+    assert rows["dev"].state == "absent"
+    assert rows["dev"].found == f"pytest {metadata.version('pytest')}, without 4 packages"
+    assert {one.state for one in rows.values()} <= {"ok", "absent", "warning"}
 
 
 def test_without_packaging_the_rest_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
