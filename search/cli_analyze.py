@@ -17,7 +17,7 @@ def analyze(
     plots: Annotated[Path | None, typer.Option("--plots", help="Folder for PNG plots.")] = None,
     json: Json = False,
 ) -> None:
-    """Best, Pareto front, and what each dimension is worth, from trial tables."""
+    """Say what each dimension of a search is worth, from its tables."""
     from shardplan.search.analyze import summarise, to_json
     from shardplan.search.trials import read_all_trials
 

@@ -16,6 +16,7 @@ from shardplan.search.cli_common import (
     EngineProfile,
     Force,
     Json,
+    Model,
     Nodes,
     note,
     number,
@@ -24,6 +25,7 @@ from shardplan.search.cli_common import (
     stdout_console,
     whole,
 )
+from shardplan.search.completion import cluster_names_like, device_names_like
 
 __all__ = ["search"]
 
@@ -32,7 +34,7 @@ _MOST_ALTERNATIVES = 1000
 
 
 def search(
-    model: Annotated[str, typer.Option("--model", help="Preset, config.json, ONNX or .pt2 file.")],
+    model: Model,
     cluster: Cluster,
     nodes: Nodes = None,
     cards: Annotated[int | None, whole("--cards", "Cards to use.")] = None,
@@ -102,12 +104,20 @@ def search(
         ),
     ] = "agg",
     prefill_cluster: Annotated[
-        str | None, typer.Option("--prefill-cluster", help="Prefill instances run there.")
+        str | None,
+        typer.Option(
+            "--prefill-cluster",
+            help="Prefill instances run there.",
+            autocompletion=cluster_names_like,
+        ),
     ] = None,
     prefill_nodes: Annotated[int | None, whole("--prefill-nodes", "Nodes of it.")] = None,
     prefill_cards: Annotated[int | None, whole("--prefill-cards", "Cards of it.")] = None,
     prefill_device: Annotated[
-        str | None, typer.Option("--prefill-device", help="Replaces its device.")
+        str | None,
+        typer.Option(
+            "--prefill-device", help="Replaces its device.", autocompletion=device_names_like
+        ),
     ] = None,
     cp: Annotated[
         str,
