@@ -213,7 +213,9 @@ def search(
 
     with progress("searching") as show:
         result = run(**asked, **_split(split), progress=show)
-    _write(result, folder, overwrite, named=out is not None)
+    names = () if prefill_cluster or prefill_device else ("model", "cluster", "device")
+    files = {name: asked[name] for name in names}
+    _write(result, folder, overwrite, named=out is not None, files=files)
     if json:
         print_json(loads(result.plan.dumps()))
     elif isinstance(result, SearchResult):
@@ -286,7 +288,9 @@ def _folder(asked: dict[str, Any], out: Path | None, force: bool) -> tuple[Path,
     return _RUNS / "-".join(words), True
 
 
-def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
+def _write(
+    result: Any, folder: Path, overwrite: bool, *, named: bool, files: dict[str, str | None]
+) -> None:
     """Write the files; a default folder that cannot be written is said, not fatal."""
     from shardplan.search.api import SearchResult
 
@@ -294,7 +298,7 @@ def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
         if isinstance(result, SearchResult):
             from shardplan.search.output import write_result
 
-            write_result(result, folder, force=overwrite)
+            write_result(result, folder, force=overwrite, **files)
         else:
             from shardplan.search.oplevel.ask import write_operators
 
