@@ -17,10 +17,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.modules import module_ranks
-from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
+    algorithm_variable,
     check_algorithm,
     family_of,
     model_name,
@@ -283,6 +282,4 @@ def environment(plan: Plan) -> dict[str, str]:
     if plan.memory:
         share = min(row.capacity_bytes for row in plan.memory) / plan.cluster.hbm_bytes
         wanted["NPU_MEMORY_FRACTION"] = f"{math.floor(share * 1e4 + 1e-6) / 1e4:g}"
-    if way.collectives != AUTO:
-        wanted["HCCL_ALGO"] = hccl_algo(way.collectives)
-    return wanted
+    return wanted | algorithm_variable(plan)
