@@ -9,6 +9,7 @@ smaller count is thereby proven infeasible.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.memo import Memo
+from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, ProofError
-from shardplan.search.apply_plan import is_module, spec_of_module
+from shardplan.models.spec import ModelSpec
 from shardplan.search.aside import aside
 from shardplan.search.beside import Beside, search_beside
 from shardplan.search.build_plan import build_plan, pareto_front, time_note
@@ -86,16 +88,16 @@ def search(
 ) -> SearchResult:
     """Find, price and prove the best plan.
 
-    `model`: a `ModelSpec`, the name of a preset, the path of a config.json, or a Hugging Face
-    module, whose configuration is taken.
+    `model`: a `ModelSpec`, or whatever `load_model` takes: the name of a preset, the path of a
+    config.json, an export, a Hugging Face module (its configuration is taken).
     `asked` are the fields of `shardplan.search.request.Asked` (cards, input_len, objective, ...).
     `storage`, `study` and `resume` say where a sampling engine keeps its trials
     (`shardplan.search.study.Place`).
     Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
     """
     whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
-    if is_module(model):
-        model = spec_of_module(model)
+    if not isinstance(model, (str, os.PathLike, ModelSpec)):
+        model = load_model(model)
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
     place = _place(resolved, storage, study, resume)

@@ -30,8 +30,6 @@ _MOST_TRIALS = 10**7
 _MOST_SEED_TRIALS = 1000
 _MOST_SEED = 2**32 - 1
 _MOST_SECONDS = 1e7
-_NOT_IN_POOLS = ("robust",)
-"""What a search of pools does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,15 +167,6 @@ def _check_prefill(asked: Asked) -> None:
             "sizes of a prefill pool are those of its own cluster",
             got=f"{', '.join(given)} without prefill_cluster",
             hint="name it with --prefill-cluster",
-        )
-    plain = Asked(model=asked.model, cluster=asked.cluster)
-    apart = [name for name in _NOT_IN_POOLS if getattr(asked, name) != getattr(plain, name)]
-    if asked.serving != "agg" and apart:
-        raise InputError(
-            f"{', '.join(_NOT_IN_POOLS)} is of aggregated serving alone",
-            got=f"{', '.join(f'{name}={getattr(asked, name)}' for name in apart)} with "
-            f"serving={asked.serving}",
-            hint="leave it out, or use --serving agg",
         )
     if asked.serving != "agg" and asked.engine not in ("auto", "exact"):
         raise InputError(

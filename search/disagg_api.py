@@ -14,10 +14,12 @@ from shardplan.search.disagg_beside import quantized_outcomes, time_left
 from shardplan.search.disagg_failure import nothing_disaggregated
 from shardplan.search.disagg_plan import build_disagg_plan, disagg_front, disagg_table
 from shardplan.search.disagg_request import disagg_question, resolve_sides
+from shardplan.search.disagg_robust import study_pools
 from shardplan.search.evaluate import context_tokens
 from shardplan.search.failure import context_message
 from shardplan.search.plan import Plan, ServingRow
 from shardplan.search.request import Asked, Resolved, without_limits
+from shardplan.search.robust_plan import with_study
 
 if TYPE_CHECKING:
     from shardplan.search.api import SearchResult
@@ -49,9 +51,12 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
         raise nothing_disaggregated(outcome, resolved.time_limit_s)
     quantized = quantized_outcomes(sides, outcome, time_left(limit_s, [outcome]))
     beside = time.perf_counter()
+    best, robustness = study_pools(outcome, robust=resolved.request.robust)
+    studied = time.perf_counter()
     plan = build_disagg_plan(
-        sides, outcome, outcome.best, quantized=quantized, top=top, version=__version__
+        sides, outcome, best, quantized=quantized, top=top, version=__version__
     )
+    plan = with_study(plan, robustness)
     proven = time.perf_counter()
     return SearchResult(
         plan=plan,
@@ -60,7 +65,8 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
         timing={
             "search_s": searched - start,
             "quantization_s": beside - searched,
-            "proof_s": proven - beside,
+            "robustness_s": studied - beside,
+            "proof_s": proven - studied,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": outcome.tally.evaluated / max(searched - start, 1e-9),
         },

@@ -25,7 +25,17 @@ from shardplan.search.disagg_space import Pool
 from shardplan.search.kept import pareto_mask
 from shardplan.search.plan import Limits
 
-__all__ = ["Combination", "DisaggQuestion", "DisaggTally", "combine", "deployments"]
+__all__ = [
+    "Combination",
+    "DisaggQuestion",
+    "DisaggTally",
+    "broken_limits",
+    "combine",
+    "deployments",
+    "described",
+    "most_beside",
+    "objective_of",
+]
 
 _LIMITS = ("", "ttft", "rate")
 _ROOM = 1.0 + 4e-9
@@ -138,8 +148,8 @@ def deployments(
     return serve_pools(given, question.demand), given
 
 
-def _most(question: DisaggQuestion, cards: Array, x: Counts, prefill: float) -> Counts:
-    """The most decode instances beside x prefill instances; `[x, decode]`."""
+def most_beside(question: DisaggQuestion, cards: Array, x: Counts, prefill: float) -> Counts:
+    """The most decode instances of `cards` each beside x prefill instances; they broadcast."""
     left = question.decode.cards - (x * prefill if question.shared else 0.0 * x)
     return np.asarray(np.floor(left / cards), dtype=np.int64)
 
@@ -161,7 +171,7 @@ def _needed(question: DisaggQuestion, decode: Mapping[str, Array]) -> Array:
     return np.asarray(np.maximum(need, demand.in_flight / longest))
 
 
-def _broken(question: DisaggQuestion, service: Service) -> Counts:
+def broken_limits(question: DisaggQuestion, service: Service) -> Counts:
     """Index into `_LIMITS` of the limit that a deployment breaks, 0 for none."""
     rate = question.decode.workload.request_rate or 0.0
     ttft = question.limits.ttft_s or np.inf
@@ -170,7 +180,7 @@ def _broken(question: DisaggQuestion, service: Service) -> Counts:
     return np.where(late, 1, np.where(few, 2, 0))
 
 
-def _objective(question: DisaggQuestion, service: Service) -> Array:
+def objective_of(question: DisaggQuestion, service: Service) -> Array:
     """What is to be large."""
     if question.objective == "latency":
         return np.asarray(1.0 / service.end_to_end_s)
@@ -185,16 +195,16 @@ def _counts_of(
     tally: DisaggTally,
 ) -> tuple[Array, Array, Counts, Mask]:
     """(objective, cards, y, feasible) of `x` prefill instances with each option; `[x, decode]`."""
-    most = _most(question, decode["cards"], x[:, None], prefill["cards"])
+    most = most_beside(question, decode["cards"], x[:, None], prefill["cards"])
     y = np.maximum(most, 1)
     if question.objective == "cards":
         y = np.broadcast_to(_enough(question, decode, _needed(question, decode)), most.shape)
     fits = y <= most
     columns = {name: np.asarray(value) for name, value in prefill.items()}
     service, _ = deployments(question, (columns, decode), x[:, None], y)
-    broken = _broken(question, service)
+    broken = broken_limits(question, service)
     tally.evaluated += int(fits.sum())
-    objective, late = _objective(question, service), fits & (broken == 1)
+    objective, late = objective_of(question, service), fits & (broken == 1)
     tally.late = max(tally.late, float(objective[late].max(initial=-np.inf)))
     for index, name in enumerate(_LIMITS[1:], start=1):
         tally.infeasible[name] += int((fits & (broken == index)).sum())
@@ -309,7 +319,7 @@ def _described(
     """Every column of the chosen deployments."""
     pools = (prefill.at(best.prefill).columns, decode.at(best.decode).columns)
     service, given = deployments(question, pools, best.x, best.y)
-    broken = _broken(question, service)
+    broken = broken_limits(question, service)
     columns = _columns(question, pools, service, given, best)
     names = tuple(columns)
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
@@ -327,6 +337,19 @@ def _described(
     ]
 
 
+def described(
+    question: DisaggQuestion,
+    options: tuple[Options, Options],
+    places: tuple[int, int],
+    counts: tuple[int, int],
+) -> Combination:
+    """One deployment: an option of either pool, by their places, and the counts of instances."""
+    one, two, x, y = (np.array([pick], dtype=np.int64) for pick in (*places, *counts))
+    nothing = np.zeros(1)
+    best = _Best(one, two, x, y, nothing, x, nothing > 0.0, nothing)
+    return _described(question, *options, best)[0]
+
+
 def _columns(
     question: DisaggQuestion,
     pools: tuple[Mapping[str, Array], Mapping[str, Array]],
@@ -340,7 +363,7 @@ def _columns(
     used = best.x * prefill["cards"] + best.y * decode["cards"]
     parts = {name: decode[name] for name in ("compute_s", "memory_s", "collective_s")}
     return {
-        "objective": _objective(question, service),
+        "objective": objective_of(question, service),
         "ttft_s": service.ttft_s,
         "tpot_s": decode["tpot_s"] if question.decode.workload.output_len > 1 else 0.0 * rate,
         "end_to_end_s": service.end_to_end_s,

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from tests.search.disagg_cases import disagg_cases
+from tests.search.disagg_cases import disagg_cases, order_case
 from tests.search.disagg_oracle import best_deployment, space_size
 from tests.search.oracle import sparse
 
@@ -140,3 +140,16 @@ def test_step_sizes_hold_whole_prompts_or_equal_pieces(prompt: int) -> None:
     assert len(sizes) < 200
     for size in sizes:
         assert size % prompt == 0 or size == -(-prompt // -(-prompt // size)) or size == 2048
+
+
+@pytest.mark.parametrize("engine", ["torch-graph", "vllm-ascend"])
+def test_orders_of_the_ranks_are_searched_where_the_engine_has_them(engine: str) -> None:
+    """Contexts on the fast link win where ranks may be ordered so."""
+    question = order_case(engine)
+    _agrees(question)
+    outcome = search_disagg(question)
+    assert outcome.best is not None
+    order = outcome.prefill.options.layout(outcome.best.prefill).order
+    free = engine != "vllm-ascend"
+    assert (order.index("tp") < order.index("cp")) == free
+    assert ("rule order-engine" in outcome.tally.pruned_by) != free
