@@ -22,6 +22,7 @@ from pathlib import Path
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
 from shardplan.search.emit.common import check_plan
+from shardplan.search.emit.nearest import with_nearest
 from shardplan.search.plan import Plan, write_atomically
 
 __all__ = ["BUILT_IN", "GROUP", "Emitter", "emit", "target_names"]
@@ -42,6 +43,8 @@ BUILT_IN: Mapping[str, str] = {
     "torch": "shardplan.search.emit.torch_plan:files",
     "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
 }
+_SERVING = frozenset(("docker-compose", "k8s", "mindie", "ray", "sglang", "vllm-ascend"))
+"""Targets that are quick to ask whether they take another strategy of the plan."""
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}")
 
@@ -63,7 +66,12 @@ def emit(
     emitter = _load(target)
     check_plan(plan)
     _check_options(emitter, target, options)
-    texts = _checked(emitter(plan, **options), target)
+    try:
+        texts = _checked(emitter(plan, **options), target)
+    except InputError as error:
+        if target in _SERVING:
+            raise with_nearest(error, plan, emitter, options) from None
+        raise
     return _write(texts, Path(out), force=force)
 
 

@@ -99,6 +99,7 @@ def _layout_rules(plan: Plan, family: str, role: Role) -> list[tuple[str, bool, 
         ("cp-mindie", way.cp not in value("cp-mindie", "sizes"), f"cp={way.cp}", "try cp=2"),
         ("cp-mindie-model", way.cp > 1 and not latent, f"cp={way.cp}", "try cp=1"),
         ("cp-mindie-device", way.cp > 1 and old, f"cp={way.cp}", "try cp=1"),
+        ("sp-mindie", way.sp, "sp=True", "search with --engine-profile mindie"),
         ("mtp-mindie-device", way.mtp > 0 and old, f"mtp={way.mtp}", "try mtp=0"),
         (
             "mtp-mindie-cp",
@@ -135,12 +136,6 @@ def _own_rules(plan: Plan, family: str, role: Role) -> list[tuple[str, bool, str
     name = printable(plan.model.architecture)
     most = facts["slots"].get(family, 0)
     return [
-        (
-            "its sequence parallelism splits the cache, not the tokens between products",
-            way.sp,
-            "sp=True",
-            "set sp to false in plan.json and prove it with `shardplan verify`",
-        ),
         (
             "its attention is always fused",
             way.attention == "naive",
