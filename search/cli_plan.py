@@ -118,7 +118,8 @@ def emit(
         str,
         typer.Option(
             "--target",
-            help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's.",
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, ray, sglang, "
+            "torch, vllm-ascend, or a plug-in's.",
             autocompletion=target_names_like,
         ),
     ],
