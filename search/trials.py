@@ -229,9 +229,9 @@ def read_trials(path: Path) -> DataFrame:
             encoding="utf-8",
             chunksize=_CHUNK_ROWS,
         )
-        with chunks:
+        with chunks, np.errstate(invalid="raise"):  # a whole number that is none
             frame = _join([_typed(chunk) for chunk in chunks])
-    except (ValueError, OverflowError):  # pandas' parser and decoding errors are ValueErrors
+    except (ValueError, ArithmeticError):  # pandas' parser and decoding errors are ValueErrors
         raise _first_fault(path) from None
     except OSError as error:
         raise _unreadable(path, error) from None
