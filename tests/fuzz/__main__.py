@@ -165,23 +165,19 @@ def main(words: Sequence[str]) -> int:
         return 2
     chosen = [TARGETS[name] for name in asked.target or TARGETS]
     targets = [one for one in chosen if not one.extra or _installed([one.extra])]
-    kept, begin, reports = asked.out / "findings", time.monotonic(), []
+    kept, begin = asked.out / "findings", time.monotonic()
+    command = f"python -m tests.fuzz {shlex.join(words)}".strip()
     shutil.rmtree(kept, ignore_errors=True)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    reports: list[Report] = []
     for name, count in shares(targets, asked.inputs // len(drivers)).items():
         for driver in drivers:
-            ran = [
-                run_batch(name, driver, number, start, kept)
-                for number, start in _batches(count, asked.seed)
-            ]
-            reports.append(_joined(ran))
+            batches = _batches(count, asked.seed)
+            reports.append(_joined([run_batch(name, driver, *one, kept) for one in batches]))
             last = reports[-1]
-            print(
-                f"{name}, {driver}: {last.inputs} inputs, {len(last.findings)} findings", flush=True
-            )
-    command = "python -m tests.fuzz " + shlex.join(words)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    text = page(reports, command.strip(), time.monotonic() - begin)
-    (asked.out / "fuzz.md").write_text(text, encoding="utf-8")
+            print(f"{name}, {driver}: {last.inputs} inputs, {len(last.findings)} findings")
+            text = page(reports, command, time.monotonic() - begin)  # so far: a run can be ended
+            (asked.out / "fuzz.md").write_text(text, encoding="utf-8")
     return 1 if any(one.findings for one in reports) else 0
 
 
