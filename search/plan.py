@@ -13,9 +13,9 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
@@ -88,14 +88,20 @@ class ClusterInfo(Part):
     """Ranks that links other than RoCE join: a node, or a supernode; 0 where it is not known."""
 
 
+def _every_axis(order: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    if sorted(order) != sorted(AXES):
+        raise ValueError("order names every axis once")
+    return order
+
+
 class StrategyInfo(Part):
     """One point of the space."""
 
-    tp: int
-    pp: int
-    dp: int
-    ep: int
-    cp: int = 1
+    tp: int = Field(ge=1)
+    pp: int = Field(ge=1)
+    dp: int = Field(ge=1)
+    ep: int = Field(ge=1)
+    cp: int = Field(default=1, ge=1)
     sp: bool
     exchange: Literal["allgather", "alltoall"]
     stage_layers: tuple[int, ...]
@@ -112,15 +118,15 @@ class StrategyInfo(Part):
     shared_tp: int = Field(default=0, ge=0)
     head_tp: int = Field(default=0, ge=0)
     embed_tp: int = Field(default=0, ge=0)
-    order: tuple[Axis, ...] = AXES
+    order: Annotated[tuple[Axis, ...], AfterValidator(_every_axis)] = AXES
     """Axes of the rank numbers, the one with the farthest neighbours first."""
     mtp: int = Field(default=0, ge=0)
     """Tokens predicted ahead and verified in each decode step."""
     collectives: str = "auto"
     """Algorithm of the collectives between nodes."""
-    batch: int
+    batch: int = Field(ge=1)
     """Sequences that decode together in one dp group (the engine's max_num_seqs)."""
-    chunk: int
+    chunk: int = Field(ge=1)
     """Tokens of one step of one dp group (the engine's max_num_batched_tokens)."""
 
     @property
