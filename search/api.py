@@ -98,6 +98,24 @@ def search(
         model = spec_of_module(model)
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
+    found = _searched(question, resolved, top, storage, study, resume, progress)
+    if question.batched:
+        from shardplan.search.batching_api import with_batching
+
+        found = with_batching(found, question, resolved)
+    return found
+
+
+def _searched(
+    question: Asked,
+    resolved: Resolved,
+    top: int,
+    storage: str | None,
+    study: str | None,
+    resume: bool,
+    progress: Progress | None,
+) -> SearchResult:
+    """The best plan of the asked way of serving."""
     place = _place(resolved, storage, study, resume)
     aggregated = functools.partial(_search_aggregated, top=top, place=place, progress=progress)
     if question.serving == "agg":

@@ -134,6 +134,18 @@ def search(
         bool,
         typer.Option("--robust", help="Least worst-case regret under the calibration's bands."),
     ] = False,
+    auto_batching: Annotated[
+        bool,
+        typer.Option("--auto-batching", help="Graph sizes, and what the step sizes gain."),
+    ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Workload TOML or trace that they are made for."),
+    ] = None,
+    graph_mib: Annotated[
+        float | None, number("--graph-mib", "Memory of a graph; the engine's.")
+    ] = None,
+    max_graphs: Annotated[int | None, whole("--max-graphs", "Graphs of a phase at most.")] = None,
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")

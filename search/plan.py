@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.atomic import rounded, write_atomically
+from shardplan.search.plan_batching import Batching
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
@@ -55,6 +56,8 @@ __all__ = [
 
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 16 * 2**20
+_ASKED_FOR = ("batching",)
+"""Parts that only some questions ask for."""
 
 
 class ModelInfo(Part):
@@ -300,6 +303,8 @@ class Plan(Part):
     switches: tuple[SwitchRow, ...] = ()
     servings: tuple[ServingRow, ...] = ()
     """Aggregated and disaggregated serving side by side, where both were searched."""
+    batching: Batching | None = None
+    """Graph sizes and what the step sizes gain, where asked; left out of the file where not."""
     notes: tuple[str, ...]
 
     @classmethod
@@ -332,7 +337,9 @@ class Plan(Part):
 
     def dumps(self) -> str:
         """The bytes of plan.json; floats have ten digits, beyond which machines differ."""
-        return json.dumps(rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
+        unasked = {name for name in _ASKED_FOR if getattr(self, name) is None}
+        data = rounded(self.model_dump(mode="json", exclude=unasked))
+        return json.dumps(data, indent=2, sort_keys=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write plan.json, whole or not at all."""

@@ -33,6 +33,7 @@ __all__ = [
     "check_plan",
     "command_line",
     "family_of",
+    "graph_batches",
     "model_name",
     "place",
     "predicted",
@@ -168,6 +169,14 @@ def model_name(plan: Plan) -> str:
     """The model's name with nothing in it that a shell, a path or JSON would read."""
     word = re.sub(r"[^A-Za-z0-9._-]+", "-", plain(plan.model.name)).strip("-.")
     return word[:_MAX_NAME] or "model"
+
+
+def graph_batches(plan: Plan) -> list[int]:
+    """Batches of decode graphs, ascending: the plan's, else powers of two, and the largest."""
+    batch, sized = plan.strategy.batch, plan.batching
+    if sized is not None and sized.decode is not None:
+        return sorted({*(size for size in sized.decode.sizes if size < batch), batch})
+    return sorted({*(2**i for i in range(batch.bit_length()) if 2**i < batch), batch})
 
 
 def round_up(value: int, step: int) -> int:

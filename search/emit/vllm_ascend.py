@@ -26,6 +26,7 @@ from shardplan.search.emit.common import (
     check_algorithm,
     command_line,
     family_of,
+    graph_batches,
     model_name,
     printable,
     refuse,
@@ -374,7 +375,6 @@ def _graphs(plan: Plan, family: str) -> list[Flag]:
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
     step, each = way.tp if way.sp else 1, 1 + way.mtp
-    sizes = {2**i for i in range(way.batch.bit_length()) if 2**i < way.batch} | {way.batch}
-    rounded = sorted({-(-size * each // step) * step for size in sizes})
+    rounded = sorted({-(-size * each // step) * step for size in graph_batches(plan)})
     config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
     return [*flags, ("--compilation-config", json.dumps(config))]
