@@ -99,6 +99,15 @@ def search(
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
     found = _searched(question, resolved, top, storage, study, resume, progress)
+    if question.sized:
+        from shardplan.search.capacity import with_capacity
+
+        found = with_capacity(
+            found,
+            question,
+            resolved,
+            lambda one: _searched(one, resolve(one), 0, None, None, False, None),
+        )
     if question.batched:
         from shardplan.search.batching_api import with_batching
 
@@ -222,6 +231,7 @@ def _question(resolved: Resolved, cards: int) -> Question:
         limits=resolved.request.limits,
         objective=resolved.request.objective,
         cards=cards,
+        spare=resolved.spare,
     )
 
 

@@ -83,6 +83,12 @@ class Asked:
     collectives: str = "auto"
     """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
     robust: bool = False
+    spare: int | None = None
+    """Cards or nodes that may be lost while the rate is still served within the limits."""
+    spare_unit: str = "card"
+    """What `spare` counts: card or node."""
+    losses: bool = False
+    """What is left when a card or a node is lost (`search.capacity`)."""
     auto_batching: bool = False
     """Graph sizes and what the step sizes gain (`search.batching`)."""
     lengths: str | None = None
@@ -96,6 +102,11 @@ class Asked:
     def batched(self) -> bool:
         """Whether graph sizes are asked for."""
         return self.auto_batching or self.lengths is not None
+
+    @property
+    def sized(self) -> bool:
+        """Whether what is left after a loss is asked for."""
+        return self.losses or self.spare is not None
 
 
 def check_words(asked: Asked) -> None:

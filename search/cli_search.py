@@ -134,6 +134,15 @@ def search(
         bool,
         typer.Option("--robust", help="Least worst-case regret under the calibration's bands."),
     ] = False,
+    spare: Annotated[
+        int | None, whole("--spare", "Cards or nodes that may be lost with --rate still served.")
+    ] = None,
+    spare_unit: Annotated[
+        str, typer.Option("--spare-unit", help="What --spare counts: card or node.")
+    ] = "card",
+    losses: Annotated[
+        bool, typer.Option("--losses", help="What is left when a card or a node is lost.")
+    ] = False,
     auto_batching: Annotated[
         bool,
         typer.Option("--auto-batching", help="Graph sizes, and what the step sizes gain."),

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.disagg import Demand, Link, Pools, Service, serve_pools, transfer_s
-from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_space import Pool
 from shardplan.search.kept import pareto_mask
 from shardplan.search.plan import Limits
+from shardplan.search.spare import Spare, instances_lost
 
 __all__ = ["Combination", "DisaggQuestion", "DisaggTally", "combine", "deployments"]
 
@@ -48,6 +49,15 @@ class DisaggQuestion:
     link: Link
     limits: Limits
     objective: str
+    spare: Spare | None = None
+    """What may be lost while the instances left still serve the rate."""
+
+    def lost(self, pool: Pool, cards: ArrayLike) -> Array:
+        """Instances of a role that may be lost, of instances of so many cards."""
+        ranks = as_array(cards)
+        if self.spare is None:
+            return np.zeros_like(ranks)
+        return instances_lost(ranks, pool.cluster.ranks_per_node, self.spare)
 
     @property
     def cards(self) -> int:
@@ -187,11 +197,17 @@ def _counts_of(
     """(objective, cards, y, feasible) of `x` prefill instances with each option; `[x, decode]`."""
     most = _most(question, decode["cards"], x[:, None], prefill["cards"])
     y = np.maximum(most, 1)
+    gone = (
+        question.lost(question.prefill, prefill["cards"]),
+        question.lost(question.decode, decode["cards"]),
+    )
     if question.objective == "cards":
-        y = np.broadcast_to(_enough(question, decode, _needed(question, decode)), most.shape)
-    fits = y <= most
+        least = _enough(question, decode, _needed(question, decode)) + gone[1]
+        y = np.broadcast_to(least.astype(np.int64), most.shape)
+    fits = (y <= most) & (x[:, None] > gone[0]) & (y > gone[1])
     columns = {name: np.asarray(value) for name, value in prefill.items()}
-    service, _ = deployments(question, (columns, decode), x[:, None], y)
+    left = np.maximum(x[:, None] - gone[0], 1), np.maximum(y - gone[1], 1)
+    service, _ = deployments(question, (columns, decode), *left)
     broken = _broken(question, service)
     tally.evaluated += int(fits.sum())
     objective, late = _objective(question, service), fits & (broken == 1)

@@ -125,6 +125,7 @@ def disagg_question(sides: Sides) -> DisaggQuestion:
         link=link_between(*sides.fabrics, decode.cards, same=sides.shared),
         limits=limits,
         objective=sides.decode.request.objective,
+        spare=sides.decode.spare,
     )
 
 

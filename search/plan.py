@@ -21,6 +21,7 @@ from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.atomic import rounded, write_atomically
 from shardplan.search.plan_batching import Batching
+from shardplan.search.plan_capacity import Capacity
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
@@ -56,7 +57,7 @@ __all__ = [
 
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 16 * 2**20
-_ASKED_FOR = ("batching",)
+_ASKED_FOR = ("batching", "capacity")
 """Parts that only some questions ask for."""
 
 
@@ -305,6 +306,8 @@ class Plan(Part):
     """Aggregated and disaggregated serving side by side, where both were searched."""
     batching: Batching | None = None
     """Graph sizes and what the step sizes gain, where asked; left out of the file where not."""
+    capacity: Capacity | None = None
+    """What is left when a card or a node is lost; likewise."""
     notes: tuple[str, ...]
 
     @classmethod

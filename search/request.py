@@ -42,6 +42,7 @@ from shardplan.search.legality import rules, unsupported_format, unsupported_swi
 from shardplan.search.mtp import acceptance_note, mtp_depths
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
+from shardplan.search.spare import Spare, read_spare
 from shardplan.search.workload import (
     DEFAULT_TPOT_S,
     DEFAULT_TTFT_S,
@@ -73,6 +74,8 @@ class Resolved:
     """When the exact engine stops; None: when it is done."""
     reach: Reach
     """What is searched beyond the plain axes."""
+    spare: Spare | None = None
+    """What may be lost while the rate is still served."""
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
@@ -376,6 +379,13 @@ def resolve(asked: Asked) -> Resolved:
     )
     beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
     seeds = seed_trials_of(asked, notes)
+    spare = read_spare(asked.spare, asked.spare_unit, work.request_rate)
+    if spare is not None and asked.serving != "agg" and asked.objective != "cards":
+        raise InputError(
+            "headroom of pools is that of the fewest cards for a rate",
+            got=f"spare={spare.count}, serving={asked.serving}, objective={asked.objective}",
+            hint="add --objective cards, or use --serving agg",
+        )
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings, seeds),
         spec=spec,
@@ -387,5 +397,6 @@ def resolve(asked: Asked) -> Resolved:
         notes=(*notes, *spec.extra),
         time_limit_s=time_limit_of(asked),
         reach=reach_of(asked, depths),
+        spare=spare,
         soft_limits=soft,
     )

@@ -330,6 +330,21 @@ def _deployment(
     )
 
 
+def _survives(question: DisaggQuestion, one: _Prefill, other: _Decode, x: int, y: int) -> bool:
+    """Whether the limits hold with what may be lost lost of either role, one after the other."""
+    if question.spare is None:
+        return True
+    lost = []
+    for pool, par in ((question.prefill, one.parallel), (question.decode, other.parallel)):
+        node = pool.cluster.ranks_per_node // par.ranks
+        each = max(node, 1) if question.spare.unit == "node" else 1
+        lost.append(each * question.spare.count)
+    left = (x - lost[0], y), (x, y - lost[1])
+    return all(
+        min(pair) > 0 and _deployment(question, one, other, *pair) is not None for pair in left
+    )
+
+
 def _counts(question: DisaggQuestion, one: int, other: int) -> Iterator[tuple[int, int]]:
     prefill, decode = question.prefill.cards, question.decode.cards
     for x in range(1, prefill // one + 1):
@@ -347,7 +362,7 @@ def every_deployment(question: DisaggQuestion) -> Iterator[Deployment]:
                 continue
             for x, y in _counts(question, one.parallel.ranks, other.parallel.ranks):
                 found = _deployment(question, one, other, x, y)
-                if found is not None:
+                if found is not None and _survives(question, one, other, x, y):
                     yield found
 
 

@@ -21,6 +21,7 @@ from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_combine import DisaggQuestion
 from shardplan.search.disagg_space import prefill_grid
 from shardplan.search.legality import Subject, first_broken_pair_rule
+from shardplan.search.spare import Spare
 
 
 def _agrees(question: DisaggQuestion) -> None:
@@ -58,6 +59,39 @@ def test_the_best_is_brute_forces_best(question: DisaggQuestion) -> None:
 @given(disagg_cases())
 def test_the_best_is_brute_forces_best_on_many_questions(question: DisaggQuestion) -> None:
     _agrees(question)
+
+
+def _may_lose(question: DisaggQuestion, spare: Spare, rate: float) -> DisaggQuestion:
+    """The fewest cards for a rate with so much lost."""
+    pools = (
+        replace(
+            pool,
+            workload=pool.workload.model_copy(update={"request_rate": rate, "concurrency": None}),
+        )
+        for pool in (question.prefill, question.decode)
+    )
+    prefill, decode = pools
+    return replace(question, prefill=prefill, decode=decode, objective="cards", spare=spare)
+
+
+SPARES = st.builds(Spare, count=st.sampled_from([1, 1, 2]), unit=st.sampled_from(["card", "node"]))
+
+
+@settings(max_examples=6)
+@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]))
+def test_headroom_is_that_of_brute_force(
+    question: DisaggQuestion, spare: Spare, rate: float
+) -> None:
+    _agrees(_may_lose(question, spare, rate))
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]))
+def test_headroom_is_that_of_brute_force_on_many_questions(
+    question: DisaggQuestion, spare: Spare, rate: float
+) -> None:
+    _agrees(_may_lose(question, spare, rate))
 
 
 def _is_true_when_cut_short(question: DisaggQuestion, ticks: int) -> None:
