@@ -51,6 +51,7 @@ __all__ = [
     "Tally",
     "banded",
     "confidence",
+    "fact_band",
     "fact_cause",
     "fact_kind",
     "level",
@@ -200,6 +201,13 @@ class Confidence:
         total = sum(float(cause.variance[point]) for cause in timed)
         first = max(timed, key=lambda cause: float(cause.variance[point]))
         return first, float(first.variance[point]) / total if total else 0.0
+
+
+def fact_band(kind: str) -> tuple[float, float]:
+    """(low, high) factor on what rests on a fact of a kind alone."""
+    sigma = math.hypot(*_given("facts", kind))
+    sure = banded((), {}, np.full(1, sigma * sigma))
+    return float(sure.low[0]), float(sure.high[0])
 
 
 def fact_kind(fact: Fact) -> str:

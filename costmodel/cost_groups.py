@@ -36,10 +36,20 @@ from shardplan.costmodel.optable import Group, Row
 from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
 
-__all__ = ["BETWEEN_NODES", "COST_GROUPS", "HOST", "IN_NODE", "ScaledModel", "groups_of"]
+__all__ = [
+    "BETWEEN_NODES",
+    "COST_GROUPS",
+    "HOST",
+    "IN_NODE",
+    "TRANSFER",
+    "ScaledModel",
+    "groups_of",
+]
 
 IN_NODE, BETWEEN_NODES = "collectives in a node", "collectives between nodes"
 HOST = "host and launches"
+TRANSFER = "transfer between pools"
+"""Of caches, from prefill to decode instances: no part of a step (`costmodel.disagg`)."""
 COST_GROUPS = ("dense", "experts", "attention", IN_NODE, BETWEEN_NODES, "other kernels", HOST)
 _WIRES = (IN_NODE, BETWEEN_NODES)
 _DENSE = ("matmul", "matmul_all_reduce")

@@ -73,6 +73,7 @@ __all__ = [
     "Service",
     "decode_times",
     "link_between",
+    "link_kind",
     "prefill_times",
     "serve_pools",
     "step_prompts",
@@ -157,6 +158,11 @@ def decode_times(
         tpot_s=given.steps_per_token * step,
         requests_per_s=groups * slots / ((1.0 + steps) * step),
     )
+
+
+def link_kind() -> str:
+    """What the rate of a transfer rests on."""
+    return str(_data()["link_efficiency"]["kind"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ of the serving model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,10 +21,11 @@ from shardplan.costmodel.confidence import Cause, Tally, banded, fact_cause, sec
 from shardplan.costmodel.cost_groups import COST_GROUPS, HOST, groups_of
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.load import Parts
 from shardplan.costmodel.serving import Serving, ServingInput, replay
 from shardplan.models.graph import Phase
 
-__all__ = ["group_bands"]
+__all__ = ["group_bands", "step_bands"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,23 +56,42 @@ def group_bands(
         watch.weight = np.broadcast_to(often, (fleet.which.size,))
 
     replay(fleet.watched(watch), given, served, weigh)
+    decode_s = served.pure_share * fleet.host_s("decode")
+    prefill_s = served.mixed_share * fleet.host_s("prefill")
+    step_s = served.compute_s + served.memory_s + served.collective_s + served.overhead_s
+    return _found(watch, step_s, decode_s, prefill_s)
+
+
+def step_bands(
+    fleet: Fleet, cluster: Cluster, phase: Phase, price: Callable[[Fleet], list[Parts]]
+) -> dict[str, tuple[float, float]]:
+    """The same of one step of a phase; `price` asks a fleet for its parts, stage by stage."""
+    watch = _Watch(fleet=fleet, cluster=cluster)
+    stages = fleet.step_s(price(fleet.watched(watch)), phase)
+    host_s, none = np.full(1, fleet.host_s(phase)), np.zeros(1)
+    step_s = sum(stages, np.zeros(1)) + host_s
+    first = phase == "prefill"
+    return _found(watch, step_s, none if first else host_s, host_s if first else none)
+
+
+def _found(
+    watch: _Watch, step_s: Array, decode_host_s: Array, prefill_host_s: Array
+) -> dict[str, tuple[float, float]]:
+    """Bands of what was watched; of a step, what is neither kernels nor host time is launches."""
     causes = {
         group: [section_cause(sums, 1.0) for sums in tally.sums.values()]
         for group, tally in watch.tallies.items()
     }
     counted = sum(float(one.seconds[0]) for ones in causes.values() for one in ones)
-    causes[HOST] = _host_causes(fleet, served, counted)
+    left = np.maximum(step_s - decode_host_s - prefill_host_s - counted, 0.0)
+    causes[HOST] = _host_causes(watch.fleet, decode_host_s, prefill_host_s, left)
     found = {group: _band(causes[group]) for group in COST_GROUPS if group in causes}
     return {group: band for group, band in found.items() if band is not None}
 
 
-def _host_causes(fleet: Fleet, served: Serving, counted_s: float) -> list[Cause]:
-    """Host time of decode and mixed steps, and what is left: launches and gaps of kernels."""
+def _host_causes(fleet: Fleet, decode_s: Array, prefill_s: Array, left: Array) -> list[Cause]:
+    """Host time of steps, and what is left: launches and gaps of kernels."""
     engine, device = fleet.engine, fleet.models[0].machine.device
-    decode_s = served.pure_share * fleet.host_s("decode")
-    prefill_s = served.mixed_share * fleet.host_s("prefill")
-    step_s = served.compute_s + served.memory_s + served.collective_s + served.overhead_s
-    left = np.maximum(step_s - decode_s - prefill_s - counted_s, 0.0)
     graph = engine.decode_graph
     owner, key = (engine, "launch_gap_s") if graph else (device, "host_launch_s")
     return [

@@ -11,6 +11,8 @@ crosses. Every operator is a kernel of its own (no fusion), launched from a capt
     attention       `attention_decode` for up to a fractal of queries on a longer context, else
                     `attention_prefill`; loops b (sequences), h (kv heads), g (queries of one kv
                     head), t (queries), sizes from `attrs`: heads, kv_heads, head_dim, context
+    grouped_matmul  y[m, n] = x[m, k] w[e, k, n], rows of all experts; ranks that share e have an
+                    equal part of the rows and of the experts
     moe             x, gates and three weights [experts, ..]: `moe_block` with `attrs` topk
     reshape         no time where elements keep their order (a view), else a copy
     all others      a streaming kernel (`kernels.pointwise`) of the bytes read and written
@@ -121,6 +123,8 @@ class OperatorPrices:
             time = _product(local)
         elif op.kind == "attention":
             time = _attention(local)
+        elif op.kind == "grouped_matmul":
+            time = _routed(local)
         elif op.kind == "moe":
             time = _experts(local)
         elif op.kind == "reshape" and _is_view(op, self.tensors):
@@ -263,6 +267,22 @@ def _attention(local: _Local) -> KernelTime:
         local.prices.machine, batch, new, np.maximum(seen, 0.0), own, keys, dim,
         kernel="flash", kv_dtype="bf16",
     )  # fmt: skip
+
+
+def _routed(local: _Local) -> KernelTime:
+    op = local.op
+    rows, weights = op.reads[0], op.reads[1]
+    expert, k, n = weights.loops
+    spread = local.ways(expert)
+    return grouped_matmul(
+        local.prices.machine,
+        local.size(rows, rows.loops[0]) / local.ways(expert, rows.loops[0]),
+        local.size(weights, expert) / spread,
+        local.size(weights, n) / local.ways(n),
+        local.size(weights, k) / local.ways(k),
+        local.product_dtype(local.prices.tensors[weights.tensor]),
+        ep=spread,
+    )
 
 
 def _experts(local: _Local) -> KernelTime:

@@ -18,6 +18,7 @@ that no collective joins are left out.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from itertools import permutations
 
 from shardplan.costmodel.hardware import Cluster
@@ -63,17 +64,21 @@ def _nests(size: int, stride: int, ranks: int) -> bool:
 
 
 def distinct_orders(
-    spec: ModelSpec, cluster: Cluster, par: Parallelism
+    spec: ModelSpec,
+    cluster: Cluster,
+    par: Parallelism,
+    orders: Iterable[tuple[Axis, ...]] | None = None,
 ) -> tuple[tuple[Axis, ...], ...]:
     """The orders of a layout that can differ in price, the first of each class, default first.
 
+    `orders`: those to choose from, in their order; None for all.
     Raises `LayoutError` for sizes that do not fit the model.
     """
     mesh = make_mesh(spec, par)
     tiers = tuple(tier.ranks for tier in cluster.tiers)
     joined, live = _joined(mesh), tuple(one for one in AXES if getattr(par, one) > 1)
     found: dict[Signature, tuple[Axis, ...]] = {}
-    for order in _orders(live):
+    for order in _orders(live) if orders is None else orders:
         one = Parallelism(tp=par.tp, pp=par.pp, dp=par.dp, cp=par.cp, order=order)
         found.setdefault(_signature(tiers, mesh, one, joined), order)
     return tuple(found.values())

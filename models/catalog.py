@@ -1,6 +1,7 @@
 """Models by name or by file: `load_model("qwen3-32b")`, `load_model("path/to/config.json")`.
 
-An ONNX file (extra `onnx`) is read where the causal decoder in it is recognised.
+An ONNX file (extra `onnx`) and an export of PyTorch (extra `torch`) are read where the causal
+decoder in them is recognised; a model of transformers by its configuration.
 
 A preset is a Hugging Face `config.json` under `presets/`, cut down to the keys that matter;
 `presets/sources.toml` says where each comes from and what its publisher says of its size.
@@ -34,9 +35,12 @@ __all__ = [
     "read_config",
 ]
 
-_GRAPH_FILES = (".pt2", ".pt", ".om", ".air", ".mindir", ".safetensors", ".gguf")
+_GRAPH_FILES = (".pt", ".om", ".air", ".mindir", ".safetensors", ".gguf")
 MAX_CONFIG_BYTES = 16 * 2**20
 """Largest configuration file that is read, bytes (published ones stay below 100 KB)."""
+
+_PAIR = 2
+"""A class and its config."""
 
 _PRESETS = Path(__file__).parent / "presets"
 
@@ -73,13 +77,24 @@ def preset_sources() -> Mapping[str, Mapping[str, Any]]:
     return sources
 
 
-def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
-    """The model of a preset, of a `config.json`, of a folder that holds one, or of an ONNX file.
+def load_model(
+    model: Any, config: Any = None, *, inputs: tuple[Any, ...] | None = None
+) -> ModelSpec:
+    """The model of a preset, of a `config.json` or a folder that holds one, of an ONNX or `.pt2`
+    file, of a PyTorch module, export, or transformers class with its `config`.
 
     A string is first a preset name (or the Hugging Face repository of a preset), then a path;
-    a path object is always a path. Raises InputError for a file that cannot be read or breaks
-    a rule, UnknownNameError for a name that is neither.
+    a path object is always a path; a pair is a class and its config. A module without a Hugging
+    Face configuration is captured on `inputs` and recognised in its graph. Raises InputError for
+    what cannot be read or breaks a rule, UnknownNameError for a name that is neither.
     """
+    name_or_path, config = (
+        model if isinstance(model, tuple) and len(model) == _PAIR else (model, config)
+    )
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        from shardplan.models.frontends.torch_model import spec_of
+
+        return spec_of(name_or_path, config, inputs=inputs)
     if isinstance(name_or_path, str):
         preset = _preset_of(name_or_path)
         if preset is not None:
@@ -89,9 +104,13 @@ def load_model(name_or_path: str | os.PathLike[str]) -> ModelSpec:
         from shardplan.models.frontends.onnx_model import spec_from_onnx
 
         return spec_from_onnx(path)
+    if path.suffix == ".pt2":
+        from shardplan.models.frontends.torch_model import spec_of
+
+        return spec_of(path)
     if path.suffix in _GRAPH_FILES:
         raise InputError(
-            "a model is a preset, a Hugging Face config.json or an ONNX file",
+            "a model is a preset, a Hugging Face config.json, an ONNX or a .pt2 file",
             got=_printable(path),
             hint="graph files of this kind are not read; give the config.json beside it",
         )

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardplan.models.opgraph import OpGraph
+from shardplan.models.opgraph import Operator, OpGraph
+from shardplan.models.opsources import Wiring, columns
 
 __all__ = ["GraphSummary", "describe"]
 
@@ -21,23 +22,30 @@ class GraphSummary:
     attentions: int
     kv_elements_per_token: int
     """Elements of keys and values that a token adds over all attentions, 0 without attention."""
+    vocabulary: int
+    """Rows of the largest embedding table, 0 without one."""
     operators: Mapping[str, int]
 
 
 def describe(graph: OpGraph) -> GraphSummary:
     """The numbers of a graph; an attention says its own sizes (`kv_heads`, `head_dim`, ...)."""
     attentions = list(graph.of_kind("attention"))
-    cached = sum(
-        graph.times(one.layer)
-        * int(one.attrs["kv_heads"])
-        * (int(one.attrs["head_dim"]) + int(one.attrs["value_dim"]))
-        for one in attentions
-    )
+    wiring = Wiring(graph)
+    tables = [graph.tensors[one.inputs[0]].shape[0] for one in graph.of_kind("embedding")]
     return GraphSummary(
         parameters=graph.parameters,
         flop=graph.flop,
         layers=graph.layers,
         attentions=sum(graph.times(one.layer) for one in attentions),
-        kv_elements_per_token=cached,
+        kv_elements_per_token=sum(graph.times(o.layer) * _cached(wiring, o) for o in attentions),
+        vocabulary=max(tables, default=0),
         operators=Counter(one.kind for one in graph.operators),
     )
+
+
+def _cached(wiring: Wiring, one: Operator) -> int:
+    """Elements that a token adds to the cache of an attention: its latent where it has one."""
+    latent = wiring.latent(one)
+    if latent is not None:
+        return columns(latent.down)
+    return int(one.attrs["kv_heads"]) * (int(one.attrs["head_dim"]) + int(one.attrs["value_dim"]))

@@ -3,12 +3,14 @@
     resolve -> space -> search engine -> winner -> proof -> plan
 
 The objective `cards` searches growing card counts and stops at the first that is feasible; every
-smaller count is thereby proven infeasible.
+smaller count is thereby proven infeasible. So does `cost` at a rate; without one it searches them
+all and takes the most tokens a card.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from shardplan import __version__
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.memo import Memo
+from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, ProofError
-from shardplan.search.apply_plan import is_module, spec_of_module
+from shardplan.models.spec import ModelSpec
 from shardplan.search.aside import aside
 from shardplan.search.beside import Beside, search_beside
 from shardplan.search.build_plan import build_plan, pareto_front, time_note
+from shardplan.search.costs import cost_of
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
@@ -86,16 +90,16 @@ def search(
 ) -> SearchResult:
     """Find, price and prove the best plan.
 
-    `model`: a `ModelSpec`, the name of a preset, the path of a config.json, or a Hugging Face
-    module, whose configuration is taken.
+    `model`: a `ModelSpec`, or whatever `load_model` takes: the name of a preset, the path of a
+    config.json, an export, a Hugging Face module (its configuration is taken).
     `asked` are the fields of `shardplan.search.request.Asked` (cards, input_len, objective, ...).
     `storage`, `study` and `resume` say where a sampling engine keeps its trials
     (`shardplan.search.study.Place`).
     Raises `InputError` for a bad question and `InfeasibleError` when no strategy satisfies it.
     """
     whole("top", top, _MOST_ALTERNATIVES, try_=5, least=0)
-    if is_module(model):
-        model = spec_of_module(model)
+    if not isinstance(model, (str, os.PathLike, ModelSpec)):
+        model = load_model(model)
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
     found = _searched(question, resolved, top, storage, study, resume, progress)
@@ -175,6 +179,8 @@ def _search_aggregated(
         notes=_notes(resolved, outcomes[-1], beside),
     )
     plan = with_study(plan, robustness)
+    if resolved.prices is not None:
+        plan = plan.model_copy(update={"cost": cost_of(plan, resolved.prices)})
     engine = resolved.request.engine
     outcome = outcomes[-1]
     return SearchResult(
@@ -253,7 +259,7 @@ def space_of(resolved: Resolved, cards: int) -> Space:
 def _counts(resolved: Resolved) -> list[int]:
     """Card counts to search, ascending: all of them for the objective `cards`, else the one."""
     most, cluster = resolved.request.cards, resolved.cluster
-    if resolved.request.objective != "cards":
+    if resolved.request.objective not in ("cards", "cost"):
         return [most]
     nodes = range(1, cluster.nodes + 1)
     found = {*cluster.rank_counts, *(cluster.ranks_per_node * n for n in nodes)}
@@ -299,9 +305,23 @@ def _search_counts(
         if place is not None and len(counts) > 1:
             where = place.named(f"{cards}-cards", first=cards == counts[0])
         outcomes.append(_run(resolved, question, space, where, progress, memo, left_s))
-        if outcomes[-1].best is not None:
+        if outcomes[-1].best is not None and not _every_count(resolved):
             break
+    if _every_count(resolved):  # the plan is that of the last one
+        outcomes.sort(key=_a_card)
     return outcomes
+
+
+def _every_count(resolved: Resolved) -> bool:
+    """Whether more cards may cost less: a token, where no rate is asked."""
+    rate = resolved.request.workload.request_rate
+    return resolved.request.objective == "cost" and rate is None
+
+
+def _a_card(outcome: Outcome) -> float:
+    """Output tokens a second and card of the best strategy; below all where there is none."""
+    best = outcome.best
+    return -1.0 if best is None else best.columns["output_tokens_per_s_per_card"]
 
 
 def _out_of_time(outcome: Outcome) -> bool:

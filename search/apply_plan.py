@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from shardplan.models.config import spec_from_config
 from shardplan.models.errors import InputError
 from shardplan.models.fx.torch_lib import torch_lib, transformers_lib
 from shardplan.models.graph import Phase
@@ -28,28 +27,7 @@ from shardplan.models.spec import ModelSpec
 if TYPE_CHECKING:
     from shardplan.search.plan import Plan
 
-__all__ = ["apply_plan", "global_rank", "is_module", "place_of_rank", "spec_of_module"]
-
-
-def is_module(model: object) -> bool:
-    """Whether something is a Hugging Face module rather than a name, a path or a spec."""
-    return hasattr(model, "named_parameters") and hasattr(getattr(model, "config", None), "to_dict")
-
-
-def spec_of_module(module: Any) -> ModelSpec:
-    """The sizes of a Hugging Face module, from its configuration.
-
-    `InputError` for a module without one, or of an architecture that is not known.
-    """
-    if not is_module(module):
-        raise InputError(
-            "a module has the configuration of a Hugging Face decoder",
-            got=type(module).__name__,
-            hint="give a transformers model, the name of a preset or a config.json",
-        )
-    name = type(module).__name__
-    config = {**module.config.to_dict(), "architectures": [name]}
-    return spec_from_config(config, name=name, source=f"module {name}")
+__all__ = ["apply_plan", "global_rank", "place_of_rank"]
 
 
 def place_of_rank(par: Parallelism, rank: int) -> tuple[int, int]:
@@ -89,6 +67,7 @@ def apply_plan(
     prefill, in the cache in decode (the workload's by default). Raises `InputError` for a module of
     other sizes than the plan's, or a plan with a pool for each phase.
     """
+    from shardplan.models.frontends.torch_model import spec_of_module
     from shardplan.search.proof import model_digest
 
     torch_lib()

@@ -21,7 +21,7 @@ __all__ = [
     "time_limit_of",
 ]
 
-Objective = Literal["throughput", "latency", "cards"]
+Objective = Literal["throughput", "latency", "cards", "cost"]
 SWITCHES = ("weight_prefetch", "fused_collectives")
 SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
 DEFAULT_TRIALS = 200
@@ -83,6 +83,10 @@ class Asked:
     collectives: str = "auto"
     """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
     robust: bool = False
+    card_price: float | None = None
+    """Of an hour of a card: any currency, or its power in kW."""
+    prefill_card_price: float | None = None
+    """The same of the prefill pool's own cluster."""
     spare: int | None = None
     """Cards or nodes that may be lost while the rate is still served within the limits."""
     spare_unit: str = "card"
@@ -211,15 +215,6 @@ def _check_prefill(asked: Asked) -> None:
             "sizes of a prefill pool are those of its own cluster",
             got=f"{', '.join(given)} without prefill_cluster",
             hint="name it with --prefill-cluster",
-        )
-    plain = Asked(model=asked.model, cluster=asked.cluster)
-    apart = [name for name in _NOT_IN_POOLS if getattr(asked, name) != getattr(plain, name)]
-    if asked.serving != "agg" and apart:
-        raise InputError(
-            f"{', '.join(_NOT_IN_POOLS)} is of aggregated serving alone",
-            got=f"{', '.join(f'{name}={getattr(asked, name)}' for name in apart)} with "
-            f"serving={asked.serving}",
-            hint="leave it out, or use --serving agg",
         )
     if asked.serving != "agg" and asked.engine not in ("auto", "exact"):
         raise InputError(

@@ -80,7 +80,7 @@ def with_capacity(
         spare=0 if spare is None else spare.count,
         spare_unit="card" if spare is None else spare.unit,
         replicas=none.left,
-        cards=_cards(plan),
+        cards=plan.cards,
         headroom=none.served.most / rate,
         losses=tuple(_row(one, plan, rate, searched) for one in (none, *rows)),
     )
@@ -88,12 +88,6 @@ def with_capacity(
     timing = {**found.timing, "losses_s": spent}
     timing["total_s"] += spent
     return replace(found, plan=plan.model_copy(update={"capacity": part}), timing=timing)
-
-
-def _cards(plan: Plan) -> int:
-    if plan.pools:
-        return sum(pool.instances * pool.strategy.ranks for pool in plan.pools)
-    return plan.strategy.ranks
 
 
 def _row(loss: _Loss, plan: Plan, rate: float, searched: Searched) -> LossRow:
@@ -260,7 +254,7 @@ def _again(asked: Asked, plan: Plan, rate: float, searched: Searched) -> Replann
 
     does = None if found is None else found.performance
     return Replanned(
-        cards=_cards(shown),
+        cards=shown.cards,
         words=instances_words(shown) or shown.strategy.parallelism().describe(),
         requests_per_s=most,
         holds=holds,

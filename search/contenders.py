@@ -11,34 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shardplan.costmodel.bulk import Dtypes, Fleet
 from shardplan.costmodel.cost_groups import HOST, ScaledModel
+from shardplan.costmodel.group_bands import group_bands
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
-from shardplan.search.evaluate import LayoutScorer, Question, Scores
+from shardplan.costmodel.serving import serve
+from shardplan.search.contender import Answers, Deployed, Tuned
+from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, Scores
 from shardplan.search.kept import Kept, Outcome, first_of_each, keep_best
 from shardplan.search.space import Space
 
-__all__ = ["Contender", "Tuned", "contenders_of"]
+__all__ = ["LayoutContender", "contenders_of"]
 
 _BLOCK = 2**16
 """Prices made at once: arrays that stay in a core's cache."""
-
-
-class Tuned(NamedTuple):
-    """The best point of a contender at each factor."""
-
-    objective: Array
-    """`[factors]`; minus infinity where no point meets the limits."""
-    point: NDArray[np.int64]
+_STEP = ("compute_s", "memory_s", "collective_s", "overhead_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contender:
+class LayoutContender:
     """One layout and choice, ready to be priced at other times of its cost groups."""
 
     kept: Kept
@@ -48,6 +43,12 @@ class Contender:
     batch: Array
     """`[points]`, of less memory first."""
     chunk: Array
+    space: Space
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """Names of limits."""
+        return LIMITS
 
     @property
     def groups(self) -> set[str]:
@@ -78,14 +79,43 @@ class Contender:
 
     def tuned(self, factors: Mapping[str, Array]) -> Tuned:
         """Its best point at each of the factors `[factors]`."""
-        count = len(next(iter(factors.values())))
-        if not self.batch.size:
-            return Tuned(np.full(count, -np.inf), np.zeros(count, dtype=np.int64))
-        found = self.objectives(factors)
-        point = np.argmax(found, axis=1)
-        return Tuned(found[np.arange(count), point], point)
+        return Tuned.of(self.objectives(factors))
 
-    def alone(self) -> Contender:
+    def own(self, factors: Mapping[str, Array]) -> Array:
+        """Objective `[factors]` of the strategy that the search found, as it is."""
+        return self.alone().objectives(factors)[:, 0]
+
+    def answers(self, factors: Mapping[str, Array]) -> Answers:
+        """Of the strategy that the search found; seconds of an average step."""
+        blocks = list(self.alone().blocks(factors))
+        every = [one.every() for one in blocks]
+        return Answers(
+            np.concatenate([one.limit[:, 0] for one in blocks]).astype(np.int64),
+            sum(
+                (np.concatenate([one[name][:, 0] for one in every]) for name in _STEP),
+                np.zeros(()),
+            ),
+        )
+
+    def deployed(self, point: int | None) -> Deployed:
+        """A point as the plan writes it; None: the strategy that the search found."""
+        kept = self.kept
+        batch, chunk = kept.batch, kept.chunk
+        if point is not None:
+            batch, chunk = int(self.batch[point]), int(self.chunk[point])
+        return Deployed(self.space.strategy(kept.parallel, kept.choice, batch, chunk))
+
+    def bands(self) -> dict[str, tuple[float, float]]:
+        """Of the strategy that the search found, the calibration's band of each cost group."""
+        question, choice = self.scorer.question, self.kept.choice
+        zero = np.zeros(1, dtype=np.int64)
+        dtypes = Dtypes(choice.weight_dtype, choice.kv_dtype, choice.attention)
+        fleet = Fleet.of([self.pricer.model], zero, [dtypes], zero)
+        one = np.full(1, float(self.kept.batch)), np.full(1, float(self.kept.chunk))
+        given = self.scorer.serving_input(choice, *one)
+        return group_bands(fleet, question.cluster, given, serve(fleet, given))
+
+    def alone(self) -> LayoutContender:
         """The strategy that the search found, its slots and step size as they are."""
         one = np.array([float(self.kept.batch)]), np.array([float(self.kept.chunk)])
         return replace(self, batch=one[0], chunk=one[1])
@@ -97,7 +127,7 @@ class Contender:
         return keep_best(scores, self.kept.parallel, self.kept.choice, batch, chunk).one(0)
 
 
-def contenders_of(question: Question, outcome: Outcome, most: int) -> list[Contender]:
+def contenders_of(question: Question, outcome: Outcome, most: int) -> list[LayoutContender]:
     """The best strategy of the outcome and those of up to `most` other layouts and choices."""
     memo: Memo = Memo()
     found: dict[object, Kept] = {}
@@ -108,16 +138,17 @@ def contenders_of(question: Question, outcome: Outcome, most: int) -> list[Conte
     return [_contender(question, one, outcome.space, memo) for one in found.values()]
 
 
-def _contender(question: Question, kept: Kept, space: Space, memo: Memo) -> Contender:
+def _contender(question: Question, kept: Kept, space: Space, memo: Memo) -> LayoutContender:
     scorer = LayoutScorer(question, kept.parallel, memo)
     batch, chunk = _points(scorer, kept, space.batches, space.chunks)
     model = scorer.model_for(kept.choice)
-    return Contender(
+    return LayoutContender(
         kept=kept,
         scorer=scorer,
         pricer=ScaledModel.of(model, question.cluster),
         batch=batch,
         chunk=chunk,
+        space=space,
     )
 
 

@@ -32,12 +32,13 @@ from shardplan.search.disagg_bounds import (
     most_unreached,
     peak_floor,
 )
-from shardplan.search.disagg_combine import Combination, DisaggQuestion, DisaggTally
+from shardplan.search.disagg_combine import Combination, DisaggTally
 from shardplan.search.disagg_cuts import Refining, refine_cuts
 from shardplan.search.disagg_dominance import Partners
 from shardplan.search.disagg_options import Options, Priced
 from shardplan.search.disagg_pairs import Both, Found, Tables, combined, hoped
 from shardplan.search.disagg_pools import PoolPricing
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import (
     PairKey,
     PairRule,
@@ -48,7 +49,7 @@ from shardplan.search.disagg_space import (
 )
 from shardplan.search.legality import first_broken_pair_rule
 
-__all__ = ["DisaggOutcome", "search_disagg"]
+__all__ = ["DisaggOutcome", "count_weights", "search_disagg"]
 
 Keys = dict[PairKey, int]
 _PRICING, _CUTTING = 0.6, 0.8
@@ -97,10 +98,10 @@ def _keys(pool: Pool) -> tuple[Keys, list[Parallelism]]:
     """Keys of the layouts that are legal alone, and a layout of each."""
     keys: Keys = {}
     layouts = []
-    for par, broken in pool.layouts:
-        if not broken and pair_key(par) not in keys:
-            keys[pair_key(par)] = len(keys)
-            layouts.append(par)
+    for one in pool.layouts:
+        if not one.rule and pair_key(one.parallel) not in keys:
+            keys[pair_key(one.parallel)] = len(keys)
+            layouts.append(one.parallel)
     return keys, layouts
 
 
@@ -171,7 +172,7 @@ def search_disagg(
         kept=tuple(found.kept),
         space_size=sum(
             weight * priced[0].total[one] * priced[1].total[two]
-            for one, two, weight in _weights(question)
+            for one, two, weight in count_weights(question)
         ),
         tally=tally,
         unreached=unreached,
@@ -241,7 +242,7 @@ def _priced(
     return pricings
 
 
-def _weights(question: DisaggQuestion) -> Iterator[tuple[int, int, int]]:
+def count_weights(question: DisaggQuestion) -> Iterator[tuple[int, int, int]]:
     """(prefill cards, decode cards, counts of both) of every pair of instance sizes."""
     prefill, decode = question.prefill, question.decode
     for one in prefill.sizes:
@@ -260,7 +261,7 @@ def _count_left_out(
     fine = dict(first.total.items())
     for (size, _), count in first.left_out.items():
         fine[size] -= count
-    for one, two, weight in _weights(question):
+    for one, two, weight in count_weights(question):
         for (size, reason), count in first.left_out.items():
             if size == one:
                 tally.pruned_by[reason] += weight * count * second.total[two]
@@ -281,7 +282,7 @@ def _count_pairs(
     if not all(one.size for one in full):
         return
     sizes = len(pools[0].sizes), len(pools[1].sizes)
-    weight = np.array([one[2] for one in _weights(question)], dtype=object).reshape(sizes)
+    weight = np.array([one[2] for one in count_weights(question)], dtype=object).reshape(sizes)
 
     def by_key(options: Options, side: int) -> NDArray[np.int64]:
         """Options by instance size and key; `[sizes, keys]`."""

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 from shardplan import __version__
 from shardplan.models.errors import InfeasibleError, InputError
+from shardplan.search.costs import cost_of
 from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_beside import quantized_outcomes, time_left
 from shardplan.search.disagg_failure import nothing_disaggregated
 from shardplan.search.disagg_plan import build_disagg_plan, disagg_front, disagg_table
 from shardplan.search.disagg_request import disagg_question, resolve_sides
+from shardplan.search.disagg_robust import study_pools
 from shardplan.search.evaluate import context_tokens
 from shardplan.search.failure import context_message
 from shardplan.search.plan import Plan, ServingRow
 from shardplan.search.request import Asked, Resolved, without_limits
+from shardplan.search.robust_plan import with_study
 
 if TYPE_CHECKING:
     from shardplan.search.api import SearchResult
@@ -49,10 +52,15 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
         raise nothing_disaggregated(outcome, resolved.time_limit_s)
     quantized = quantized_outcomes(sides, outcome, time_left(limit_s, [outcome]))
     beside = time.perf_counter()
+    best, robustness = study_pools(outcome, robust=resolved.request.robust)
+    studied = time.perf_counter()
     plan = build_disagg_plan(
-        sides, outcome, outcome.best, quantized=quantized, top=top, version=__version__
+        sides, outcome, best, quantized=quantized, top=top, version=__version__
     )
+    plan = with_study(plan, robustness)
     proven = time.perf_counter()
+    if resolved.prices is not None:
+        plan = plan.model_copy(update={"cost": cost_of(plan, resolved.prices)})
     return SearchResult(
         plan=plan,
         trial_table=disagg_table(outcome, outcome.kept),
@@ -60,26 +68,22 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
         timing={
             "search_s": searched - start,
             "quantization_s": beside - searched,
-            "proof_s": proven - beside,
+            "robustness_s": studied - beside,
+            "proof_s": proven - studied,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": outcome.tally.evaluated / max(searched - start, 1e-9),
         },
     )
 
 
-def _cards(plan: Plan) -> int:
-    """Cards in use."""
-    if plan.pools:
-        return sum(pool.instances * pool.strategy.ranks for pool in plan.pools)
-    return plan.strategy.ranks
-
-
 def _worth(plan: Plan) -> tuple[bool, float, float]:
-    """Larger is better: limits kept, the objective (fewer cards as less negative), throughput."""
+    """Larger is better: limits kept, the objective (less is less negative), throughput."""
     kept = any(plan.request.limits.model_dump().values())
     value = plan.performance.output_tokens_per_s
     if plan.request.objective == "cards":
-        return kept, -float(_cards(plan)), value
+        return kept, -float(plan.cards), value
+    if plan.request.objective == "cost" and plan.cost is not None:
+        return kept, -plan.cost.per_million_tokens, value
     if plan.request.objective == "latency":
         return kept, 1.0 / plan.performance.end_to_end_s, value
     return kept, value, value
@@ -106,13 +110,13 @@ def _row(
             for pool in plan.pools
         )
     objective, own = (abs(_worth(one)[1]) for one in (plan, best))
-    fewer = plan.request.objective == "cards"
+    fewer = plan.request.objective in ("cards", "cost")
     return ServingRow(
         serving=serving,  # type: ignore[arg-type]  # agg or disagg
         words=words,
         objective=objective,
         gain=own / objective if fewer else objective / own,
-        cards=_cards(plan),
+        cards=plan.cards,
         ttft_s=plan.performance.ttft_s,
         tpot_s=plan.performance.tpot_s,
     )

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg import DisaggOutcome, search_disagg
-from shardplan.search.disagg_combine import Combination, DisaggQuestion
+from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_options import Options
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_request import Sides
-from shardplan.search.disagg_space import Pool
+from shardplan.search.disagg_space import Judged, Pool
 from shardplan.search.space import Choice
 
 __all__ = ["BESIDE_LAYOUTS", "quantized_outcomes", "time_left"]
@@ -74,6 +75,6 @@ def _of_layouts(pool: Pool, choices: tuple[Choice, ...], layouts: tuple[Parallel
     return replace(
         pool,
         choices=choices,
-        layouts=tuple((par, "") for par in layouts),
+        layouts=tuple(Judged(par) for par in layouts),
         sizes=tuple(sorted({par.ranks for par in layouts})),
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
 
 import numpy as np
 
 from shardplan.costmodel.disagg import BOUNDS
 from shardplan.models.errors import ProofError
-from shardplan.models.parallel import MODULES, Parallelism, balanced_stages
+from shardplan.models.parallel import MODULES, Parallelism
 from shardplan.search.build_plan import (
     breakdown,
     lever,
@@ -24,6 +23,7 @@ from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_request import Sides, assumptions, role_question
 from shardplan.search.disagg_space import Pool as Side
+from shardplan.search.disagg_sure import pools_confidence
 from shardplan.search.evaluate import LayoutScorer
 from shardplan.search.kept import Kept, pareto_mask
 from shardplan.search.plan import (
@@ -39,7 +39,7 @@ from shardplan.search.plan import (
 )
 from shardplan.search.proof import merged_proof, prove_strategy
 from shardplan.search.request import Resolved
-from shardplan.search.space import Choice
+from shardplan.search.space import strategy_info
 from shardplan.search.trial_table import TrialTable
 
 __all__ = ["build_disagg_plan", "disagg_front", "disagg_table"]
@@ -51,12 +51,8 @@ _SHOWN = ("tp", "pp", "dp", "ep", "cp", "sp", "exchange", "mtp", *(f"{one}_tp" f
 
 def _strategy(pool: Side, options: Options, index: int) -> StrategyInfo:
     """One option as the plan writes it."""
-    par, choice = options.way(index), options.choice(index)
-    layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
-    chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
-    layout["stage_layers"] = balanced_stages(pool.spec, par)
     batch, chunk = (int(options.columns[name][index]) for name in ("slots", "chunk"))
-    return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
+    return strategy_info(pool.spec, options.way(index), options.choice(index), batch, chunk)
 
 
 def _candidate(outcome: DisaggOutcome, one: Combination) -> Candidate:
@@ -174,10 +170,11 @@ def _transfer(outcome: DisaggOutcome, best: Combination) -> Transfer:
 def _certificate(outcome: DisaggOutcome) -> Certificate:
     space: dict[str, list[object]] = {}
     for pool in (outcome.question.prefill, outcome.question.decode):
-        legal = [par for par, rule in pool.layouts if not rule]
+        legal = [one.parallel for one in pool.layouts if not one.rule]
         space[f"{pool.role}_cards"] = list(pool.sizes)
         for name in _SHOWN:
             space[f"{pool.role}_{name}"] = sorted({getattr(par, name) for par in legal})
+        space[f"{pool.role}_order"] = [*sorted({"-".join(par.order) for par in legal})]
         for name in ("attention", "weight_dtype", "kv_dtype"):
             space[f"{pool.role}_{name}"] = sorted({getattr(one, name) for one in pool.choices})
         space["prefill_chunk" if pool.role == "prefill" else "decode_batch"] = list(pool.grid)
@@ -212,7 +209,7 @@ def _quantization(
         found = outcome.best
         gain = None
         if found is not None and objective == "cards":
-            gain = best.columns["cards"] / found.columns["cards"]
+            gain = best.columns["spent"] / found.columns["spent"]
         elif found is not None:
             gain = found.columns["objective"] / best.columns["objective"]
         rows.append(
@@ -263,6 +260,7 @@ def build_disagg_plan(
         breakdown=tuple(row for pool, _ in pools for row in pool.breakdown),
         proof=_proof(pools),
         certificate=_certificate(outcome),
+        confidence=pools_confidence(outcome, best),
         pareto=tuple(_candidate(outcome, one) for one in front),
         alternatives=tuple(_others(outcome, best, top)),
         quantization=_quantization(quantized, best, question.objective),
@@ -300,6 +298,5 @@ def _kept_notes(outcome: DisaggOutcome) -> list[str]:
         f"trials.csv holds the best {len(outcome.kept)} deployments: of every pair of instances "
         "kept the best counts, and the Pareto points",
         f"other dtypes were priced on the best {BESIDE_LAYOUTS} layouts of each pool only; what "
-        "the engine's switches would buy, and how sure the figures are, is told of aggregated "
-        "serving alone",
+        "the engine's switches would buy is told of aggregated serving alone",
     ]

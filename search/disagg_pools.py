@@ -14,6 +14,7 @@ import numpy as np
 
 from shardplan.costmodel.bulk_memory import Held
 from shardplan.costmodel.disagg import decode_times, prefill_times, step_prompts
+from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger, weight_element_bytes
 from shardplan.costmodel.load import ZERO, Parts
@@ -27,11 +28,19 @@ from shardplan.models.build import build_graph
 from shardplan.models.counts import parameter_count
 from shardplan.models.parallel import AXES, Parallelism
 from shardplan.search.disagg_options import Options, Priced, Row, fitting, stacked
-from shardplan.search.disagg_space import Pool
+from shardplan.search.disagg_space import Pool, Role
 from shardplan.search.evaluate import acceptance_of
 from shardplan.search.space import Choice
 
-__all__ = ["Base", "PoolPricing", "cost_columns", "priced_columns"]
+__all__ = [
+    "Base",
+    "PoolPricing",
+    "cost_columns",
+    "priced_columns",
+    "role_input",
+    "role_stages",
+    "scaled_columns",
+]
 
 _INFLIGHT = 2.0
 """Prompts that a prefill rank holds for each that it computes: as many wait to be pulled."""
@@ -89,38 +98,49 @@ class Base:
                 ledger.known[key] = self.held.stage_bytes(ledger, stage, choice.weight_dtype)
         return ledger
 
-    def given(self, choice: Choice) -> ServingInput:
-        """The workload at one choice."""
-        work = self.pool.workload
-        return ServingInput(
-            batch=np.ones(()),
-            chunk=np.ones(()),
-            input_len=work.input_len,
-            output_len=work.output_len,
-            prefix_hit=work.prefix_hit,
-            weight_dtype=choice.weight_dtype,
-            kv_dtype=choice.kv_dtype,
-            attention=choice.attention,
-            mtp=self.par.mtp,
-            acceptance=acceptance_of(self.pool.spec, work),
-        )
-
     def templates(self, choice: Choice, stages: int) -> dict[str, Parts]:
         """Prices of single templates over the grid; decode: of one of `stages` microbatches."""
         key = (choice, stages if self.pool.role == "decode" else 1)
         if key not in self.known:
-            model, given = self.model(choice), self.given(choice)
-            grid = np.array(self.pool.grid, dtype=np.float64)
-            if self.pool.role == "decode":
-                parts = decode_stages(model, given, np.maximum(np.ceil(grid / stages), 1.0))
-            else:
-                prompt = computed_prompt(given.input_len, given.prefix_hit)
-                piece = step_prompts(grid, prompt)[2]
-                parts = prompt_stages(
-                    model, given, piece=piece, prompt=prompt, sequences=np.zeros(())
-                )
-            self.known[key] = dict(zip(self.names, parts, strict=True))
+            self.known[key] = self.templates_at(choice, stages, self.model(choice))
         return self.known[key]
+
+    def templates_at(self, choice: Choice, stages: int, model: Pricer) -> dict[str, Parts]:
+        """The same at the prices of `model`, whose stages are single templates too."""
+        grid = np.array(self.pool.grid, dtype=np.float64)
+        parts = role_stages(
+            self.pool.role, model, role_input(self.pool, self.par, choice), grid, stages
+        )
+        return dict(zip(self.names, parts, strict=True))
+
+
+def role_input(pool: Pool, par: Parallelism, choice: Choice) -> ServingInput:
+    """The workload of a role at one layout and choice."""
+    work = pool.workload
+    return ServingInput(
+        batch=np.ones(()),
+        chunk=np.ones(()),
+        input_len=work.input_len,
+        output_len=work.output_len,
+        prefix_hit=work.prefix_hit,
+        weight_dtype=choice.weight_dtype,
+        kv_dtype=choice.kv_dtype,
+        attention=choice.attention,
+        mtp=par.mtp,
+        acceptance=acceptance_of(pool.spec, work),
+    )
+
+
+def role_stages(
+    role: Role, model: Pricer, given: ServingInput, grid: Array, stages: int
+) -> list[Parts]:
+    """A step of one role over its grid, per stage of `model`; decode: of one of `stages`
+    microbatches."""
+    if role == "decode":
+        return decode_stages(model, given, np.maximum(np.ceil(grid / stages), 1.0))
+    prompt = computed_prompt(given.input_len, given.prefix_hit)
+    piece = step_prompts(grid, prompt)[2]
+    return prompt_stages(model, given, piece=piece, prompt=prompt, sequences=np.zeros(()))
 
 
 def _folded(graph: ShardedGraph) -> tuple[tuple[Stage, ...], list[int]]:
@@ -187,8 +207,7 @@ def priced_columns(base: Base, par: Parallelism, choice: Choice) -> dict[str, Ar
     total = ZERO
     for one, count in zip(parts, runs, strict=True):
         total = total.plus(one.times(count))
-    span = stage_times(base.model(choice), parts, base.graph.model.phase, runs)
-    costs = cost_columns(base, par, choice, span)
+    costs = _costs(base, par, choice, base.model(choice), parts, runs)
     memory = _memory(pool, base, graph, choice, costs["slots"], costs["chunk"])
     return {
         **costs,
@@ -200,9 +219,28 @@ def priced_columns(base: Base, par: Parallelism, choice: Choice) -> dict[str, Ar
     }
 
 
-def cost_columns(base: Base, par: Parallelism, choice: Choice, step: Span) -> dict[str, Array]:
-    """What a layout costs over the pool's grid, were its steps these."""
-    pool, model = base.pool, base.model(choice)
+def _costs(
+    base: Base, par: Parallelism, choice: Choice, model: Pricer, parts: list[Parts], runs: list[int]
+) -> dict[str, Array]:
+    span = stage_times(model, parts, base.graph.model.phase, runs)
+    return cost_columns(base, par, choice, span, model)
+
+
+def scaled_columns(base: Base, par: Parallelism, choice: Choice, model: Pricer) -> dict[str, Array]:
+    """What a layout costs over the pool's grid, `[factors, grid]`, at scaled prices of its base."""
+    stages, runs = _folded(apply(base.graph.model, par))
+    parts = _summed(stages, base.templates_at(choice, par.pp, model))
+    return _costs(base, par, choice, model, parts, runs)
+
+
+def cost_columns(
+    base: Base, par: Parallelism, choice: Choice, step: Span, pricer: Pricer | None = None
+) -> dict[str, Array]:
+    """What a layout costs over the pool's grid, were its steps these.
+
+    `pricer`: of the host's time, in place of the choice's own model.
+    """
+    pool, model = base.pool, base.model(choice) if pricer is None else pricer
     grid = np.array(pool.grid, dtype=np.float64)
     rank, cards = par.tp * par.pp * par.cp, np.asarray(float(par.ranks))
     if pool.role == "prefill":
@@ -217,7 +255,12 @@ def cost_columns(base: Base, par: Parallelism, choice: Choice, step: Span) -> di
         }
     else:
         found = decode_times(
-            model, step, stages=par.pp, groups=par.dp, slots=grid, given=base.given(choice)
+            model,
+            step,
+            stages=par.pp,
+            groups=par.dp,
+            slots=grid,
+            given=role_input(base.pool, base.par, choice),
         )
         slots, rate, tokens = grid, found.requests_per_s, grid * (1.0 + par.mtp)
         held = _sent_bytes(base, choice.kv_dtype)
@@ -246,18 +289,22 @@ def _legal(
         weight_element_bytes(one.weight_dtype) for one in pool.choices
     )
     room = pool.engine.memory_fraction * pool.cluster.device.hbm_bytes
-    for par, own in pool.layouts:
+    for one in pool.layouts:
+        par = one.parallel
         size, count = par.ranks, pool.per_cut * pool.cuts_of(par)
-        priced.total[size] += count
+        every = count * (1 + sum(one.beside.values()))
+        priced.total[size] += every
         if size * room < least:  # the weights alone are larger, however they are split
-            priced.left_out[size, "memory"] += count
+            priced.left_out[size, "memory"] += every
             priced.least_bytes = min(priced.least_bytes, least / size)
             continue
-        rule = own or refused(par)
+        rule = one.rule or refused(par)
         if rule is None:
+            for reason, orders in one.beside.items():
+                priced.left_out[size, reason] += count * orders
             yield par
         else:
-            priced.left_out[size, f"rule {rule}"] += count
+            priced.left_out[size, f"rule {rule}"] += every
 
 
 class PoolPricing:

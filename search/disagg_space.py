@@ -1,21 +1,23 @@
 """The space of disaggregated serving: strategies of either pool, and how many instances of each.
 
-    pool        instance sizes * canonical layouts of each size * cuts * choices * grid
+    pool        instance sizes * canonical layouts of each size * cuts * orders * choices * grid
     grid        prefill: step sizes in tokens; decode: slots of a dp group
     counts      x, y >= 1 with x cards_P + y cards_D <= cards (or each within its own cluster)
     space       sum over sizes of (prefill strategies) * (decode strategies) * counts
 
 Instance sizes are the parts of a node that divide it and whole nodes, so that any counts that
 fit in number can be placed. A layout is canonical where it holds no independent replicas,
-dp = max(ep / (tp cp), 1): replicas are what x and y count.
+dp = max(ep / (tp cp), 1): replicas are what x and y count. An order of the ranks is a layout of its
+own where it may price otherwise than the engine's; those alike are counted beside it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,15 +25,24 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.hardware import Cluster
-from shardplan.models.parallel import Parallelism
+from shardplan.costmodel.orders import distinct_orders
+from shardplan.models.parallel import Axis, Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.cuts import cut_count
-from shardplan.search.layouts import Reach, base_order, context_axes, divisors, module_splits
+from shardplan.search.layouts import (
+    Reach,
+    base_order,
+    context_axes,
+    divisors,
+    module_splits,
+    orders_of,
+)
 from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import Workload
 from shardplan.search.space import Choice
 
 __all__ = [
+    "Judged",
     "PairKey",
     "PairRule",
     "Pool",
@@ -56,6 +67,17 @@ _MIN_CHUNK = 256
 _MAX_CHUNK = 16384
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A layout, the rule that it breaks alone, and what of its orders is not priced."""
+
+    parallel: Parallelism
+    rule: str = ""
+    """Id of the first rule that the layout breaks alone; "" for none."""
+    beside: Mapping[str, int] = field(default_factory=dict)
+    """Other orders of its ranks that are not layouts of their own, by what leaves them out."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
     """What one role may run on and how."""
@@ -73,8 +95,8 @@ class Pool:
     """Cards that one instance may have."""
     reach: Reach
     """What is searched beyond the plain axes."""
-    layouts: tuple[tuple[Parallelism, str], ...]
-    """Every canonical layout of every size, and the rule that it breaks alone, "" for none."""
+    layouts: tuple[Judged, ...]
+    """Every canonical layout of every size, an order that may price otherwise as one of them."""
 
     @classmethod
     def of(
@@ -128,12 +150,28 @@ class Pool:
             role=self.role,
         )
 
+    def raw(self) -> Iterator[Parallelism]:
+        """Every canonical layout with every order of its ranks, legal or not."""
+        subject = self.subject(Parallelism())
+        for size in self.sizes:
+            for par, _ in _raw_layouts(subject, size, self.reach):
+                yield par
+                for order in _other_orders(par, self.reach):
+                    yield replace(par, order=order)
+
     def broken_switch(self, par: Parallelism, choice: Choice) -> str | None:
         """Id of the first rule that the choice's switches break on a layout."""
         if not choice.switched:
             return None
-        return first_broken_switch_rule(
-            replace(self.subject(par), overlap=choice.overlap, weight_dtype=choice.weight_dtype)
+        return first_broken_switch_rule(self.switch_subject(par, choice))
+
+    def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
+        """What the rules on switches look at."""
+        return replace(
+            self.subject(par),
+            overlap=choice.overlap,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
         )
 
 
@@ -145,14 +183,18 @@ def instance_sizes(cluster: Cluster, cards: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in parts | nodes if size <= cards))
 
 
-def instance_layouts(
-    subject: Subject, cards: int, reach: Reach
-) -> Iterator[tuple[Parallelism, str]]:
-    """Every canonical layout of one instance, and the first rule that it breaks, "" for none.
+def instance_layouts(subject: Subject, cards: int, reach: Reach) -> Iterator[Judged]:
+    """Every canonical layout of one instance, the engine's own order of the ranks before others.
 
-    Ranks are numbered as the engine does; modules are split where the layout is legal.
+    Modules are split where the layout is legal.
     `subject`: what runs on it in which role, of any layout.
     """
+    for par, rule in _raw_layouts(subject, cards, reach):
+        yield from _ordered(subject, par, rule, reach)
+
+
+def _raw_layouts(subject: Subject, cards: int, reach: Reach) -> Iterator[tuple[Parallelism, str]]:
+    """Layouts in the engine's order of the ranks, and the first rule that each breaks."""
     for plain in _instances(subject.spec, cards, reach):
         order = base_order(subject.engine, plain)
         for mtp in role_depths(subject.role, reach):
@@ -162,6 +204,42 @@ def instance_layouts(
             if reach.modules and not rule:
                 for one in module_splits(subject.spec, par):
                     yield one, _broken(subject, one)
+
+
+def _other_orders(par: Parallelism, reach: Reach) -> list[tuple[Axis, ...]]:
+    """Orders of the ranks beside a layout's own."""
+    return [one for one in orders_of(par) if one != par.order] if reach.ways else []
+
+
+def _ordered(subject: Subject, par: Parallelism, rule: str, reach: Reach) -> Iterator[Judged]:
+    """A layout with the engine's order, then with each legal one that may price otherwise."""
+    others = _other_orders(par, reach)
+    if rule or not others:
+        yield Judged(par, rule, {f"rule {rule}": len(others)} if others else {})
+        return
+    beside: Counter[str] = Counter()
+    legal = []
+    for order in others:
+        broken = _broken(subject, replace(par, order=order))
+        if broken:
+            beside[f"rule {broken}"] += 1
+        else:
+            legal.append(order)
+    distinct = _distinct(subject, par, legal)
+    beside["order"] += len(legal) - len(distinct)
+    yield Judged(par, "", +beside)
+    for order in distinct:
+        yield Judged(replace(par, order=order))
+
+
+def _distinct(
+    subject: Subject, par: Parallelism, legal: list[tuple[Axis, ...]]
+) -> list[tuple[Axis, ...]]:
+    """The legal orders that may price otherwise than the layout's own, one of each kind."""
+    if not legal:
+        return []
+    kinds = distinct_orders(subject.spec, subject.cluster, par, (par.order, *legal))
+    return list(kinds[1:])
 
 
 def _broken(subject: Subject, par: Parallelism) -> str:

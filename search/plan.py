@@ -23,6 +23,7 @@ from shardplan.search.atomic import rounded, write_atomically
 from shardplan.search.plan_batching import Batching
 from shardplan.search.plan_capacity import Capacity
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
+from shardplan.search.plan_cost import Cost
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
 from shardplan.search.plan_robustness import PARTS, Robustness
@@ -57,7 +58,7 @@ __all__ = [
 
 PLAN_VERSION = 1
 MAX_PLAN_BYTES = 16 * 2**20
-_ASKED_FOR = ("batching", "capacity")
+_ASKED_FOR = ("batching", "capacity", "cost")
 """Parts that only some questions ask for."""
 
 
@@ -306,9 +307,18 @@ class Plan(Part):
     """Aggregated and disaggregated serving side by side, where both were searched."""
     batching: Batching | None = None
     """Graph sizes and what the step sizes gain, where asked; left out of the file where not."""
+    cost: Cost | None = None
+    """At prices that were given; likewise."""
     capacity: Capacity | None = None
     """What is left when a card or a node is lost; likewise."""
     notes: tuple[str, ...]
+
+    @property
+    def cards(self) -> int:
+        """Cards in use, of all pools."""
+        if self.pools:
+            return sum(pool.instances * pool.strategy.ranks for pool in self.pools)
+        return self.strategy.ranks
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -20,7 +20,11 @@ class Flip(Part):
     within_band: bool | None
     """Whether the calibration's band of the group holds it; None where no band is known."""
     strategy: StrategyInfo
-    """The runner-up that wins there, its slots and step size tuned to it."""
+    """The runner-up that wins there, its slots and step size tuned to it; of pools, of decode."""
+    prefill: StrategyInfo | None = None
+    """Of pools, the strategy of its prefill instances."""
+    prefill_instances: int = 0
+    decode_instances: int = 0
     objective: float
     """Of the runner-up there."""
     plan_objective: float | None
@@ -32,7 +36,7 @@ class GroupRobustness(Part):
 
     group: str
     share: float
-    """Of the plan's average step now."""
+    """Of the plan's average step now; of pools, of a request that waits for nothing."""
     band_low: float | None
     """The calibration's band of the group's time, as factors; None where none is known."""
     band_high: float | None
@@ -53,7 +57,10 @@ class RobustChoice(Part):
     left_out: int
     """Scenarios that no strategy does."""
     nominal_strategy: StrategyInfo
-    """The best at the prices as they are."""
+    """The best at the prices as they are; of pools, of its decode instances."""
+    nominal_prefill: StrategyInfo | None = None
+    nominal_prefill_instances: int = 0
+    nominal_decode_instances: int = 0
     nominal_objective: float
     nominal_regret: float
     """Its worst; 1 where it breaks a limit."""
@@ -62,6 +69,9 @@ class RobustChoice(Part):
     nominal_worst: str
     """The scenario of its worst regret."""
     robust_strategy: StrategyInfo
+    robust_prefill: StrategyInfo | None = None
+    robust_prefill_instances: int = 0
+    robust_decode_instances: int = 0
     robust_objective: float
     """At the prices as they are."""
     robust_regret: float

@@ -18,33 +18,26 @@ at a bracket's end are narrowed down. `FULL` runs with `--robust`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.bulk import Dtypes, Fleet
 from shardplan.costmodel.confidence import level
-from shardplan.costmodel.cost_groups import COST_GROUPS
-from shardplan.costmodel.group_bands import group_bands
+from shardplan.costmodel.cost_groups import COST_GROUPS, TRANSFER
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.serving import ServingInput, serve
-from shardplan.search.contenders import Contender
-from shardplan.search.evaluate import LIMITS
+from shardplan.search.contender import Answers, Contender
 from shardplan.search.plan_robustness import Flip, GroupRobustness, Robustness
-from shardplan.search.space import Space
 
-__all__ = ["FULL", "QUICK", "Bands", "Depth", "bands_of", "flips", "robustness"]
+__all__ = ["FULL", "QUICK", "Depth", "bands_of", "flips", "robustness"]
 
 MOST_FACTOR = 2.0
 _NARROW = 8
 """Factors tried between the ends of a bracket."""
 _OWN_STEPS = 64
 """Factors tried of the plan as it stands, and again between two of them."""
-_STEP = ("compute_s", "memory_s", "collective_s", "overhead_s")
-
-Bands = Mapping[str, tuple[float, float]]
+ALL_GROUPS = (*COST_GROUPS, TRANSFER)
 
 
 class Depth(NamedTuple):
@@ -74,42 +67,26 @@ def bands_of(contenders: Sequence[Contender]) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for one in contenders:
         if one.groups - {*found}:
-            found = {**_bands(one), **found}
-    return {group: found[group] for group in COST_GROUPS if group in found}
-
-
-def _bands(one: Contender) -> dict[str, tuple[float, float]]:
-    question, choice = one.scorer.question, one.kept.choice
-    work, zero = question.workload, np.zeros(1, dtype=np.int64)
-    dtypes = Dtypes(choice.weight_dtype, choice.kv_dtype, choice.attention)
-    fleet = Fleet.of([one.pricer.model], zero, [dtypes], zero)
-    given = ServingInput(
-        batch=np.full(1, float(one.kept.batch)),
-        chunk=np.full(1, float(one.kept.chunk)),
-        input_len=work.input_len,
-        output_len=work.output_len,
-        prefix_hit=work.prefix_hit,
-        in_flight=work.concurrency / one.kept.parallel.dp if work.concurrency else None,
-        **dtypes._asdict(),
-    )
-    return group_bands(fleet, question.cluster, given, serve(fleet, given))
+            found = {**one.bands(), **found}
+    return {group: found[group] for group in ALL_GROUPS if group in found}
 
 
 def robustness(
-    contenders: Sequence[Contender], space: Space, depth: Depth, plan: Contender
+    contenders: Sequence[Contender], depth: Depth, plan: Contender, tuned: str
 ) -> Robustness:
     """The flips of every cost group; the first of `contenders` is the winner.
 
     `plan`: the strategy that is deployed, whose shares and limits are told; most often the winner.
+    `tuned`: what of a contender is tuned again at every factor, in words.
     """
     bands = bands_of(contenders)
     used = set[str]().union(*(one.groups for one in contenders))
-    groups = [group for group in COST_GROUPS if group in used]
-    own = _own(plan.alone(), groups)
+    groups = [group for group in ALL_GROUPS if group in used]
+    own = _own(plan, groups)
     rows = []
     for group in groups:
         band = bands.get(group)
-        slower, faster = flips(contenders, group, space, depth, band)
+        slower, faster = flips(contenders, group, depth, band)
         rows.append(
             GroupRobustness(
                 group=group,
@@ -123,7 +100,7 @@ def robustness(
             )
         )
     return Robustness(
-        method=_method(len(contenders) - 1, depth),
+        method=_method(len(contenders) - 1, depth, tuned),
         contenders=len(contenders) - 1,
         most_factor=MOST_FACTOR,
         resolution=depth.resolution,
@@ -132,11 +109,11 @@ def robustness(
     )
 
 
-def _method(others: int, depth: Depth) -> str:
+def _method(others: int, depth: Depth, tuned: str) -> str:
     return (
         f"each cost group's time times {1.0 / MOST_FACTOR:g} to {MOST_FACTOR:g} in both phases, "
         f"{depth.scan} factors a direction, then narrowed to {depth.resolution:.2%}; the layout "
-        f"that is best and the next {others}, slots and step size of each tuned again"
+        f"that is best and the next {others}, {tuned} of each tuned again"
     )
 
 
@@ -172,7 +149,6 @@ def _compare(contenders: Sequence[Contender], group: str, steps: Array) -> _Ahea
 def flips(
     contenders: Sequence[Contender],
     group: str,
-    space: Space,
     depth: Depth,
     band: tuple[float, float] | None,
 ) -> tuple[Flip | None, Flip | None]:
@@ -182,17 +158,14 @@ def flips(
     steps = np.linspace(0.0, math.log(MOST_FACTOR), depth.scan + 1)[1:]
     found = _compare(contenders, group, np.concatenate([steps, -steps]))
     return (
-        _narrowed(contenders, group, space, depth, band, steps, found.some(slice(depth.scan))),
-        _narrowed(
-            contenders, group, space, depth, band, -steps, found.some(slice(depth.scan, None))
-        ),
+        _narrowed(contenders, group, depth, band, steps, found.some(slice(depth.scan))),
+        _narrowed(contenders, group, depth, band, -steps, found.some(slice(depth.scan, None))),
     )
 
 
 def _narrowed(
     contenders: Sequence[Contender],
     group: str,
-    space: Space,
     depth: Depth,
     band: tuple[float, float] | None,
     steps: Array,
@@ -213,12 +186,7 @@ def _narrowed(
     return Flip(
         factor=factor,
         within_band=None if band is None else band[0] <= factor <= band[1],
-        strategy=space.strategy(
-            runner.kept.parallel,
-            runner.kept.choice,
-            int(runner.batch[point]),
-            int(runner.chunk[point]),
-        ),
+        **runner.deployed(point)._asdict(),
         objective=float(found.best[first]),
         plan_objective=plan if math.isfinite(plan) else None,
     )
@@ -233,16 +201,16 @@ class _Own(NamedTuple):
 
 
 def _own(plan: Contender, groups: Sequence[str]) -> dict[str, _Own]:
-    """Of each group its share of the step, and how much slower it may be before a limit breaks."""
+    """Of each group its share of the time, and how much slower it may be before a limit breaks."""
     rows, none = np.arange(len(groups)), np.full(len(groups), -1)
     near, far = np.zeros(len(groups)), np.full(len(groups), math.log(MOST_FACTOR))
     shares, limit = np.zeros(len(groups)), none
+    now_s = plan.answers({group: np.ones(1) for group in groups}).seconds[0]
     for narrowing in range(2):
         steps = np.linspace(near, far, _OWN_STEPS + 1, axis=1)[:, 1:]
-        found, step_s = _answers(plan, groups, steps)
+        found, seconds = _answers(plan, groups, steps)
         if narrowing == 0:
-            now = sum(plan.kept.columns[name] for name in _STEP)
-            shares = (step_s[:, 0] / now - 1.0) / np.expm1(steps[:, 0])
+            shares = (seconds[:, 0] / now_s - 1.0) / np.expm1(steps[:, 0])
         first = np.argmax(found >= 0, axis=1)
         hit = found[rows, first] >= 0
         near = np.where(hit & (first > 0), steps[rows, first - 1], near)
@@ -252,22 +220,17 @@ def _own(plan: Contender, groups: Sequence[str]) -> dict[str, _Own]:
         group: _Own(
             share=max(float(shares[at]), 0.0),
             limit_factor=math.exp(far[at]) if limit[at] >= 0 else None,
-            limit=LIMITS[int(limit[at])] if limit[at] >= 0 else "",
+            limit=plan.limits[int(limit[at])] if limit[at] >= 0 else "",
         )
         for at, group in enumerate(groups)
     }
 
 
-def _answers(
-    plan: Contender, groups: Sequence[str], steps: Array
-) -> tuple[NDArray[np.int64], Array]:
-    """(limit broken, -1 for none; seconds of the mean step) at steps `[groups, steps]` of one."""
+def _answers(plan: Contender, groups: Sequence[str], steps: Array) -> Answers:
+    """At steps `[groups, steps]` of one group each."""
     count, each = steps.shape
     factors = {group: np.ones(count * each) for group in groups}
     for at, group in enumerate(groups):
         factors[group][at * each : (at + 1) * each] = np.exp(steps[at])
-    blocks = list(plan.blocks(factors))
-    limit = np.concatenate([one.limit[:, 0] for one in blocks]).astype(np.int64)
-    every = [one.every() for one in blocks]
-    step_s = sum(np.concatenate([one[name][:, 0] for one in every]) for name in _STEP)
-    return limit.reshape(count, each), np.reshape(step_s, (count, each))
+    limit, seconds = plan.answers(factors)
+    return Answers(limit.reshape(count, each), np.reshape(seconds, (count, each)))

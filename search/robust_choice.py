@@ -5,7 +5,7 @@ group alone at either end of its band, and all corners of the bands together (2^
 
     regret(x, s) = 1 - objective(x, s) / max over contenders' strategies y of objective(y, s)
     chosen       = the x of least max over s of regret(x, s), then of the larger nominal objective,
-                   then of the contender that did better as prices are, then of less memory
+                   then what the search found, then the contender that did better as prices are
 
 x and y are whole strategies: slots and step size stay as they are in every scenario. One that
 breaks a limit in a scenario has regret 1 there; a scenario in which nothing meets the limits is
@@ -23,12 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
-from shardplan.search.contenders import Contender
-from shardplan.search.kept import Kept
-from shardplan.search.plan import StrategyInfo
+from shardplan.search.contender import Bands, Contender
 from shardplan.search.plan_robustness import RobustChoice
-from shardplan.search.robust import Bands
-from shardplan.search.space import Space
 
 __all__ = ["Chosen", "choose", "scenarios"]
 
@@ -37,7 +33,8 @@ class Chosen(NamedTuple):
     """The robust strategy and how it stands against the nominal winner."""
 
     contender: int
-    kept: Kept
+    point: int | None
+    """None: the strategy that the search found."""
     summary: RobustChoice
 
 
@@ -61,78 +58,80 @@ def _words(factors: Mapping[str, Array], scenario: int) -> str:
     return ", ".join(words) or "prices as they are"
 
 
-def _regrets(
-    contenders: Sequence[Contender], factors: Mapping[str, Array]
-) -> tuple[list[Array], NDArray[np.int64]]:
-    """Of each contender the regret of every point `[feasible scenarios, points]`; those scenarios.
+class _Regrets(NamedTuple):
+    """One minus each objective over the best one of its scenario."""
 
-    The first of them are the prices as they are: a winner is feasible there.
-    """
+    known: NDArray[np.int64]
+    """Scenarios in which something meets the limits; the first are the prices as they are."""
+    top: Array
+    """Best objective of each of them."""
+    points: list[Array]
+    """Of each contender `[known, points]`."""
+    nominal: Array
+    """Of the strategy that the search found."""
+
+
+def _regrets(contenders: Sequence[Contender], factors: Mapping[str, Array]) -> _Regrets:
     objectives = [one.objectives(factors) for one in contenders]
-    best = np.max([one.max(axis=1, initial=-np.inf) for one in objectives], axis=0)
+    own = contenders[0].own(factors)
+    best = np.max([own, *(one.max(axis=1, initial=-np.inf) for one in objectives)], axis=0)
     known = np.flatnonzero(best > -np.inf)
-    top = best[known, None]
-    return [1.0 - np.maximum(one[known], 0.0) / top for one in objectives], known
-
-
-def choose(contenders: Sequence[Contender], bands: Bands, space: Space) -> Chosen:
-    """The robust strategy among all points of the contenders; the first holds the winner."""
-    factors = scenarios(bands)
-    regrets, known = _regrets(contenders, factors)
-    nominal = _kept_point(contenders[0])
-    best: tuple[float, float] | None = None
-    chosen = (0, nominal)
-    for place, (one, regret) in enumerate(zip(contenders, regrets, strict=True)):
-        if not one.batch.size:
-            continue
-        worst, now = regret.max(axis=0), -regret[0]
-        point = int(np.lexsort((-now, worst))[0])
-        key = (float(worst[point]), -float(now[point]))
-        if best is None or key < best:
-            best, chosen = key, (place, point)
-    place, point = chosen
-    kept = contenders[place].at(point)
-    theirs, ours = regrets[0][:, nominal], regrets[place][:, point]
-    return Chosen(
-        contender=place,
-        kept=kept,
-        summary=_summary(contenders[0].kept, kept, space, factors, known, theirs, ours),
+    top = best[known]
+    return _Regrets(
+        known=known,
+        top=top,
+        points=[1.0 - np.maximum(one[known], 0.0) / top[:, None] for one in objectives],
+        nominal=1.0 - np.maximum(own[known], 0.0) / top,
     )
 
 
-def _kept_point(winner: Contender) -> int:
-    kept = winner.kept
-    return int(np.flatnonzero((winner.batch == kept.batch) & (winner.chunk == kept.chunk))[0])
+def choose(contenders: Sequence[Contender], bands: Bands) -> Chosen:
+    """The robust strategy among all points of the contenders; the first holds the winner."""
+    factors = scenarios(bands)
+    regrets = _regrets(contenders, factors)
+    best = float(regrets.nominal.max()), float(regrets.nominal[0])
+    chosen: tuple[int, int | None] = (0, None)
+    ours = regrets.nominal
+    for place, regret in enumerate(regrets.points):
+        if not regret.shape[1]:
+            continue
+        worst, now = regret.max(axis=0), regret[0]
+        point = int(np.lexsort((now, worst))[0])
+        key = (float(worst[point]), float(now[point]))
+        if key < best:
+            best, chosen, ours = key, (place, point), regret[:, point]
+    return Chosen(*chosen, summary=_summary(contenders, chosen, factors, regrets, ours))
 
 
 def _summary(
-    winner: Kept,
-    robust: Kept,
-    space: Space,
+    contenders: Sequence[Contender],
+    chosen: tuple[int, int | None],
     factors: Mapping[str, Array],
-    known: NDArray[np.int64],
-    theirs: Array,
+    regrets: _Regrets,
     ours: Array,
 ) -> RobustChoice:
-    """Both strategies side by side; `theirs` and `ours`: regrets `[feasible scenarios]`."""
+    """Both strategies side by side; `ours`: regrets of the robust one `[known scenarios]`."""
     count = len(next(iter(factors.values())))
-    before, after = winner.columns["objective"], robust.columns["objective"]
+    known, theirs = regrets.known, regrets.nominal
+    before, after = (float(regrets.top[0] * (1.0 - one[0])) for one in (theirs, ours))
     bad, worst = int(np.argmax(theirs)), int(np.argmax(ours))
+    place, point = chosen
+    both = {"nominal": contenders[0].deployed(None), "robust": contenders[place].deployed(point)}
+    strategies = {
+        f"{which}_{name}": value
+        for which, one in both.items()
+        for name, value in one._asdict().items()
+    }
     return RobustChoice(
         scenarios=int(known.size),
         left_out=count - int(known.size),
-        nominal_strategy=_strategy(space, winner),
         nominal_objective=before,
         nominal_regret=float(theirs[bad]),
         nominal_breaks=int((theirs >= 1.0).sum()),
         nominal_worst=_words(factors, int(known[bad])),
-        robust_strategy=_strategy(space, robust),
         robust_objective=after,
         robust_regret=float(ours[worst]),
         robust_worst=_words(factors, int(known[worst])),
         given_up=max(1.0 - after / before, 0.0),
+        **strategies,
     )
-
-
-def _strategy(space: Space, kept: Kept) -> StrategyInfo:
-    return space.strategy(kept.parallel, kept.choice, kept.batch, kept.chunk)

@@ -19,6 +19,8 @@ from shardplan.search.robust_choice import choose
 
 __all__ = ["Study", "study", "with_study"]
 
+_TUNED = "slots and step size"
+
 
 class Study(NamedTuple):
     """The strategy to deploy and how robust it is."""
@@ -35,12 +37,13 @@ def study(question: Question, outcome: Outcome, *, robust: bool) -> Study:
     depth = FULL if robust else QUICK
     found = contenders_of(question, outcome, depth.contenders)
     if not robust:
-        told = robustness(found, outcome.space, depth, found[0])
-        return Study(found[0].kept, told)
-    chosen = choose(found, bands_of(found), outcome.space)
-    deployed = replace(found[chosen.contender], kept=chosen.kept)
-    told = robustness(found, outcome.space, depth, deployed)
-    return Study(chosen.kept, told.model_copy(update={"choice": chosen.summary}))
+        return Study(found[0].kept, robustness(found, depth, found[0], _TUNED))
+    chosen = choose(found, bands_of(found))
+    deployed = found[chosen.contender]
+    if chosen.point is not None:
+        deployed = replace(deployed, kept=deployed.at(chosen.point))
+    told = robustness(found, depth, deployed, _TUNED)
+    return Study(deployed.kept, told.model_copy(update={"choice": chosen.summary}))
 
 
 def with_study(plan: Plan, told: Robustness) -> Plan:
@@ -61,9 +64,10 @@ def with_study(plan: Plan, told: Robustness) -> Plan:
 
 
 def _note(choice: RobustChoice, others: int) -> str:
+    counts = "" if choice.robust_prefill is None else ", and counts of instances,"
     return (
-        f"robust: of all slots and step sizes of the best layout and the next {others}, the "
-        f"strategy of least worst-case regret in {choice.scenarios} scenarios of the "
+        f"robust: of all slots and step sizes{counts} of the best layout and the next {others}, "
+        f"the strategy of least worst-case regret in {choice.scenarios} scenarios of the "
         f"calibration's bands ({choice.robust_regret:.1%}; the nominal best's is "
         f"{choice.nominal_regret:.1%}); it gives up {choice.given_up:.1%} of the nominal "
         f"objective, which the certificate's gap holds"

@@ -18,15 +18,27 @@ def factor_words(factor: float | None) -> str:
     return "-" if factor is None else f"x{factor:.3g}" if factor < 1 else f"x{factor:.2f}"
 
 
-def runner_words(one: StrategyInfo, plan: Plan) -> str:
-    """A strategy in short, with what it chooses otherwise than the plan."""
-    words = [one.parallelism().describe()]
+def runner_words(flip: Flip, plan: Plan) -> str:
+    """Who wins there in short, with what it chooses otherwise than the plan."""
+    one = flip.strategy
+    words = [deployed_words(one, flip.prefill, flip.prefill_instances, flip.decode_instances)]
     own = plan.strategy
     words += [str(getattr(one, n)) for n in _CHOICES if getattr(one, n) != getattr(own, n)]
     for name in _SWITCHES:
         if getattr(one, name) != getattr(own, name):
             words.append(f"{'with' if getattr(one, name) else 'without'} {name.replace('_', ' ')}")
     return ", ".join([*words, f"batch {one.batch}"])
+
+
+def deployed_words(
+    one: StrategyInfo, prefill: StrategyInfo | None, instances: int, others: int
+) -> str:
+    """A layout, or those of both pools with the counts of their instances."""
+    words = one.parallelism().describe()
+    if prefill is None:
+        return words
+    first = prefill.parallelism().describe()
+    return f"{instances} prefill x ({first}) + {others} decode x ({words})"
 
 
 def flips_of(row: GroupRobustness) -> Iterator[tuple[str, Flip]]:
@@ -57,10 +69,16 @@ def choice_sentence(choice: RobustChoice) -> str:
     limits = f", where it breaks a limit in {breaks} of them" if breaks else ""
     left = f" ({choice.left_out} more leave nothing feasible)" if choice.left_out else ""
     nominal = choice.nominal_strategy
+    words = deployed_words(
+        nominal,
+        choice.nominal_prefill,
+        choice.nominal_prefill_instances,
+        choice.nominal_decode_instances,
+    )
     return (
         f"The robust plan gives up {choice.given_up:.1%} of the best objective at the prices as "
         f"they are. In {choice.scenarios} scenarios of the calibration's bands{left} it is at "
         f"worst {choice.robust_regret:.1%} below the best there ({choice.robust_worst}); the "
-        f"nominal best ({nominal.parallelism().describe()}, batch {nominal.batch}, chunk "
+        f"nominal best ({words}, batch {nominal.batch}, chunk "
         f"{nominal.chunk}) is {choice.nominal_regret:.1%} below{limits}."
     )

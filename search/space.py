@@ -46,6 +46,7 @@ __all__ = [
     "batch_grid",
     "build_space",
     "chunk_grid",
+    "strategy_info",
 ]
 
 _DIMENSIONS = (
@@ -167,9 +168,11 @@ class Space:
 
     def broken_rule(self, par: Parallelism) -> str | None:
         """Id of the first rule that a layout breaks; None when it is legal."""
-        return first_broken_rule(
-            Subject(spec=self.spec, cluster=self.cluster, engine=self.engine, parallel=par)
-        )
+        return first_broken_rule(self.subject(par))
+
+    def subject(self, par: Parallelism) -> Subject:
+        """A layout as the rules look at it."""
+        return Subject(spec=self.spec, cluster=self.cluster, engine=self.engine, parallel=par)
 
     def strategies(self, par: Parallelism) -> int:
         """Strategies of a layout, all its cuts and legal orders together."""
@@ -210,11 +213,8 @@ class Space:
 
     def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
         """What the rules on switches look at."""
-        return Subject(
-            spec=self.spec,
-            cluster=self.cluster,
-            engine=self.engine,
-            parallel=par,
+        return replace(
+            self.subject(par),
             overlap=choice.overlap,
             weight_dtype=choice.weight_dtype,
             kv_dtype=choice.kv_dtype,
@@ -222,10 +222,17 @@ class Space:
 
     def strategy(self, par: Parallelism, choice: Choice, batch: int, chunk: int) -> StrategyInfo:
         """One point as the plan writes it."""
-        layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
-        chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
-        layout["stage_layers"] = balanced_stages(self.spec, par)
-        return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
+        return strategy_info(self.spec, par, choice, batch, chunk)
+
+
+def strategy_info(
+    spec: ModelSpec, par: Parallelism, choice: Choice, batch: int, chunk: int
+) -> StrategyInfo:
+    """A layout, a choice, slots and step size as the plan writes them."""
+    layout = {one.name: getattr(par, one.name) for one in fields(Parallelism)}
+    chosen = {one.name: getattr(choice, one.name) for one in fields(Choice)}
+    layout["stage_layers"] = balanced_stages(spec, par)
+    return StrategyInfo(**layout, **chosen, batch=batch, chunk=chunk)
 
 
 def batch_grid(limit: int) -> tuple[int, ...]:

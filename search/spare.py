@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.workload import one_of, whole
+
+if TYPE_CHECKING:
+    from shardplan.search.asked import Asked
 
 __all__ = ["UNITS", "Spare", "instances_lost", "read_spare", "replica_of_ranks", "replicas_lost"]
 
@@ -51,8 +54,9 @@ class Spare:
         return f"{self.count} {self.unit}{'' if self.count == 1 else 's'}"
 
 
-def read_spare(count: object, unit: object, rate: float | None) -> Spare | None:
+def read_spare(asked: Asked, rate: float | None) -> Spare | None:
     """What was asked; None without. `InputError` for what no headroom can be."""
+    count, unit = asked.spare, asked.spare_unit
     one_of("spare_unit", unit, UNITS)
     if count is None:
         if unit != UNITS[0]:
@@ -68,6 +72,12 @@ def read_spare(count: object, unit: object, rate: float | None) -> Spare | None:
             "headroom is held over a rate of requests",
             got=f"spare={found}, rate=None",
             hint="add --rate 4, or leave --spare out",
+        )
+    if asked.serving != "agg" and asked.objective not in ("cards", "cost"):
+        raise InputError(
+            "headroom of pools is that of the fewest cards for a rate",
+            got=f"spare={found}, serving={asked.serving}, objective={asked.objective}",
+            hint="add --objective cards or cost, or use --serving agg",
         )
     return Spare(count=found, unit=cast("Unit", unit))
 

@@ -12,7 +12,21 @@ if TYPE_CHECKING:
     from shardplan.search.plan import Plan
     from shardplan.search.plan_capacity import Capacity, LossRow
 
-__all__ = ["print_capacity"]
+__all__ = ["print_capacity", "print_cost"]
+
+
+def print_cost(plan: Plan, console: Console) -> None:
+    """What the plan costs at the prices that were given."""
+    found = plan.cost
+    if found is None:
+        return
+    console.print(
+        f"cost: {found.per_hour:.4g} an hour, {found.per_million_tokens:.4g} a million output "
+        f"tokens ({found.per_million_tokens_full:.4g} at the most that is served), in the unit of "
+        "--card-price",
+        markup=False,
+    )
+    console.print()
 
 
 def print_capacity(plan: Plan, console: Console) -> None:

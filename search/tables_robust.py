@@ -38,7 +38,7 @@ def print_robustness(plan: Plan, console: Console) -> None:
             add(table, *head, "never", "")
         for _, flip in flips:
             mark = "!" if flip.within_band else ""
-            words = runner_words(flip.strategy, plan)
+            words = runner_words(flip, plan)
             add(table, *head, f"{factor_words(flip.factor)}{mark}", words)
             head = ("", "", "", "")
     show(console, table)

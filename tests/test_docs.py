@@ -20,7 +20,7 @@ import pytest
 from shardplan.search.main import run
 
 ROOT = Path(__file__).resolve().parent.parent
-APART = ("emitters.md", "onnx.md", "torch.md")
+APART = ("capture.md", "emitters.md", "onnx.md", "torch.md")
 """Pages whose examples need a package or a model of the reader's, with tests of their own."""
 PAGES = (
     ROOT / "README.md",

@@ -1,83 +1,60 @@
 """A captured graph recognised as a causal decoder: its `ModelSpec`, or what was not recognised.
 
-What is looked for: one embedding table, equal layers of one causal attention and one gated
-feed-forward network each, root-mean-square norms, an output head. Roles follow from the wiring:
-what an attention reads comes from the projections of queries, keys and values; the first product
-after it is the output projection. At the end the parameters of the recognised model must be those
-of the graph, to the element: whatever was overlooked is refused there.
+What is looked for: one embedding table, layers of one causal attention each, of equal sizes, and of
+a gated feed-forward network or of routed experts behind a dense prefix, root-mean-square norms, an
+output head. Roles follow from the wiring: what an attention reads comes from the projections of
+queries, keys and values; the first product after it is the output projection; keys and values that
+come from one latent are multi-head latent attention. At the end the parameters of the recognised
+model must be those of the graph, to the element: whatever was overlooked is refused there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Literal
 
 from shardplan.models.counts import parameter_count
-from shardplan.models.errors import InputError
+from shardplan.models.frontends.decoder_layer import Layer, layer_of, lost, made_by
 from shardplan.models.opgraph import Operator, OpGraph
-from shardplan.models.spec import CheckpointDtype, ModelSpec
+from shardplan.models.opsources import Wiring, columns, rows
+from shardplan.models.spec import CheckpointDtype, MlaSpec, ModelSpec, MoeSpec
 
 __all__ = ["decoder_of"]
 
 _DTYPES: dict[str, CheckpointDtype] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_HINT = "give the model's config.json, or search the graph at operator level"
-
-
-@dataclass(slots=True, eq=False)
-class _Layer:
-    """The products with weights of one layer, by role."""
-
-    attention: Operator
-    inputs: list[Operator] = field(default_factory=list)
-    output: list[Operator] = field(default_factory=list)
-    rest: list[Operator] = field(default_factory=list)
 
 
 def decoder_of(graph: OpGraph) -> ModelSpec:
     """The sizes of a causal decoder; `InputError` that says what was not recognised."""
-    made = graph.producers()
+    wiring = Wiring(graph)
     table, hidden, vocab = _embedding(graph)
-    layer = _first_layer(graph, made)
-    attrs = {key: int(value) for key, value in layer.attention.attrs.items() if key != "onnx"}
-    heads, kv, dim = attrs["heads"], attrs["kv_heads"], attrs["head_dim"]
-    if not kv or attrs["value_dim"] != dim:
-        raise _lost(graph, "attention with kv heads that divide the heads, values as wide as keys")
-    wanted = (heads + 2 * kv) * dim
-    if sum(map(_columns, layer.inputs)) != wanted or {_rows(m) for m in layer.inputs} != {hidden}:
-        raise _lost(graph, f"projections of {hidden} to {wanted} elements before attention")
-    if [(_rows(m), _columns(m)) for m in layer.output] != [(heads * dim, hidden)]:
-        raise _lost(graph, f"one projection of {heads * dim} to {hidden} elements after attention")
-    ffn = _ffn(graph, layer, hidden)
-    biases = [_biased(graph, part) for part in (layer.inputs, layer.output, layer.rest)]
-    norms = _norms(graph, layer.attention.layer)
-    first = layer.output[0].reads[1].tensor
-    dtype = _DTYPES.get(graph.tensors[first].dtype)
-    if dtype is None:
-        raise _lost(graph, "floating-point weights", f"{first}: {graph.tensors[first].dtype}")
-    qk = _qk_norm(norms, heads * dim, kv * dim, dim, hidden)
+    layers = _layers(wiring, hidden)
+    first = layers[0]
+    moe = _experts(graph, layers)
+    dense = next((one.ffn for one in layers if one.moe is None), None)
     spec = ModelSpec(
         name=graph.name,
-        architecture=_like(biases[0], qk),
+        architecture=_like(first, moe),
         hidden=hidden,
         layers=graph.layers,
-        heads=heads,
-        kv_heads=kv,
-        head_dim=dim,
-        ffn=ffn,
+        heads=first.heads,
+        kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+        ffn=dense or (moe.ffn if moe is not None else 0),
         vocab=vocab,
-        tied_embeddings=_head_is_tied(graph, made, table, hidden, vocab),
-        qkv_bias=biases[0],
-        o_bias=biases[1],
-        mlp_bias=biases[2],
-        qk_norm=qk,
-        sandwich_norms=norms.count(hidden) >= 4,
-        dtype=dtype,
+        tied_embeddings=_head_is_tied(wiring, table, hidden, vocab),
+        qkv_bias=first.biases[0],
+        o_bias=first.biases[1],
+        mlp_bias=layers[0].biases[2] if moe is None else False,
+        qk_norm=_qk_norm(first, hidden),
+        sandwich_norms=first.norms.count(hidden) >= 4,
+        mla=first.mla,
+        moe=moe,
+        dtype=_dtype(graph, first),
         source=graph.source,
         extra=("sizes recognised in a graph; architecture names the class of this structure",),
     )
     if parameter_count(spec) != graph.parameters:
-        raise _lost(
+        raise lost(
             graph,
             "every parameter",
             f"recognised={parameter_count(spec)}, in the graph={graph.parameters}",
@@ -85,149 +62,94 @@ def decoder_of(graph: OpGraph) -> ModelSpec:
     return spec
 
 
-def _lost(graph: OpGraph, what: str, got: str = "") -> InputError:
-    found = f"model={graph.name}" + (f", {got}" if got else "")
-    return InputError(f"not recognised as a causal decoder: {what}", got=found, hint=_HINT)
-
-
-def _rows(product: Operator) -> int:
-    return product.loops["k"].size
-
-
-def _columns(product: Operator) -> int:
-    return product.loops["n"].size
-
-
-def _weighted(graph: OpGraph, one: Operator) -> bool:
-    """Whether an operator is a product with a weight of two dims."""
-    if one.kind != "matmul" or len(one.reads) < 2 or not {"k", "n"} <= one.loops.keys():
-        return False
-    return graph.tensors[one.inputs[1]].kind == "parameter"
-
-
 def _embedding(graph: OpGraph) -> tuple[str, int, int]:
     """(table, hidden, vocabulary)"""
     found = [one for one in graph.of_kind("embedding") if one.layer < 0]
     if len(found) != 1:
-        raise _lost(graph, "one embedding table", f"tables={len(found)}")
+        raise lost(graph, "one embedding table", f"tables={len(found)}")
     table = found[0].inputs[0]
     vocab, hidden = graph.tensors[table].shape
     return table, hidden, vocab
 
 
-def _first_layer(graph: OpGraph, made: dict[str, Operator]) -> _Layer:
+def _layers(wiring: Wiring, hidden: int) -> list[Layer]:
+    """The layers that are present, first to last."""
+    graph = wiring.graph
     attentions = list(graph.of_kind("attention"))
-    if not attentions or graph.layers != len(attentions):
-        raise _lost(
+    total = sum(graph.times(one.layer) for one in attentions if one.layer >= 0)
+    present = {one.layer for one in attentions if one.layer >= 0}
+    if not attentions or graph.layers != total or len(present) != len(attentions):
+        raise lost(
             graph,
             "equal layers of one attention each",
-            f"equal blocks={graph.layers}, attentions={len(attentions)}",
+            f"equal blocks={graph.layers}, attentions={total}",
         )
     if not all(one.attrs["causal"] for one in attentions):
-        raise _lost(graph, "attention that is causal", f"attention={attentions[0].name}")
-    layer = _Layer(attentions[0])
-    before = set(_sources(graph, made, layer.attention))
-    behind = {layer.attention.name}
-    for one in graph.operators:
-        if any(n in made and made[n].name in behind for n in one.inputs):
-            behind.add(one.name)
-        if one.layer != layer.attention.layer or not _weighted(graph, one):
-            continue
-        if one.name in before:
-            layer.inputs.append(one)
-        elif one.name in behind and not layer.output:
-            layer.output.append(one)
-        else:
-            layer.rest.append(one)
-    return layer
+        raise lost(graph, "attention that is causal", f"attention={attentions[0].name}")
+    layers = [layer_of(wiring, one, hidden) for one in attentions]
+    if len({one.mixer for one in layers}) > 1:
+        raise lost(graph, "layers whose attentions have equal sizes")
+    if len({one.ffn for one in layers if one.moe is None}) > 1:
+        raise lost(graph, "feed-forward networks of equal sizes")
+    return layers
 
 
-def _sources(graph: OpGraph, made: dict[str, Operator], one: Operator) -> Iterator[str]:
-    """The nearest products with weights from which an operator's inputs come."""
-    waiting, seen = [name for name in one.inputs if name in made], set[str]()
-    while waiting:
-        maker = made[waiting.pop()]
-        if maker.name in seen:
-            continue
-        seen.add(maker.name)
-        if _weighted(graph, maker):
-            yield maker.name
-        else:
-            waiting += [name for name in maker.inputs if name in made]
+def _experts(graph: OpGraph, layers: list[Layer]) -> MoeSpec | None:
+    """The routed experts: equal in all layers behind a dense prefix."""
+    found = [one for one in layers if one.moe is not None]
+    if not found:
+        return None
+    if len({one.moe for one in found}) > 1 or found != layers[-len(found) :]:
+        raise lost(graph, "equal experts in all layers behind a dense prefix")
+    dense = sum(graph.times(one.number) for one in layers if one.moe is None)
+    moe = found[0].moe
+    return None if moe is None else moe.spec(dense)
 
 
-def _ffn(graph: OpGraph, layer: _Layer, hidden: int) -> int:
-    """Width of a gated feed-forward network: as much goes in twice as comes out."""
-    into = sum(_columns(one) for one in layer.rest if _rows(one) == hidden)
-    out = [_rows(one) for one in layer.rest if _columns(one) == hidden and _rows(one) != hidden]
-    if len(out) != 1 or into != 2 * out[0]:
-        sizes = ", ".join(f"{_rows(one)}x{_columns(one)}" for one in layer.rest)
-        raise _lost(graph, "a gated feed-forward network", f"products={sizes or 'none'}")
-    return out[0]
+def _dtype(graph: OpGraph, layer: Layer) -> CheckpointDtype:
+    dtype = _DTYPES.get(layer.dtype)
+    if dtype is None:
+        raise lost(graph, "floating-point weights", f"dtype={layer.dtype}")
+    return dtype
 
 
-def _biased(graph: OpGraph, products: list[Operator]) -> bool:
-    """Whether vectors are added to all of the products; some but not all is refused."""
-    added = [
-        any(
-            one.attrs.get("onnx") == "Add"
-            and product.writes[0].tensor in one.inputs
-            and _vector(graph, one) == _columns(product)
-            for one in graph.operators
-        )
-        for product in products
-    ]
-    if any(added) != all(added):
-        raise _lost(graph, "biases on all projections of a kind or on none")
-    return any(added)
-
-
-def _vector(graph: OpGraph, one: Operator) -> int:
-    """Elements of the parameter that an operator reads beside its input, 0 for none."""
-    found = [graph.tensors[n] for n in one.inputs if graph.tensors[n].kind == "parameter"]
-    return found[0].elements if len(found) == 1 and len(found[0].shape) == 1 else 0
-
-
-def _norms(graph: OpGraph, layer: int) -> list[int]:
-    """Elements of each scale of a norm in a layer."""
-    scaled = (
-        one
-        for one in graph.operators
-        if one.layer == layer and (one.kind == "norm" or one.attrs.get("onnx") == "Mul")
-    )
-    return [size for one in scaled if (size := _vector(graph, one))]
-
-
-def _qk_norm(
-    norms: list[int], query: int, key: int, dim: int, hidden: int
-) -> Literal["none", "head", "full"]:
-    """Norms of queries and keys beside the two of the layer."""
-    extra = list(norms)
-    for _ in range(min(2, norms.count(hidden))):
+def _qk_norm(layer: Layer, hidden: int) -> Literal["none", "head", "full"]:
+    """Norms of queries and keys beside those of the layer."""
+    if layer.mla is not None:
+        return "none"
+    query, key = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    extra = list(layer.norms)
+    for _ in range(min(2, extra.count(hidden))):
         extra.remove(hidden)
-    if sorted(extra) == [dim, dim]:
+    if sorted(extra) == [layer.head_dim] * 2:
         return "head"
     return "full" if sorted(extra) == sorted((query, key)) and key != hidden else "none"
 
 
-def _like(qkv_bias: bool, qk_norm: str) -> str:
+def _like(layer: Layer, moe: MoeSpec | None) -> str:
     """The Hugging Face class whose layers have this structure."""
-    if qk_norm == "head":
+    if isinstance(layer.mla, MlaSpec):
+        biased = moe is not None and moe.router_bias
+        return "DeepseekV3ForCausalLM" if biased else "DeepseekV2ForCausalLM"
+    heads = layer.norms.count(layer.head_dim) >= 2
+    if moe is not None:
+        return "Qwen3MoeForCausalLM" if heads else "MixtralForCausalLM"
+    if heads:
         return "Qwen3ForCausalLM"
-    return "Qwen2ForCausalLM" if qkv_bias else "LlamaForCausalLM"
+    return "Qwen2ForCausalLM" if layer.biases[0] else "LlamaForCausalLM"
 
 
-def _head_is_tied(
-    graph: OpGraph, made: dict[str, Operator], table: str, hidden: int, vocab: int
-) -> bool:
+def _head_is_tied(wiring: Wiring, table: str, hidden: int, vocab: int) -> bool:
+    graph = wiring.graph
     heads = [
         one
         for one in graph.of_kind("matmul")
-        if one.layer < 0 and "n" in one.loops and (_rows(one), _columns(one)) == (hidden, vocab)
+        if one.layer < 0
+        and {"k", "n"} <= one.loops.keys()
+        and (rows(one), columns(one)) == (hidden, vocab)
     ]
     if len(heads) != 1:
-        raise _lost(
-            graph, f"one output head of {hidden} to {vocab} elements", f"found={len(heads)}"
-        )
+        raise lost(graph, f"one output head of {hidden} to {vocab} elements", f"found={len(heads)}")
     weight = heads[0].inputs[1]
-    return weight == table or (weight in made and table in made[weight].inputs)
+    maker: Operator | None = made_by(wiring, weight)
+    return weight == table or (maker is not None and table in maker.inputs)

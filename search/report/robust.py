@@ -53,7 +53,7 @@ def _rows(row: GroupRobustness, plan: Plan) -> list[tuple[str, ...]]:
     return [
         (
             row.group,
-            runner_words(flip.strategy, plan),
+            runner_words(flip, plan),
             percent(row.share),
             band,
             f"{factor_words(flip.factor)}{'!' if flip.within_band else ''}",

@@ -6,7 +6,8 @@ Public names, each loaded on first use so that `import shardplan` stays instant:
 
     search(...)          the best plan for a model on a cluster; also the package of that name
     estimate(...)        the price of a given strategy
-    load_model(...)      a model's sizes, from a preset's name or a `config.json`
+    load_model(...)      a model's sizes, from a preset's name, a `config.json` or a PyTorch module
+    load_graph(...)      a model's operators, from a PyTorch module or export, or an ONNX file
     load_cluster(...)    a cluster, from its name or a TOML file
     Plan                 a chosen strategy with all that is needed to deploy it
 """
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shardplan.costmodel.catalog import load_cluster
     from shardplan.models.catalog import load_model
+    from shardplan.models.frontends.load import load_graph
     from shardplan.search.api import estimate, search
     from shardplan.search.plan import Plan
 
-__all__ = ["Plan", "__version__", "estimate", "load_cluster", "load_model", "search"]
+__all__ = ["Plan", "__version__", "estimate", "load_cluster", "load_graph", "load_model", "search"]
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,7 @@ _HOMES = {
     "Plan": "shardplan.search.plan",
     "estimate": "shardplan.search.api",
     "load_cluster": "shardplan.costmodel.catalog",
+    "load_graph": "shardplan.models.frontends.load",
     "load_model": "shardplan.models.catalog",
 }
 

@@ -98,6 +98,21 @@ def test_attention_takes_its_heads_and_context_from_its_attributes() -> None:
         _prices(prompt).operator(silent, [{}])
 
 
+def test_rows_sorted_by_expert_are_shared_by_the_ranks_of_the_experts() -> None:
+    b = Builder()
+    x = b.tensor("x", (512, 4096), "input", "bfloat16")
+    ends = b.tensor("ends", (8,), "input", "int32")
+    reads = [(x, ("m", "k")), (b.param("w", 8, 4096, 1024), ("e", "k", "n")), (ends, ("",))]
+    b.op("routed", "grouped_matmul", reads, (512, 1024), ("m", "n"))
+    graph = b.graph("routed", ("routed",))
+    found = _prices(graph).operator(graph.operators[0], [{}, {"y": "e"}, {"x": "k", "y": "n"}])
+    expected = grouped_matmul(
+        MACHINE, np.array([512, 64, 512]), np.array([8, 1, 8]), np.array([1024, 1024, 128]),
+        np.array([4096, 4096, 2048]), "bf16", ep=np.array([1, 8, 1]),
+    )  # fmt: skip
+    assert found.total_s == pytest.approx(expected.total_s + GAP)
+
+
 def test_a_block_of_experts_in_one_operator() -> None:
     """Tokens, gates and three weights, as a front end captures a fused block."""
     b = Builder()

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hypothesis import strategies as st
-from tests.search.oracle import specs
+from tests.search.oracle import dense, specs
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.disagg import link_between
 from shardplan.costmodel.engines import load_engine
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.disagg_combine import DisaggQuestion
-from shardplan.search.disagg_space import Pool, Role
+from shardplan.search.disagg_question import DisaggQuestion
+from shardplan.search.disagg_space import Pool, Role, instance_layouts
 from shardplan.search.layouts import Reach
 from shardplan.search.legality import Subject
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice
 
-__all__ = ["disagg_cases"]
+__all__ = ["disagg_cases", "order_case"]
 
 _CHOICES = (
     Choice(attention="flash", weight_dtype="bf16", kv_dtype="bf16"),
@@ -92,7 +92,9 @@ def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
     if reach.ways:
         spec = replace(spec, layers=min(spec.layers, 5))
     memory = draw(st.sampled_from([16e6, 64e6, 1e9]))
-    cards = draw(st.sampled_from([2, 3, 4])) if spec.moe is None else 3
+    cards = (
+        draw(st.sampled_from([2, 3, 4])) if spec.moe is None else draw(st.sampled_from([3, 3, 4]))
+    )
     workload = Workload(
         input_len=draw(st.sampled_from([16, 300, 2000])),
         output_len=draw(st.sampled_from([1, 2, 64])),
@@ -102,7 +104,8 @@ def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
         mtp_acceptance=draw(st.sampled_from([0.0, 0.7, 1.0])),
     )
     sizes = cards - 1 if shared else cards
-    decode = _pool(spec, "atlas-800t-a2", engine, cards, memory, sizes, reach)
+    machine = draw(st.sampled_from(["atlas-800t-a2", "atlas-800i-a3"]))
+    decode = _pool(spec, machine, engine, cards, memory, sizes, reach)
     if shared:
         prefill = decode
     else:
@@ -123,4 +126,31 @@ def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
             tpot_s=draw(st.sampled_from([None, None, 0.005, 0.02])),
         ),
         objective=draw(st.sampled_from(["throughput", "throughput", "latency", "cards"])),
+    )
+
+
+def order_case(engine: str) -> DisaggQuestion:
+    """Four dies an instance, two of them on a link far faster than the rest, caches far wider than
+    the hidden state: contexts want the fast link, which the engines' own order gives to tp."""
+    spec = dense(hidden=64, heads=8, kv_heads=8, head_dim=256, ffn=64, layers=1)
+    reach = Reach(contexts=(2,))
+    pool = _pool(spec, "atlas-800i-a3", engine, 4, 1e9, 4, reach)
+    near, far = pool.cluster.tiers
+    slow = replace(far, bytes_per_s=1e9, link_bytes_per_s=1e9, latency_s=0.0)
+    pool = replace(pool, cluster=replace(pool.cluster, tiers=(near, slow)), sizes=(4,))
+    workload = Workload(input_len=2000, output_len=2)
+    ends = load_cluster("atlas-800i-a3", nodes=2)
+    subject = pool.subject(Parallelism())
+    pool = replace(
+        pool,
+        workload=workload,
+        layouts=tuple(instance_layouts(replace(subject, role="decode"), 4, reach)),
+    )
+    return DisaggQuestion(
+        prefill=replace(_as_role(pool, "prefill"), grid=(4096,)),
+        decode=pool,
+        shared=False,
+        link=link_between(ends, ends, 4, same=False),
+        limits=Limits(),
+        objective="latency",
     )

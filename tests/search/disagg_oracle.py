@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise, product
+from itertools import combinations, pairwise, permutations, product
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ from shardplan.costmodel.steps import decode_stages, prompt_stages
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
-from shardplan.models.parallel import Exchange, Parallelism
+from shardplan.models.parallel import AXES, Axis, Exchange, Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Workload
@@ -32,6 +32,7 @@ from shardplan.search.space import Choice
 __all__ = ["Deployment", "best_deployment", "every_deployment", "space_size"]
 
 _EPS = 1e-9
+_VLLM: tuple[Axis, ...] = ("dp", "pp", "cp", "tp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,20 +60,32 @@ class Deployment:
 
     objective: float
     cards: int
+    spent: float
+    """Cards by their price."""
     rate: float
     ttft_s: float
     tpot_s: float
 
 
 def _layouts(pool: Pool) -> Iterator[Parallelism]:
-    """Every layout without replicas of every instance size, legal or not, with every cut."""
+    """Every layout without replicas of every instance size, legal or not, in every way."""
     for par in _plain(pool):
         for depth in _depths(pool):
             one = replace(par, mtp=depth)
-            yield from _cuts(pool, one)
+            yield from _ways(pool, one)
             if pool.reach.modules and _applies(pool, one):
                 for many in _modules(pool.spec, one):
-                    yield from _cuts(pool, many)
+                    yield from _ways(pool, many)
+
+
+def _ways(pool: Pool, par: Parallelism) -> Iterator[Parallelism]:
+    """A layout with every order of the axes that have ranks, each with every cut."""
+    orders: dict[tuple[Axis, ...], tuple[Axis, ...]] = {}
+    own = _VLLM if "vllm" in pool.engine.name else AXES
+    for order in permutations(AXES) if pool.reach.ways else [own]:
+        orders.setdefault(tuple(axis for axis in order if getattr(par, axis) > 1), order)
+    for order in orders.values():
+        yield from _cuts(pool, replace(par, order=order))
 
 
 def _plain(pool: Pool) -> Iterator[Parallelism]:
@@ -144,6 +157,9 @@ def _scorer(question: DisaggQuestion, pool: Pool, par: Parallelism) -> LayoutSco
     if (par.sp and par.tp == 1) or par.tp > pool.cluster.ranks_per_node:
         return None
     vllm = "vllm" in pool.engine.name
+    places = [_VLLM.index(axis) for axis in par.order if getattr(par, axis) > 1]
+    if vllm and places != sorted(places):
+        return None
     if vllm and (par.ep not in (1, par.tp * par.dp * par.cp) or par.cp > 1 < par.dp):
         return None
     if pool.engine.name == "vllm-ascend" and par.mtp and par.pp > 1 and pool.role == "decode":
@@ -324,6 +340,7 @@ def _deployment(
     return Deployment(
         objective=1 / (ttft + later) if latency else rate * work.output_len,
         cards=x * p.ranks + y * d.ranks,
+        spent=x * p.ranks * question.prices[0] + y * d.ranks * question.prices[1],
         rate=rate,
         ttft_s=ttft,
         tpot_s=other.tpot_s,
@@ -372,8 +389,8 @@ def best_deployment(question: DisaggQuestion) -> Deployment | None:
     for one in every_deployment(question):
         if question.objective == "cards":
             better = best is None or (
-                one.cards < best.cards
-                or (one.cards == best.cards and one.objective > best.objective)
+                one.spent < best.spent
+                or (one.spent == best.spent and one.objective > best.objective)
             )
         else:
             better = best is None or one.objective > best.objective

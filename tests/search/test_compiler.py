@@ -12,12 +12,11 @@ import pytest
 
 import shardplan
 from shardplan.models.errors import InputError
+from shardplan.models.frontends.torch_model import spec_of_module
 from shardplan.models.parallel import AXES, Parallelism
 from shardplan.search.apply_plan import (
     global_rank,
-    is_module,
     place_of_rank,
-    spec_of_module,
 )
 from shardplan.search.plan import Plan
 
@@ -121,7 +120,6 @@ def test_a_callable_is_taken_as_it_is() -> None:
 def test_a_module_is_planned_by_its_configuration() -> None:
     model = _model()
     spec = spec_of_module(model)
-    assert is_module(model)
     assert (spec.hidden, spec.kv_heads, spec.vocab) == (256, 4, 512)
     assert _plan(model).model.architecture == "LlamaForCausalLM"
     with pytest.raises(InputError, match="Linear"):

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from tests.search.disagg_cases import disagg_cases
+from tests.search.disagg_cases import disagg_cases, order_case
 from tests.search.disagg_oracle import best_deployment, space_size
 from tests.search.oracle import sparse
 
@@ -18,7 +18,7 @@ from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg import search_disagg
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import prefill_grid
 from shardplan.search.legality import Subject, first_broken_pair_rule
 from shardplan.search.spare import Spare
@@ -33,7 +33,7 @@ def _agrees(question: DisaggQuestion) -> None:
     assert min(tally.pruned_by.values(), default=0) >= 0
     best = best_deployment(question)
     cards = question.objective == "cards"
-    own = -math.inf if best is None else -float(best.cards) if cards else best.objective
+    own = -math.inf if best is None else -best.spent if cards else best.objective
     found = -math.inf if outcome.best is None else outcome.best.worth(question.objective)
     if not outcome.complete:
         assert found <= own or found == pytest.approx(own, rel=1e-7)
@@ -45,7 +45,7 @@ def _agrees(question: DisaggQuestion) -> None:
         return
     assert outcome.best.columns["objective"] == pytest.approx(best.objective, rel=1e-7)
     if cards:
-        assert outcome.best.columns["cards"] == best.cards
+        assert outcome.best.columns["spent"] == best.spent
 
 
 @settings(max_examples=6)
@@ -61,8 +61,10 @@ def test_the_best_is_brute_forces_best_on_many_questions(question: DisaggQuestio
     _agrees(question)
 
 
-def _may_lose(question: DisaggQuestion, spare: Spare, rate: float) -> DisaggQuestion:
-    """The fewest cards for a rate with so much lost."""
+def _may_lose(
+    question: DisaggQuestion, spare: Spare | None, rate: float, prices: tuple[float, float]
+) -> DisaggQuestion:
+    """The cheapest cards for a rate with so much lost."""
     pools = (
         replace(
             pool,
@@ -71,27 +73,32 @@ def _may_lose(question: DisaggQuestion, spare: Spare, rate: float) -> DisaggQues
         for pool in (question.prefill, question.decode)
     )
     prefill, decode = pools
-    return replace(question, prefill=prefill, decode=decode, objective="cards", spare=spare)
+    return replace(
+        question, prefill=prefill, decode=decode, objective="cards", spare=spare, prices=prices
+    )
 
 
-SPARES = st.builds(Spare, count=st.sampled_from([1, 1, 2]), unit=st.sampled_from(["card", "node"]))
+SPARES = st.none() | st.builds(
+    Spare, count=st.sampled_from([1, 1, 2]), unit=st.sampled_from(["card", "node"])
+)
+PRICES = st.sampled_from([(1.0, 1.0), (1.0, 4.0), (2.5, 0.5)])
 
 
 @settings(max_examples=6)
-@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]))
+@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]), PRICES)
 def test_headroom_is_that_of_brute_force(
-    question: DisaggQuestion, spare: Spare, rate: float
+    question: DisaggQuestion, spare: Spare | None, rate: float, prices: tuple[float, float]
 ) -> None:
-    _agrees(_may_lose(question, spare, rate))
+    _agrees(_may_lose(question, spare, rate, prices))
 
 
 @pytest.mark.slow
 @settings(max_examples=40)
-@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]))
+@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]), PRICES)
 def test_headroom_is_that_of_brute_force_on_many_questions(
-    question: DisaggQuestion, spare: Spare, rate: float
+    question: DisaggQuestion, spare: Spare | None, rate: float, prices: tuple[float, float]
 ) -> None:
-    _agrees(_may_lose(question, spare, rate))
+    _agrees(_may_lose(question, spare, rate, prices))
 
 
 def _is_true_when_cut_short(question: DisaggQuestion, ticks: int) -> None:
@@ -174,3 +181,16 @@ def test_step_sizes_hold_whole_prompts_or_equal_pieces(prompt: int) -> None:
     assert len(sizes) < 200
     for size in sizes:
         assert size % prompt == 0 or size == -(-prompt // -(-prompt // size)) or size == 2048
+
+
+@pytest.mark.parametrize("engine", ["torch-graph", "vllm-ascend"])
+def test_orders_of_the_ranks_are_searched_where_the_engine_has_them(engine: str) -> None:
+    """Contexts on the fast link win where ranks may be ordered so."""
+    question = order_case(engine)
+    _agrees(question)
+    outcome = search_disagg(question)
+    assert outcome.best is not None
+    order = outcome.prefill.options.layout(outcome.best.prefill).order
+    free = engine != "vllm-ascend"
+    assert (order.index("tp") < order.index("cp")) == free
+    assert ("rule order-engine" in outcome.tally.pruned_by) != free

@@ -21,7 +21,8 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
 from shardplan.search import exact
 from shardplan.search.api import _question, _search_counts
-from shardplan.search.contenders import Contender, Tuned, contenders_of
+from shardplan.search.contender import Contender, Deployed, Tuned
+from shardplan.search.contenders import contenders_of
 from shardplan.search.evaluate import LayoutScorer, Question, Scores
 from shardplan.search.exact import search_exact
 from shardplan.search.kept import Outcome
@@ -48,29 +49,27 @@ def searched(**asked: Any) -> tuple[Question, Outcome]:
 class ByHand:
     """A contender whose step takes `fixed + scaled * f` seconds, whatever else is asked."""
 
-    kept: Any
+    name: str
     fixed: float
     scaled: float
-    batch: Array
-    chunk: Array
 
     def tuned(self, factors: dict[str, Array]) -> Tuned:
         """Its one point at each factor."""
         factor = factors["dense"]
         return Tuned(1.0 / (self.fixed + self.scaled * factor), np.zeros(factor.size, dtype=int))
 
+    def deployed(self, point: int) -> Deployed:
+        """A strategy of slots that nothing else has."""
+        _, outcome = searched()
+        assert outcome.best is not None
+        return Deployed(outcome.space.strategy(outcome.best.parallel, outcome.best.choice, 9, 1024))
+
 
 @pytest.mark.parametrize("depth", [QUICK, FULL])
 def test_a_flip_by_hand(depth: Depth) -> None:
     """1 + f against 1.5 + 0.6 f: they meet at f = 1.25; made faster the winner only gains."""
-    _, outcome = searched()
-    one = np.ones(1)
-    kept = list({k.parallel: k for k in outcome.kept if k.feasible}.values())
-    pair = [
-        ByHand(kept=kept[0], fixed=1.0, scaled=1.0, batch=one * 7, chunk=one * 512),
-        ByHand(kept=kept[1], fixed=1.5, scaled=0.6, batch=one * 9, chunk=one * 1024),
-    ]
-    slower, faster = flips(cast("list[Contender]", pair), "dense", outcome.space, depth, (0.8, 1.3))
+    pair = [ByHand("winner", fixed=1.0, scaled=1.0), ByHand("other", fixed=1.5, scaled=0.6)]
+    slower, faster = flips(cast("list[Contender]", pair), "dense", depth, (0.8, 1.3))
     assert faster is None
     assert slower is not None
     assert 1.25 <= slower.factor <= 1.25 * (1.0 + depth.resolution)
@@ -134,7 +133,7 @@ def test_the_exact_search_flips_where_it_is_told(
     contenders = contenders_of(question, outcome, 99)
     found = 0
     for group in groups:
-        for flip in flips(contenders, group, outcome.space, FULL, None):
+        for flip in flips(contenders, group, FULL, None):
             if flip is None:
                 continue
             found += 1
@@ -154,7 +153,7 @@ def test_the_plan_as_it_stands_breaks_its_limit_where_it_is_told() -> None:
     """Its own slots and step size: within the limit just before the factor, over it there."""
     question, outcome = searched(tpot_ms=30)
     contenders = contenders_of(question, outcome, 3)
-    told = robustness(contenders, outcome.space, QUICK, contenders[0])
+    told = robustness(contenders, QUICK, contenders[0], "slots")
     assert sum(row.share for row in told.groups) == pytest.approx(1.0, abs=1e-6)
     alone = contenders[0].alone()
     for row in told.groups:
@@ -200,7 +199,7 @@ def test_the_robust_strategy_is_brute_forces(limited: bool) -> None:
     outcome = search_exact(question, space)
     contenders = contenders_of(question, outcome, 99)
     bands = bands_of(contenders)
-    chosen = choose(contenders, bands, space)
+    chosen = choose(contenders, bands)
 
     table = scenarios(bands)
     count = len(next(iter(table.values())))
@@ -220,7 +219,8 @@ def test_the_robust_strategy_is_brute_forces(limited: bool) -> None:
         for key, values in objective.items()
     }
     least = min(regret.values())
-    kept = chosen.kept
+    place = contenders[chosen.contender]
+    kept = place.kept if chosen.point is None else place.at(chosen.point)
     key = (kept.parallel, kept.choice, kept.batch, kept.chunk)
     assert regret[key] == pytest.approx(least, abs=1e-12)
     assert chosen.summary.robust_regret == pytest.approx(least, abs=1e-12)
@@ -237,7 +237,7 @@ def test_one_layout_alone_never_loses() -> None:
     """No contender, no flip, and nothing to choose but its own points."""
     question, outcome = searched(cards=1)
     (only,) = contenders_of(replace(question), replace(outcome, kept=outcome.kept[:1]), 3)
-    assert flips([only], "dense", outcome.space, QUICK, None) == (None, None)
+    assert flips([only], "dense", QUICK, None) == (None, None)
 
 
 def test_a_search_tells_its_flips_and_a_robust_one_what_it_gives_up() -> None:
