@@ -44,9 +44,9 @@ from shardplan.search.profiling.table import read_rows
 from shardplan.search.proof import verify_plan
 from shardplan.search.report.page import page
 from shardplan.search.request import resolve
+from shardplan.search.runs import as_one, read_runs
 from shardplan.search.simulate import simulate_plan
 from shardplan.search.simulate_demand import read_demand
-from shardplan.search.trials import read_all_trials
 from shardplan.search.validate import to_json as validation_json
 from shardplan.search.validate import validate
 
@@ -182,7 +182,7 @@ def _analyzed(path: Path) -> None:
 
     from shardplan.search.analyze_tables import render_summary
 
-    summary = summarise(read_all_trials([path]))
+    summary = summarise(as_one(read_runs([path])))
     to_json(summary)
     render_summary(summary, Console(file=io.StringIO(), width=100))
 
