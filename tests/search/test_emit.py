@@ -15,7 +15,7 @@ import pytest
 from tests.search.emit_cases import emit_plan, tiny_llama
 
 from shardplan.models.errors import InputError, UnknownNameError
-from shardplan.search import emit as module
+from shardplan.search import targets as module
 from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS, emit, target_names
 from shardplan.search.emit.common import table
 
