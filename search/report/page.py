@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
 from shardplan.search.predicted import Predicted
+from shardplan.search.report.batching import batching_section
 from shardplan.search.report.block import block_section
 from shardplan.search.report.breakdown import breakdown_section
+from shardplan.search.report.capacity import capacity_section
 from shardplan.search.report.cluster import cluster_section
 from shardplan.search.report.emitting import next_section
 from shardplan.search.report.how_sure import confidence_section
@@ -35,6 +37,7 @@ from shardplan.search.report.words import (
     strategy_sentences,
     time,
 )
+from shardplan.search.tables_capacity import cost_words
 from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
@@ -95,6 +98,8 @@ def _sections(
     yield "switches", "Switches", switches_section(plan)
     yield "robustness", "Robustness", robustness_section(plan)
     yield "confidence", "Confidence", confidence_section(plan)
+    yield "batching", "Graph sizes", batching_section(plan)
+    yield "capacity", "Losses", capacity_section(plan)
     yield "proof", "Proof", _proof_section(plan)
     yield "deploy", "Deploy", next_section(plan)
     yield "notes", "Notes", _notes_section(plan)
@@ -187,12 +192,14 @@ def _facts(plan: Plan) -> Html:
     machine = f"{nodes} of {cluster.ranks_per_node} {cluster.device}"
     if plan.pools:
         machine += f"; {sum(pool.instances * pool.strategy.ranks for pool in plan.pools):,} used"
-    pairs = (
+    pairs: tuple[tuple[str, str], ...] = (
         ("Workload", ", ".join(load)),
         ("Model", f"{model.architecture}, {model.layers:,} layers, {parameters}"),
         ("Machine", f"{machine}, {cluster.hbm_bytes / 2**30:,.0f} GiB each"),
         ("Engine", f"{plan.request.engine_profile}, objective {plan.request.objective}"),
     )
+    if plan.cost is not None:
+        pairs += (("Cost", cost_words(plan.cost)),)
     return _pairs(pairs)
 
 
