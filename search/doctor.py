@@ -37,7 +37,7 @@ from shardplan.search.targets import BUILT_IN, registered
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-__all__ = ["Check", "State", "examine", "is_whole"]
+__all__ = ["Check", "State", "examine", "is_whole", "told_of"]
 
 State = Literal["ok", "absent", "warning", "broken"]
 T = TypeVar("T")
@@ -254,7 +254,7 @@ _READERS: Mapping[str, Callable[[], int]] = {
 }
 
 
-def _told(kind: str) -> dict[str, dict[str, Any]]:
+def told_of(kind: str) -> dict[str, dict[str, Any]]:
     """Entries of `data/doctor.toml` of a kind, by name."""
     text = (resources.files("shardplan.search") / "data" / "doctor.toml").read_text("utf-8")
     entries: dict[str, dict[str, Any]] = tomllib.loads(text)[kind]
@@ -262,7 +262,7 @@ def _told(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def _extras(own: metadata.Distribution) -> Iterator[Check]:
-    for name, told in _told("extras").items():
+    for name, told in told_of("extras").items():
         try:
             needed = _requirements(own, name)
         except ImportError:  # said where packaging stands among the dependencies
@@ -314,7 +314,7 @@ def _writable(place: Callable[[], Path]) -> Path:
 
 
 def _tools() -> Iterator[Check]:
-    for name, told in _told("tools").items():
+    for name, told in told_of("tools").items():
         path = shutil.which(name)
         state: State = "absent" if path is None else "ok"
         yield Check(part="tool", name=name, state=state, found=path or "", says=told["gives"])
