@@ -85,7 +85,9 @@ def number(name: str, text: str) -> Any:
     return typer.Option(name, help=text, parser=read, metavar="X")
 
 
-_model = typer.Option("--model", help="Preset or config.json.", autocompletion=model_names_like)
+_model = typer.Option(
+    "--model", help="Preset, config.json, ONNX or .pt2 file.", autocompletion=model_names_like
+)
 _cluster = typer.Option(
     "--cluster",
     help="Cluster name, TOML file, or cluster JSON of CANN.",

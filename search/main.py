@@ -30,6 +30,7 @@ from shardplan.search.cli_plan import emit, explain, verify
 from shardplan.search.cli_profile import profile
 from shardplan.search.cli_search import search
 from shardplan.search.cli_simulate import simulate
+from shardplan.search.cli_trace import trace
 from shardplan.search.cli_validate import validate
 from shardplan.search.cli_worker import worker
 from shardplan.search.completion import InstallCompletion, ShowCompletion, prepare, without_shell
@@ -62,6 +63,7 @@ _COMMANDS = (
     verify,
     emit,
     explain,
+    trace,
     lint,
     analyze,
     calibrate,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
-__all__ = ["BUILT_IN", "GROUP", "registered", "target_names"]
+__all__ = ["BUILT_IN", "GROUP", "OF_GRAPHS", "OURS", "registered", "target_names"]
 
 GROUP = "shardplan.emitters"
 BUILT_IN: Mapping[str, str] = {
@@ -25,14 +25,17 @@ BUILT_IN: Mapping[str, str] = {
     "torch": "shardplan.search.emit.torch_plan:files",
     "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
 }
+OF_GRAPHS: Mapping[str, str] = {"onnx": "shardplan.search.emit.onnx_ranks:files"}
+"""Targets that are cut from a model file; they take plans of operators, too."""
+OURS: Mapping[str, str] = {**BUILT_IN, **OF_GRAPHS}
 
 
 def registered() -> dict[str, EntryPoint]:
     """Targets of other packages by name."""
     found = entry_points(group=GROUP)
-    return {point.name: point for point in found if point.name not in BUILT_IN}
+    return {point.name: point for point in found if point.name not in OURS}
 
 
 def target_names() -> tuple[str, ...]:
     """Names of all targets, sorted: ours and those of installed packages."""
-    return tuple(sorted({*BUILT_IN, *registered()}))
+    return tuple(sorted({*OURS, *registered()}))

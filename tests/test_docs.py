@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from shardplan.search.main import run
+from tests.search.onnx_files import mlp
 
 ROOT = Path(__file__).resolve().parent.parent
-APART = ("capture.md", "emitters.md", "onnx.md", "torch.md")
+APART = ("capture.md", "emitters.md", "onnx.md", "plugins.md", "torch.md")
 """Pages whose examples need a package or a model of the reader's, with tests of their own."""
 PAGES = (
     ROOT / "README.md",
@@ -72,6 +73,8 @@ def test_every_command_of_the_pages_runs(
     for name in ("mine.csv", "my.csv"):
         (tmp_path / name).write_text(MEASURED, encoding="utf-8")
     shutil.copy(SAMPLES / "kernel_details.csv", tmp_path)
+    pytest.importorskip("onnx")
+    mlp(tmp_path / "mlp.onnx")
     (tmp_path / "workload.toml").write_text(_block("simulate.md", "toml"), encoding="utf-8")
     for page in PAGES:
         for command in commands(page):

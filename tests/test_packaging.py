@@ -84,7 +84,8 @@ def test_what_is_imported_is_what_is_declared() -> None:
     project = PYPROJECT["project"]
     core = _requirements(project["dependencies"])
     extras = project["optional-dependencies"]
-    optional = _requirements([line for name in ("torch", "onnx", "plots") for line in extras[name]])
+    names = ("torch", "onnx", "plots", "parquet")
+    optional = _requirements([line for name in names for line in extras[name]])
     brought_along = {"torch_npu", "transformers", "onnxruntime"}  # by the user's own environment
     imported = _imported()
     assert imported - core - optional - brought_along == set()
