@@ -75,7 +75,7 @@ def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
         row = rows["package", one.name]
         assert (row["state"], row["found"]) == ("ok", metadata.version(one.name))
         assert row["needed"] == str(one.specifier)
-    for name in targets.BUILT_IN:
+    for name in targets.OURS:
         assert rows["entry point", f"target {name}"]["state"] == "ok"
     for name in ("models", "devices", "clusters", "engine profiles", "calibrations", "rules"):
         assert int(rows["data", name]["found"]) > 0
@@ -215,12 +215,14 @@ def test_without_packaging_the_rest_is_still_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_plug_in_that_does_not_load_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is another package's."""
-    point = EntryPoint(name="toy", value="no.such.module:files", group=targets.GROUP)
-    monkeypatch.setattr(targets, "entry_points", lambda group: EntryPoints([point]))
-    row = found("toy", "plug-in")
-    assert row.state == "warning"
-    assert "ModuleNotFoundError" in row.says
+    """It is another package's: a target or a front end."""
+    point = EntryPoint(name="toy", value="no.such.module:files", group="any")
+    for module in (targets, metadata):
+        monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([point]))
+    for name in ("target toy", "front end toy"):
+        row = found(name, "plug-in")
+        assert row.state == "warning"
+        assert "ModuleNotFoundError" in row.says
     assert is_whole(examine())
 
 
