@@ -10,6 +10,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from shardplan.costmodel.catalog import cluster_names, load_cluster
+from shardplan.costmodel.devices import device_names, load_device
 from shardplan.costmodel.validation import Figure, GroupErrors
 from shardplan.search.tables import add, new_table, rate_text, seconds_text, show
 
@@ -19,7 +21,14 @@ if TYPE_CHECKING:
 
     from shardplan.search.validate import Report
 
-__all__ = ["figures_csv", "print_report", "summary_table", "to_markdown", "worst_figures"]
+__all__ = [
+    "figures_csv",
+    "print_report",
+    "short_table",
+    "summary_table",
+    "to_markdown",
+    "worst_figures",
+]
 
 MOST_WORST = 10
 MOST_SHOWN = 15
@@ -174,7 +183,7 @@ def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def summary_table(report: Report) -> str:
-    """Families, with the worst group of each: the table of README.md."""
+    """Families, with the worst group of each."""
     banded = _banded(report)
     rows: list[list[str]] = []
     for one in report.families:
@@ -187,6 +196,21 @@ def summary_table(report: Report) -> str:
     extra = ["inside"] if banded else []
     headings = ["what", *numbers, *extra, "worst group: MAPE"]
     return _markdown(headings, rows)
+
+
+def short_table(report: Report, headings: Sequence[str]) -> str:
+    """Families of Ascend machines in four columns: name, figures, MAPE and 90th percentile."""
+    machines = [
+        *(device.name for device in map(load_device, device_names()) if device.vendor == "ascend"),
+        *(one.name for one in map(load_cluster, cluster_names()) if one.device.vendor == "ascend"),
+    ]
+    rows = [
+        [one.name, str(one.figures), percent(one.mape), percent(one.p90)]
+        for one in report.families
+        if one.name.split()[0] in machines
+    ]
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in ([*headings], rule, *rows))
 
 
 def to_markdown(report: Report) -> str:

@@ -10,32 +10,24 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from docs.outputs import lay_out
 
 from shardplan.search.main import run
 
 ROOT = Path(__file__).resolve().parent.parent
-APART = ("capture.md", "emitters.md", "onnx.md", "torch.md")
-"""Pages whose examples need a package or a model of the reader's, with tests of their own."""
+APART = ("capture.md", "emitters.md", "onnx.md", "reference.md", "torch.md")
+"""Pages with tests of their own: examples that need a package or a model of the reader's, and the
+reference, which is no place for examples."""
 PAGES = (
     ROOT / "README.md",
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in APART),
 )
-SAMPLES = ROOT / "tests" / "costmodel" / "profiler_samples"
 NEEDS_A_DEVICE = ("shardplan profile --device npu",)
-POINTS = """model,cluster,tp,phase,batch,tokens
-llama-3.1-8b,atlas-800t-a2,4,decode,16,1024
-llama-3.1-8b,atlas-800t-a2,3,decode,16,1024
-"""
-MEASURED = """model,cluster,tp,phase,batch,tokens,measured_s
-llama-3.1-8b,atlas-800t-a2,4,decode,16,1024,0.009
-llama-3.1-8b,atlas-800t-a2,4,prefill,1,2048,0.12
-"""
 _COMMAND = re.compile(r"`(shardplan [a-z][^`]*)`")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -68,10 +60,7 @@ def test_every_command_of_the_pages_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "in.csv").write_text(POINTS, encoding="utf-8")
-    for name in ("mine.csv", "my.csv"):
-        (tmp_path / name).write_text(MEASURED, encoding="utf-8")
-    shutil.copy(SAMPLES / "kernel_details.csv", tmp_path)
+    lay_out(tmp_path)
     (tmp_path / "workload.toml").write_text(_block("simulate.md", "toml"), encoding="utf-8")
     for page in PAGES:
         for command in commands(page):

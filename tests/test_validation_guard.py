@@ -14,7 +14,7 @@ from shardplan.costmodel.calibration import Calibration, load_calibration
 from shardplan.costmodel.kernels import base
 from shardplan.costmodel.validation import unguarded, worse
 from shardplan.search.validate import Report, validate
-from shardplan.search.validate_out import README_MARKS
+from shardplan.search.validate_out import PAGE_MARKS
 from shardplan.search.validate_tables import summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,9 +57,25 @@ def test_the_guard_sees_a_changed_coefficient(monkeypatch: pytest.MonkeyPatch) -
     assert all(line.startswith("910b2 matmul bf16: ") for line in lines)
 
 
-def test_the_readme_shows_the_table_of_the_page() -> None:
+def _shown(page: str) -> list[str]:
+    """Lines of the table that a page shows between its marks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return text.partition(PAGE_MARKS[0])[2].partition(PAGE_MARKS[1])[0].strip().splitlines()
+
+
+def test_the_cost_model_shows_the_table_of_the_page() -> None:
     """Between its marks, word by word: it cannot go stale alone."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition(README_MARKS[0])[2].partition(README_MARKS[1])[0].strip()
-    assert shown.splitlines()[0] == summary_table(today()).splitlines()[0]
-    assert shown in PAGE
+    shown = _shown("docs/cost-model.md")
+    assert shown[0] == summary_table(today()).splitlines()[0]
+    assert "\n".join(shown) in PAGE
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_a_readme_shows_figures_of_the_page(page: str) -> None:
+    """Its table is shorter: name, figures, MAPE and p90 of Ascend families."""
+    named = {line.split(" | ")[0]: line.split(" | ") for line in PAGE.splitlines()}
+    rows = [line.removesuffix(" |").split(" | ") for line in _shown(page)[2:]]
+    assert rows
+    for row in rows:
+        full = named[row[0]]
+        assert row == [full[0], full[1], full[3], full[6]]
