@@ -116,7 +116,9 @@ def emit(
     target: Annotated[
         str,
         typer.Option(
-            "--target", help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's."
+            "--target",
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, ray, sglang, "
+            "torch, vllm-ascend, or a plug-in's.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],

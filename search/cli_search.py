@@ -188,16 +188,20 @@ def search(
 
 
 def _explain_space(asked: dict[str, Any], as_json: bool) -> None:
-    from shardplan.search.explain_space import explain_space, print_space
+    from shardplan.search.explain_space import explain_space
     from shardplan.search.request import Asked
+    from shardplan.search.tables_space import print_space
 
     apart = ("top", "storage", "study", "resume")
     question = {name: value for name, value in asked.items() if name not in apart}
     found = explain_space(Asked(**question))
-    if as_json:
-        print_json(found.to_json())
+    if as_json and len(found) == 1:
+        print_json(found[0].to_json())
+    elif as_json:
+        print_json(dict(zip(("agg", "disagg"), (one.to_json() for one in found), strict=True)))
     else:
-        print_space(found, stdout_console())
+        for one in found:
+            print_space(one, stdout_console())
 
 
 def _slug(text: str) -> str:

@@ -48,7 +48,7 @@ from shardplan.search.disagg_space import (
 )
 from shardplan.search.legality import first_broken_pair_rule
 
-__all__ = ["DisaggOutcome", "search_disagg"]
+__all__ = ["DisaggOutcome", "count_weights", "search_disagg"]
 
 Keys = dict[PairKey, int]
 _PRICING, _CUTTING = 0.6, 0.8
@@ -171,7 +171,7 @@ def search_disagg(
         kept=tuple(found.kept),
         space_size=sum(
             weight * priced[0].total[one] * priced[1].total[two]
-            for one, two, weight in _weights(question)
+            for one, two, weight in count_weights(question)
         ),
         tally=tally,
         unreached=unreached,
@@ -241,7 +241,7 @@ def _priced(
     return pricings
 
 
-def _weights(question: DisaggQuestion) -> Iterator[tuple[int, int, int]]:
+def count_weights(question: DisaggQuestion) -> Iterator[tuple[int, int, int]]:
     """(prefill cards, decode cards, counts of both) of every pair of instance sizes."""
     prefill, decode = question.prefill, question.decode
     for one in prefill.sizes:
@@ -260,7 +260,7 @@ def _count_left_out(
     fine = dict(first.total.items())
     for (size, _), count in first.left_out.items():
         fine[size] -= count
-    for one, two, weight in _weights(question):
+    for one, two, weight in count_weights(question):
         for (size, reason), count in first.left_out.items():
             if size == one:
                 tally.pruned_by[reason] += weight * count * second.total[two]
@@ -281,7 +281,7 @@ def _count_pairs(
     if not all(one.size for one in full):
         return
     sizes = len(pools[0].sizes), len(pools[1].sizes)
-    weight = np.array([one[2] for one in _weights(question)], dtype=object).reshape(sizes)
+    weight = np.array([one[2] for one in count_weights(question)], dtype=object).reshape(sizes)
 
     def by_key(options: Options, side: int) -> NDArray[np.int64]:
         """Options by instance size and key; `[sizes, keys]`."""

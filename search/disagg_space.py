@@ -150,12 +150,28 @@ class Pool:
             role=self.role,
         )
 
+    def raw(self) -> Iterator[Parallelism]:
+        """Every canonical layout with every order of its ranks, legal or not."""
+        subject = self.subject(Parallelism())
+        for size in self.sizes:
+            for par, _ in _raw_layouts(subject, size, self.reach):
+                yield par
+                for order in _other_orders(par, self.reach):
+                    yield replace(par, order=order)
+
     def broken_switch(self, par: Parallelism, choice: Choice) -> str | None:
         """Id of the first rule that the choice's switches break on a layout."""
         if not choice.switched:
             return None
-        return first_broken_switch_rule(
-            replace(self.subject(par), overlap=choice.overlap, weight_dtype=choice.weight_dtype)
+        return first_broken_switch_rule(self.switch_subject(par, choice))
+
+    def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
+        """What the rules on switches look at."""
+        return replace(
+            self.subject(par),
+            overlap=choice.overlap,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
         )
 
 
@@ -173,20 +189,31 @@ def instance_layouts(subject: Subject, cards: int, reach: Reach) -> Iterator[Jud
     Modules are split where the layout is legal.
     `subject`: what runs on it in which role, of any layout.
     """
+    for par, rule in _raw_layouts(subject, cards, reach):
+        yield from _ordered(subject, par, rule, reach)
+
+
+def _raw_layouts(subject: Subject, cards: int, reach: Reach) -> Iterator[tuple[Parallelism, str]]:
+    """Layouts in the engine's order of the ranks, and the first rule that each breaks."""
     for plain in _instances(subject.spec, cards, reach):
         order = base_order(subject.engine, plain)
         for mtp in role_depths(subject.role, reach):
             par = replace(plain, order=order, mtp=mtp)
             rule = _broken(subject, par)
-            yield from _ordered(subject, par, rule, reach)
+            yield par, rule
             if reach.modules and not rule:
                 for one in module_splits(subject.spec, par):
-                    yield from _ordered(subject, one, _broken(subject, one), reach)
+                    yield one, _broken(subject, one)
+
+
+def _other_orders(par: Parallelism, reach: Reach) -> list[tuple[Axis, ...]]:
+    """Orders of the ranks beside a layout's own."""
+    return [one for one in orders_of(par) if one != par.order] if reach.ways else []
 
 
 def _ordered(subject: Subject, par: Parallelism, rule: str, reach: Reach) -> Iterator[Judged]:
     """A layout with the engine's order, then with each legal one that may price otherwise."""
-    others = [one for one in orders_of(par) if one != par.order] if reach.ways else []
+    others = _other_orders(par, reach)
     if rule or not others:
         yield Judged(par, rule, {f"rule {rule}": len(others)} if others else {})
         return

@@ -33,6 +33,7 @@ __all__ = [
     "Rule",
     "Subject",
     "binding_rules",
+    "broken_pair_rules",
     "broken_rules",
     "broken_switch_rules",
     "first_broken_format_rule",
@@ -106,8 +107,13 @@ def first_broken_pair_rule(prefill: Subject, decode: Subject) -> str | None:
 
     Each pool is a `Subject` with its own role; the rules that bind either pool count.
     """
+    return next(iter(broken_pair_rules(prefill, decode)), None)
+
+
+def broken_pair_rules(prefill: Subject, decode: Subject) -> tuple[str, ...]:
+    """Ids of all rules that two pools break together."""
     bound = dict.fromkeys((*_bound("pair", prefill), *_bound("pair", decode)))
-    return next((name for name, holds in bound if not holds(prefill, decode)), None)
+    return tuple(name for name, holds in bound if not holds(prefill, decode))
 
 
 def unsupported_switch(

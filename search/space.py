@@ -168,9 +168,11 @@ class Space:
 
     def broken_rule(self, par: Parallelism) -> str | None:
         """Id of the first rule that a layout breaks; None when it is legal."""
-        return first_broken_rule(
-            Subject(spec=self.spec, cluster=self.cluster, engine=self.engine, parallel=par)
-        )
+        return first_broken_rule(self.subject(par))
+
+    def subject(self, par: Parallelism) -> Subject:
+        """A layout as the rules look at it."""
+        return Subject(spec=self.spec, cluster=self.cluster, engine=self.engine, parallel=par)
 
     def strategies(self, par: Parallelism) -> int:
         """Strategies of a layout, all its cuts and legal orders together."""
@@ -211,11 +213,8 @@ class Space:
 
     def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
         """What the rules on switches look at."""
-        return Subject(
-            spec=self.spec,
-            cluster=self.cluster,
-            engine=self.engine,
-            parallel=par,
+        return replace(
+            self.subject(par),
             overlap=choice.overlap,
             weight_dtype=choice.weight_dtype,
             kv_dtype=choice.kv_dtype,

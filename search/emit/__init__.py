@@ -31,9 +31,14 @@ Emitter = Callable[..., Mapping[str, str | bytes]]
 GROUP = "shardplan.emitters"
 BUILT_IN: Mapping[str, str] = {
     "atc": "shardplan.search.emit.atc:files",
+    "docker-compose": "shardplan.search.emit.compose:files",
     "jax": "shardplan.search.emit.jax_specs:files",
+    "k8s": "shardplan.search.emit.k8s:files",
     "megatron": "shardplan.search.emit.megatron:files",
+    "mindie": "shardplan.search.emit.mindie:files",
     "mindspore": "shardplan.search.emit.mindspore_strategy:files",
+    "ray": "shardplan.search.emit.ray_serve:files",
+    "sglang": "shardplan.search.emit.sglang:files",
     "torch": "shardplan.search.emit.torch_plan:files",
     "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
 }

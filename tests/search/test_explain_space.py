@@ -8,14 +8,26 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given as given_case
+from hypothesis import settings
+from tests.search.disagg_cases import disagg_cases
 from tests.search.oracle import dense, small_case, sparse
 
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.api import search
-from shardplan.search.explain_space import count_rules, explain_space
-from shardplan.search.legality import Subject, broken_rules, first_broken_rule, rules
+from shardplan.search.disagg import search_disagg
+from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.explain_space import count_pools, explain_space
+from shardplan.search.legality import (
+    Subject,
+    broken_pair_rules,
+    broken_rules,
+    first_broken_rule,
+    rules,
+)
 from shardplan.search.main import run
 from shardplan.search.request import Asked
+from shardplan.search.rule_counts import SpaceRules, count_rules
 
 
 def asked(**given: Any) -> Asked:
@@ -70,7 +82,8 @@ def test_switches_are_counted_where_the_layout_is_legal() -> None:
 def test_the_search_prunes_what_is_explained() -> None:
     """The certificate of a search over the same space has the same counts."""
     question = asked(cards=2, weight_dtype="w8a8", input_len=256, output_len=64)
-    found = explain_space(question)
+    (found,) = explain_space(question)
+    assert isinstance(found, SpaceRules)
     pruned = search(
         "mixtral-8x7b", "atlas-800t-a2", cards=2, weight_dtype="w8a8", input_len=256, output_len=64
     ).plan.certificate
@@ -111,7 +124,7 @@ def test_a_space_that_rules_empty_names_them_and_what_would_help(search_too: boo
     assert caught.value.exit_code == 3
     assert "mla-310p (no latent attention on 310P)" in caught.value.got
     engine = re.findall(r"--engine-profile (\S+)", caught.value.hint)[0]
-    assert explain_space(Asked(**given, engine_profile=engine)).left > 0
+    assert explain_space(Asked(**given, engine_profile=engine))[0].left > 0
 
 
 def test_the_nearest_number_of_cards_is_told() -> None:
@@ -124,4 +137,58 @@ def test_the_nearest_number_of_cards_is_told() -> None:
     with pytest.raises(InfeasibleError, match="fused-group") as caught:
         explain_space(Asked(**given, cards=1))
     assert caught.value.hint == "try --cards 2"
-    assert explain_space(Asked(**given, cards=2)).left > 0
+    assert explain_space(Asked(**given, cards=2))[0].left > 0
+
+
+@settings(max_examples=25)
+@given_case(disagg_cases())
+def test_counts_of_pools_are_those_of_a_loop_over_every_pair(question: DisaggQuestion) -> None:
+    """Each deployment counts once: by a rule of an instance, by one of the pair, or as left."""
+    found = count_pools(question)
+    shared, most = question.shared, (question.prefill.cards, question.decode.cards)
+    size = paired = left = 0
+    first: dict[str, int] = {}
+    for one in question.prefill.raw():
+        for two in question.decode.raw():
+            subjects = question.prefill.subject(one), question.decode.subject(two)
+            counts = sum(
+                not shared or x * one.ranks + y * two.ranks <= most[1]
+                for x in range(1, most[0] // one.ranks + 1)
+                for y in range(1, most[1] // two.ranks + 1)
+            )
+            for pool, par in ((question.prefill, one), (question.decode, two)):
+                counts *= pool.cuts_of(par) * pool.per_cut
+            size += counts
+            if any(map(broken_rules, subjects)):
+                continue
+            paired += counts
+            names = broken_pair_rules(*subjects)
+            left += 0 if names else counts
+            if names:
+                first[names[0]] = first.get(names[0], 0) + counts
+    assert (found.size, found.paired, found.left) == (size, paired, left)
+    assert found.size == search_disagg(question).space_size
+    assert {one.id: one.first for one in found.pairs if one.first} == first
+    for pool, side in ((question.prefill, found.prefill), (question.decode, found.decode)):
+        assert side.size == sum(pool.cuts_of(par) * pool.per_cut for par in pool.raw())
+
+
+def test_pools_are_explained_where_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Either role's instances, their pairs; with auto the one pool before them."""
+    line = "search --model mixtral-8x7b --cluster atlas-800t-a2 --explain-space --serving"
+    assert run([*line.split(), "disagg"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "prefill instances: rules on mixtral-8x7b" in text
+    assert "pd-decode-pp" in text
+    assert "of pairs that may serve together are left to price" in text
+    assert run([*line.split(), "auto", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["agg"]["left"] > 0
+    pools = told["disagg"]
+    assert pools["left"] == pools["paired"] - sum(one["first"] for one in pools["pairs"])
+
+
+def test_pools_that_rules_empty_name_them() -> None:
+    with pytest.raises(InfeasibleError, match="pd-310p") as caught:
+        explain_space(Asked(model="qwen3-8b", cluster="atlas-300i-duo", serving="disagg"))
+    assert caught.value.exit_code == 3
