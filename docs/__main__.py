@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from docs import coefficients, reference
-from docs.outputs import FILLED, filled
+from docs.outputs import FILLED, filled, lay_out
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     coefficients.PAGE.write_text(coefficients.coefficients(), encoding="utf-8")
     for page in FILLED:
         with tempfile.TemporaryDirectory() as folder:
+            lay_out(Path(folder))
             page.write_text(filled(page.read_text("utf-8"), Path(folder)), encoding="utf-8")
 
 

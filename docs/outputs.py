@@ -48,8 +48,8 @@ _PART = re.compile(
 
 
 def filled(text: str, folder: Path) -> str:
-    """The page with its outputs anew; commands run in `folder`. `ValueError` where one fails."""
-    lay_out(folder)
+    """The page with its outputs anew; commands run in `folder`, as `lay_out` left it. `ValueError`
+    where one fails."""
     output = ""
 
     def replace(found: re.Match[str]) -> str:

@@ -26,7 +26,7 @@ from shardplan.search.plan import write_atomically
 from shardplan.search.validate import Report, validate
 from shardplan.search.validate_out import PAGE_MARKS, between
 from shardplan.search.validate_plot import scatter_svg
-from shardplan.search.validate_tables import short_table, summary_table
+from shardplan.search.validate_tables import SHORT, short_table, summary_table
 from shardplan.search.validate_tables import to_markdown as validation_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +34,8 @@ README = ROOT / "results" / "README.md"
 ABLATION = ROOT / "results" / "ablation" / "llama-65b.md"
 ABLATION_CLUSTERS = ("atlas-800-9000", "atlas-800t-a2")
 VALIDATION = ROOT / "results" / "validation" / "validation.md"
+CHINESE = ("对象", "数据点", "未参与拟合", "MAPE", "p90", "拟合误差")
+"""Headings of the short table in README.zh-CN.md."""
 _PROGRAM = "shardplan "
 _ACCEPT = "--accept"
 
@@ -86,8 +88,8 @@ def page_tables(report: Report) -> dict[Path, str]:
     """Pages outside results/ that show errors, and the table of each."""
     return {
         ROOT / "docs" / "cost-model.md": summary_table(report),
-        ROOT / "README.md": short_table(report, ("what", "figures", "MAPE", "p90")),
-        ROOT / "README.zh-CN.md": short_table(report, ("对象", "数据点数", "MAPE", "p90")),
+        ROOT / "README.md": short_table(report, ("what", *SHORT)),
+        ROOT / "README.zh-CN.md": short_table(report, CHINESE),
     }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shardplan.search.validate import Report
 
 __all__ = [
+    "SHORT",
     "figures_csv",
     "print_report",
     "short_table",
@@ -63,6 +64,8 @@ _COLUMNS = (
     "reason",
     "source",
 )
+SHORT = ("figures", "held out", "MAPE", "p90", "of fit")
+"""Numbers of the short table."""
 LEGEND = (
     "Error of a figure: predicted / measured - 1. MAPE, median and p90 are of its size; bias is "
     "the median with its sign: above zero, times are predicted too long and rates too high. "
@@ -199,16 +202,16 @@ def summary_table(report: Report) -> str:
 
 
 def short_table(report: Report, headings: Sequence[str]) -> str:
-    """Families of Ascend machines in four columns: name, figures, MAPE and 90th percentile."""
+    """Families of Ascend machines: name and the numbers of `SHORT`; `headings` in any language."""
     machines = [
         *(device.name for device in map(load_device, device_names()) if device.vendor == "ascend"),
         *(one.name for one in map(load_cluster, cluster_names()) if one.device.vendor == "ascend"),
     ]
-    rows = [
-        [one.name, str(one.figures), percent(one.mape), percent(one.p90)]
-        for one in report.families
-        if one.name.split()[0] in machines
-    ]
+    rows = []
+    for one in report.families:
+        if one.name.split()[0] in machines:
+            cells = dict(zip(_NUMBERS, _cells(one, banded=False), strict=True))
+            rows.append([one.name, *(cells[name] for name in SHORT)])
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return "".join(f"| {' | '.join(line)} |\n" for line in ([*headings], rule, *rows))
 

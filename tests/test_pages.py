@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from docs.coefficients import PAGE as COEFFICIENTS
 from docs.coefficients import coefficients
-from docs.outputs import FILLED, filled
+from docs.outputs import FILLED, filled, lay_out
 from docs.reference import PAGE as REFERENCE
 from docs.reference import reference
 
@@ -47,6 +47,7 @@ def test_every_word_is_used() -> None:
 @pytest.mark.parametrize("page", FILLED, ids=lambda page: page.name)
 def test_outputs_are_what_the_commands_print(page: Path, tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
+    lay_out(tmp_path)
     assert filled(text, tmp_path) == text, WRITE
 
 
@@ -86,3 +87,28 @@ def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"]
     assert [name for name in pages if f"]({name})" not in index] == []
+
+
+_SPAN = re.compile(r"`([^`\n]+)`")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e\d+)?%?")
+
+
+def _facts(page: Path) -> dict[str, list[str]]:
+    """What a README says in every language alike: blocks, code, numbers, links."""
+    text = page.read_text(encoding="utf-8")
+    prose = _FENCED.sub("", text)
+    plain = _LINK.sub("](link)", _SPAN.sub("code", prose))
+    return {
+        "blocks": _FENCED.findall(text),
+        "code": sorted(_SPAN.findall(prose)),
+        "numbers": sorted(_NUMBER.findall(plain)),
+        "links": sorted(link for link in _LINK.findall(prose) if not link.startswith("README")),
+    }
+
+
+@pytest.mark.parametrize("what", ["blocks", "code", "numbers", "links"])
+def test_both_readmes_say_the_same(what: str) -> None:
+    english, chinese = (_facts(ROOT / name)[what] for name in ("README.md", "README.zh-CN.md"))
+    assert [one for one in english if one not in chinese] == [], "README.zh-CN.md lacks it"
+    assert [one for one in chinese if one not in english] == [], "README.md lacks it"
+    assert english == chinese
