@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from docs.python_names import python_section
+
 from shardplan.costmodel.catalog import CLUSTER_FIELDS, TIER_FIELDS, TIER_RANKS, cluster_names
 from shardplan.costmodel.datafile import Field
 from shardplan.costmodel.devices import DEVICE_FIELDS, device_names
@@ -49,6 +51,7 @@ Written by `python -m docs` from the code; not by hand.
 
 [Commands](#commands) ·
 [Exit codes](#exit-codes) ·
+[Python](#python) ·
 [plan.json](#planjson) ·
 [CSV files](#csv-files) ·
 [TOML files](#toml-files) ·
@@ -59,8 +62,9 @@ Written by `python -m docs` from the code; not by hand.
 
 def reference() -> str:
     """The whole page, as `PAGE` must be."""
-    parts = (_HEAD, _commands(), _exit_codes(), _plan(), _tables(), _files(), _rules(), _shipped())
-    return "\n".join(parts)
+    calls = (_HEAD, _commands(), _exit_codes(), python_section())
+    files = (_plan(), _tables(), _files())
+    return "\n".join((*calls, *files, _rules(), _shipped()))
 
 
 def _cell(text: object) -> str:
