@@ -18,9 +18,10 @@ import pytest
 from docs.outputs import FILLED, lay_out
 
 from shardplan.search.main import run
+from tests.search.onnx_files import mlp
 
 ROOT = Path(__file__).resolve().parent.parent
-APART = ("capture.md", "emitters.md", "onnx.md", "reference.md", "torch.md")
+APART = ("capture.md", "emitters.md", "onnx.md", "plugins.md", "reference.md", "torch.md")
 """Pages with tests of their own: examples that need a package or a model of the reader's, and the
 reference, which is no place for examples."""
 PAGES = (
@@ -64,6 +65,8 @@ def test_every_command_of_the_pages_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lay_out(tmp_path)
+    pytest.importorskip("onnx")
+    mlp(tmp_path / "mlp.onnx")
     (tmp_path / "workload.toml").write_text(_block("simulate.md", "toml"), encoding="utf-8")
     once = {command: page for page in reversed(PAGES) for command in commands(page)}
     for page in PAGES:

@@ -75,7 +75,7 @@ def tab(shell: str, line: str) -> list[str]:
         ("shardplan search --model qwen3-8b --cluster atlas-800t", ["atlas-800t-a2"]),
         ("shardplan estimate --device 910b", ["910b1", "910b2", "910b3", "910b4"]),
         ("shardplan estimate --engine-profile mi", ["mindie"]),
-        ("shardplan emit plan.json --target v", ["vllm-ascend"]),
+        ("shardplan emit plan.json --target m", ["megatron", "mindie", "mindspore"]),
         ("shardplan clusters cloud", ["cloudmatrix-384"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
