@@ -31,6 +31,7 @@ from shardplan.search.cli_estimate import estimate
 from shardplan.search.estimate import OUTPUT_COLUMNS
 from shardplan.search.estimate_points import INPUT_COLUMNS
 from shardplan.search.main import app_of
+from shardplan.search.oplevel.plan import operator_plan_schema
 from shardplan.search.plan import Plan, plan_schema
 from shardplan.search.profiling.table import COLUMNS as PROFILE_COLUMNS
 from shardplan.search.rulebook import rules
@@ -185,31 +186,45 @@ def _below(kind: type[ShardplanError]) -> list[type[ShardplanError]]:
 
 
 def _plan() -> str:
-    schema = plan_schema()
-    parts: Mapping[str, Any] = schema["$defs"]
+    deployment, shown = _records(plan_schema(), "Plan", "plan", ())
+    operators, _ = _records(operator_plan_schema(), "OperatorPlan", "operators", shown)
+    return "\n".join(
+        (
+            "## plan.json\n",
+            "JSON Schema: `search/data/plan.schema.json`. Times are seconds, sizes bytes. The same "
+            "question, seed and version give the same bytes. Read and write it with "
+            "`shardplan.Plan.load` and `.save`.\n",
+            deployment,
+            "## plan.json of operators\n",
+            "Of graphs that are split operator by operator ([operators.md](operators.md)). JSON "
+            "Schema: `search/data/operators.schema.json`.\n",
+            operators,
+        )
+    )
+
+
+def _records(
+    schema: Mapping[str, Any], root: str, section: str, shown: Iterable[str]
+) -> tuple[str, tuple[str, ...]]:
+    """A table a record of a schema, the root first; and the records that are then on the page."""
+    bodies = {**schema["$defs"], root: schema}
     known = {one.__name__: one for one in _parts()}
-    order = ["Plan"]
-    for name in order:  # grows: what a part names comes after it
-        body = schema if name == "Plan" else parts[name]
-        for each in re.findall(r"#/\$defs/(\w+)", str(body["properties"])):
+    order = [*shown, root]
+    first = len(order) - 1
+    for name in order:  # grows: what a record names comes after it
+        for each in re.findall(r"#/\$defs/(\w+)", str(bodies.get(name, {}).get("properties"))):
             if each not in order:
                 order.append(each)
-    lines = [
-        "## plan.json\n",
-        "JSON Schema: `search/data/plan.schema.json`. Times are seconds, sizes bytes. The same "
-        "question, seed and version give the same bytes. Read and write it with "
-        "`shardplan.Plan.load` and `.save`.\n",
-    ]
-    for name in order:
-        body = schema if name == "Plan" else parts[name]
+    lines = []
+    for name in order[first:]:
         told = _attributes(known[name])
         rows = [
-            (f"`{field}`", _type(one), _what(field, "plan", told))
-            for field, one in body["properties"].items()
+            (f"`{field}`", _type(one), _what(field, section, told))
+            for field, one in bodies[name]["properties"].items()
         ]
         lines.append(f"### {name}\n\n{_first(known[name].__doc__)}\n")
         lines.append(markdown_table(("field", "type", "what"), rows))
-    return "\n".join(lines)
+    return "\n".join(lines), tuple(order)
 
 
 def _parts() -> Iterator[type]:
