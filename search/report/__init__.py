@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardplan.models.errors import InputError
+from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.plan import Plan, write_atomically
 from shardplan.search.report.page import page
 from shardplan.search.trial_table import TrialTable
@@ -20,10 +22,17 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 
-def write_report(plan: Plan, trials: TrialTable | DataFrame, path: Path) -> None:
+def write_report(plan: Plan | OperatorPlan, trials: TrialTable | DataFrame, path: Path) -> None:
     """Write the report of a plan and of the trials it was chosen from, whole or not at all.
 
     `trials` has the columns of `shardplan.search.trials.TRIAL_COLUMNS`. At most about 2,000 of
-    them are drawn, and the page says so. `InputError` where the file cannot be written.
+    them are drawn, and the page says so. `InputError` where the file cannot be written, and for a
+    plan of operators.
     """
+    if isinstance(plan, OperatorPlan):
+        raise InputError(
+            "a report tells the plan of a deployment",
+            got=f"a plan of the operators of {plan.graph!r}",
+            hint="`shardplan explain` tells such a plan; operators.csv and moves.csv hold its rows",
+        )
     write_atomically(path, page(plan, trials))
