@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardplan.models.errors import InputError
-from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.plan import Plan, write_atomically
 from shardplan.search.report.page import page
 from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+    from shardplan.search.oplevel.plan import OperatorPlan
 
 __all__ = ["write_report"]
 
@@ -29,7 +30,7 @@ def write_report(plan: Plan | OperatorPlan, trials: TrialTable | DataFrame, path
     them are drawn, and the page says so. `InputError` where the file cannot be written, and for a
     plan of operators.
     """
-    if isinstance(plan, OperatorPlan):
+    if not isinstance(plan, Plan):
         raise InputError(
             "a report tells the plan of a deployment",
             got=f"a plan of the operators of {plan.graph!r}",
