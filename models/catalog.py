@@ -22,7 +22,7 @@ from typing import Any, Never, TypedDict
 
 from shardplan.models.config import spec_from_config
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
-from shardplan.models.errors import InputError, UnknownNameError
+from shardplan.models.errors import InputError, UnknownNameError, did_you_mean
 from shardplan.models.frontends.registry import has_reader, read_registered
 from shardplan.models.spec import ModelSpec
 
@@ -262,7 +262,7 @@ def _read_text(path: Path) -> str:
         raise InputError(
             "no such file or model name",
             got=f"file={file}",
-            hint=f"check the path, or name one of {', '.join(model_names())}",
+            hint=f"check the path; {did_you_mean(path.name, model_names())}",
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -17,6 +17,7 @@ from shardplan.search.cli_common import (
     stdout_console,
     whole,
 )
+from shardplan.search.completion import target_names_like
 
 if TYPE_CHECKING:
     from shardplan.search.explain import Known
@@ -55,7 +56,7 @@ def verify(
     level: Annotated[int, whole("--level", _LEVELS)] = 1,
     json: Json = False,
 ) -> None:
-    """Prove that a plan, or a strategy on a model, computes what the model computes."""
+    """Prove that a plan, or a strategy, computes what the model does."""
     if level not in range(4):
         raise InputError("`--level` is 0, 1, 2 or 3", got=f"level={level}")
     if plan is not None:
@@ -121,7 +122,9 @@ def emit(
         str,
         typer.Option(
             "--target",
-            help="atc, jax, megatron, mindspore, onnx, torch, vllm-ascend, or a plug-in's.",
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, onnx, ray, sglang, "
+            "torch, vllm-ascend, or a plug-in's.",
+            autocompletion=target_names_like,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
@@ -160,7 +163,7 @@ def explain(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Say why a plan is as it is, what would change it, and where a rival loses."""
+    """Say why a plan is best, what would change it, and what loses."""
     from shardplan.search.explain import explain as why
     from shardplan.search.explain import known_of
     from shardplan.search.plan import Plan

@@ -16,6 +16,7 @@ from shardplan.search.cli_common import (
     EngineProfile,
     Force,
     Json,
+    Model,
     Nodes,
     note,
     number,
@@ -24,6 +25,7 @@ from shardplan.search.cli_common import (
     stdout_console,
     whole,
 )
+from shardplan.search.completion import cluster_names_like, device_names_like
 
 __all__ = ["search"]
 
@@ -32,7 +34,7 @@ _MOST_ALTERNATIVES = 1000
 
 
 def search(
-    model: Annotated[str, typer.Option("--model", help="Preset, config.json, ONNX or .pt2 file.")],
+    model: Model,
     cluster: Cluster,
     nodes: Nodes = None,
     cards: Annotated[int | None, whole("--cards", "Cards to use.")] = None,
@@ -49,7 +51,7 @@ def search(
         float | None, number("--tpot-ms", "Most mean time per output token.")
     ] = None,
     objective: Annotated[
-        str, typer.Option("--objective", help="throughput, latency or cards.")
+        str, typer.Option("--objective", help="throughput, latency, cards or cost.")
     ] = "throughput",
     weight_dtype: Annotated[
         str,
@@ -102,12 +104,20 @@ def search(
         ),
     ] = "agg",
     prefill_cluster: Annotated[
-        str | None, typer.Option("--prefill-cluster", help="Prefill instances run there.")
+        str | None,
+        typer.Option(
+            "--prefill-cluster",
+            help="Prefill instances run there.",
+            autocompletion=cluster_names_like,
+        ),
     ] = None,
     prefill_nodes: Annotated[int | None, whole("--prefill-nodes", "Nodes of it.")] = None,
     prefill_cards: Annotated[int | None, whole("--prefill-cards", "Cards of it.")] = None,
     prefill_device: Annotated[
-        str | None, typer.Option("--prefill-device", help="Replaces its device.")
+        str | None,
+        typer.Option(
+            "--prefill-device", help="Replaces its device.", autocompletion=device_names_like
+        ),
     ] = None,
     cp: Annotated[
         str,
@@ -151,6 +161,33 @@ def search(
     memory_gib: Annotated[
         float | None, number("--memory-gib", "Of a rank, in place of what its card leaves.")
     ] = None,
+    card_price: Annotated[
+        float | None, number("--card-price", "Of an hour of a card; or its power in kW.")
+    ] = None,
+    prefill_card_price: Annotated[
+        float | None, number("--prefill-card-price", "The same of --prefill-cluster.")
+    ] = None,
+    spare: Annotated[
+        int | None, whole("--spare", "Cards or nodes that may be lost with --rate still served.")
+    ] = None,
+    spare_unit: Annotated[
+        str, typer.Option("--spare-unit", help="What --spare counts: card or node.")
+    ] = "card",
+    losses: Annotated[
+        bool, typer.Option("--losses", help="What is left when a card or a node is lost.")
+    ] = False,
+    auto_batching: Annotated[
+        bool,
+        typer.Option("--auto-batching", help="Graph sizes, and what the step sizes gain."),
+    ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Workload TOML or trace that they are made for."),
+    ] = None,
+    graph_mib: Annotated[
+        float | None, number("--graph-mib", "Memory of a graph; the engine's.")
+    ] = None,
+    max_graphs: Annotated[int | None, whole("--max-graphs", "Graphs of a phase at most.")] = None,
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")
@@ -203,7 +240,9 @@ def search(
 
     with progress("searching") as show:
         result = run(**asked, **_split(split), progress=show)
-    _write(result, folder, overwrite, named=out is not None)
+    names = () if prefill_cluster or prefill_device else ("model", "cluster", "device")
+    files = {name: asked[name] for name in names}
+    _write(result, folder, overwrite, named=out is not None, files=files)
     if json:
         print_json(loads(result.plan.dumps()))
     elif isinstance(result, SearchResult):
@@ -276,7 +315,9 @@ def _folder(asked: dict[str, Any], out: Path | None, force: bool) -> tuple[Path,
     return _RUNS / "-".join(words), True
 
 
-def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
+def _write(
+    result: Any, folder: Path, overwrite: bool, *, named: bool, files: dict[str, str | None]
+) -> None:
     """Write the files; a default folder that cannot be written is said, not fatal."""
     from shardplan.search.api import SearchResult
 
@@ -284,7 +325,7 @@ def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
         if isinstance(result, SearchResult):
             from shardplan.search.output import write_result
 
-            write_result(result, folder, force=overwrite)
+            write_result(result, folder, force=overwrite, **files)
         else:
             from shardplan.search.oplevel.ask import write_operators
 

@@ -191,6 +191,11 @@ def faster(cluster: Cluster, tier: Tier) -> Cluster:
     return replace(cluster, tiers=tiers)
 
 
+def _plain(objective: str) -> str:
+    """The objective on cards that are given."""
+    return "throughput" if objective in ("cards", "cost") else objective
+
+
 def _asked(known: Known) -> dict[str, Any]:
     """The plan's question as options of a search."""
     request, work = known.plan.request, known.plan.request.workload
@@ -206,7 +211,7 @@ def _asked(known: Known) -> dict[str, Any]:
         "prefix_hit": work.prefix_hit or None,
         "ttft_ms": None if limits.ttft_s is None else limits.ttft_s * 1e3,
         "tpot_ms": None if limits.tpot_s is None else limits.tpot_s * 1e3,
-        "objective": "throughput" if request.objective == "cards" else request.objective,
+        "objective": _plain(request.objective),
         "weight_dtype": known.plan.strategy.weight_dtype,
         "kv_dtype": known.plan.strategy.kv_dtype,
         "attention": request.attention,

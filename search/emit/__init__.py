@@ -23,39 +23,32 @@ import inspect
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
 from shardplan.search.emit.common import check_plan
+from shardplan.search.emit.nearest import with_nearest
 from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.plan import OPERATORS, Plan, write_atomically
+from shardplan.search.targets import (
+    BUILT_IN,
+    GROUP,
+    OF_GRAPHS,
+    OURS,
+    registered,
+    target_names,
+)
 
 __all__ = ["BUILT_IN", "GROUP", "OF_GRAPHS", "Emitter", "emit", "target_names"]
 
 Content = str | bytes | Path
 Emitter = Callable[..., Mapping[str, Content]]
 
-GROUP = "shardplan.emitters"
-BUILT_IN: Mapping[str, str] = {
-    "atc": "shardplan.search.emit.atc:files",
-    "jax": "shardplan.search.emit.jax_specs:files",
-    "megatron": "shardplan.search.emit.megatron:files",
-    "mindspore": "shardplan.search.emit.mindspore_strategy:files",
-    "torch": "shardplan.search.emit.torch_plan:files",
-    "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
-}
-OF_GRAPHS: Mapping[str, str] = {"onnx": "shardplan.search.emit.onnx_ranks:files"}
-"""Targets that are cut from a model file; they take plans of operators, too."""
-_OURS = {**BUILT_IN, **OF_GRAPHS}
 _STAGING = "staging"
+_SERVING = frozenset(("docker-compose", "k8s", "mindie", "ray", "sglang", "vllm-ascend"))
+"""Targets that are quick to ask whether they take another strategy of the plan."""
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}")
-
-
-def target_names() -> tuple[str, ...]:
-    """Names of all targets, sorted: ours and those of installed packages."""
-    return tuple(sorted({*_OURS, *_registered()}))
 
 
 def emit(
@@ -78,12 +71,24 @@ def emit(
         check_plan(plan)
     _check_options(emitter, target, options)
     if _STAGING not in inspect.signature(emitter).parameters:
-        texts = _checked(emitter(plan, **options), target)
+        texts = _texts(emitter, target, plan, options)
         return _write(texts, Path(out), force=force)
     _check_folder(Path(out), force=force)
     with _staging(Path(out)) as folder:
         texts = _checked(emitter(plan, **{_STAGING: folder}, **options), target)
         return _write(texts, Path(out), force=force)
+
+
+def _texts(
+    emitter: Emitter, target: str, plan: Plan | OperatorPlan, options: Mapping[str, object]
+) -> Mapping[str, Content]:
+    """The checked files of a target; its refusal names the nearest strategy that it takes."""
+    try:
+        return _checked(emitter(plan, **options), target)
+    except InputError as error:
+        if target in _SERVING and isinstance(plan, Plan):
+            raise with_nearest(error, plan, emitter, options) from None
+        raise
 
 
 @contextlib.contextmanager
@@ -111,18 +116,12 @@ def _check_kind(emitter: Emitter, target: str, plan: Plan | OperatorPlan) -> Non
         )
 
 
-def _registered() -> dict[str, EntryPoint]:
-    """Targets of other packages by name."""
-    found = entry_points(group=GROUP)
-    return {point.name: point for point in found if point.name not in _OURS}
-
-
 def _load(target: str) -> Emitter:
-    if target in _OURS:
-        module, _, attribute = _OURS[target].partition(":")
+    if target in OURS:
+        module, _, attribute = OURS[target].partition(":")
         emitter: Emitter = getattr(importlib.import_module(module), attribute)
         return emitter
-    others = _registered()
+    others = registered()
     if target not in others:
         raise UnknownNameError("target", target[:100], target_names())
     try:
@@ -201,5 +200,5 @@ def _check_folder(out: Path, *, force: bool) -> None:
         raise InputError(
             "the output folder must be empty",
             got=str(out),
-            hint="name another one, or force writing over its files",
+            hint="name another one, or add --force (force=True) to write over its files",
         )

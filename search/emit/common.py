@@ -22,17 +22,18 @@ from typing import Any
 from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.config_fields import plain
 from shardplan.models.errors import InputError
-from shardplan.search.algorithms import supported
 from shardplan.search.families import device_family
 from shardplan.search.plan import Plan
 
 __all__ = [
     "Raw",
     "Slot",
+    "algorithm_variable",
     "check_algorithm",
     "check_plan",
     "command_line",
     "family_of",
+    "known_flags",
     "model_name",
     "place",
     "predicted",
@@ -40,10 +41,12 @@ __all__ = [
     "refuse",
     "round_up",
     "table",
+    "weights_folder",
 ]
 
 _MAX_NAME = 64
 _MAX_RANKS = 2**16
+_FOLDER = re.compile(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
 
 
 class Raw(str):
@@ -106,6 +109,10 @@ def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
 
 def check_algorithm(target: str, plan: Plan) -> None:
     """`InputError` for an algorithm between servers that HCCL has not on the plan's device."""
+    if plan.strategy.collectives == AUTO:
+        return
+    from shardplan.search.algorithms import supported  # it prices collectives: numpy
+
     known = (AUTO, *supported(plan.cluster.soc_versions))
     if plan.strategy.collectives not in known:
         raise refuse(
@@ -114,6 +121,15 @@ def check_algorithm(target: str, plan: Plan) -> None:
             got=f"collectives={printable(plan.strategy.collectives)}",
             hint="try " + ", ".join(known),
         )
+
+
+def algorithm_variable(plan: Plan) -> dict[str, str]:
+    """The variable that picks the algorithm between servers; empty where HCCL chooses."""
+    if plan.strategy.collectives == AUTO:
+        return {}
+    from shardplan.search.algorithms import hccl_algo
+
+    return {"HCCL_ALGO": hccl_algo(plan.strategy.collectives)}
 
 
 def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:
@@ -170,9 +186,34 @@ def model_name(plan: Plan) -> str:
     return word[:_MAX_NAME] or "model"
 
 
+def weights_folder(plan: Plan, weights: str) -> str:
+    """The checkpoint's folder on every node; `InputError` for one that is no plain path."""
+    if not weights:
+        return f"/data/{model_name(plan)}"
+    if not _FOLDER.fullmatch(weights) or ".." in weights.split("/"):
+        raise InputError(
+            "`weights` is a folder from the root, of letters, digits and ._-",
+            got=repr(weights[:100]),
+            hint="for example weights=/data/llama",
+        )
+    return weights
+
+
 def round_up(value: int, step: int) -> int:
     """The smallest multiple of `step` that is not below `value`."""
     return -(-value // step) * step
+
+
+@functools.cache
+def known_flags(data: str, command: str) -> frozenset[str]:
+    """Flags of a command that a table holds."""
+    return frozenset(
+        name
+        for group in table(data)["flags"]
+        if group["command"] == command
+        for key in ("names", "values", "switches")
+        for name in group.get(key, ())
+    )
 
 
 def command_line(
@@ -183,13 +224,7 @@ def command_line(
     `words` are what comes before the flags; a flag's value None makes it a switch; `Raw` stands
     as it is. `ValueError` for a flag that the target's table does not hold.
     """
-    known = {
-        name
-        for group in table(data)["flags"]
-        if group["command"] == command
-        for key in ("names", "values", "switches")
-        for name in group.get(key, ())
-    }
+    known = known_flags(data, command)
     lines = [" ".join(_word(word) for word in words)]
     for name, value in flags:
         if name not in known:

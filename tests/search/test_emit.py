@@ -15,7 +15,7 @@ import pytest
 from tests.search.emit_cases import emit_plan, tiny_llama
 
 from shardplan.models.errors import InputError, UnknownNameError
-from shardplan.search import emit as module
+from shardplan.search import targets as module
 from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS, emit, target_names
 from shardplan.search.emit.common import table
 
@@ -182,7 +182,22 @@ def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]
             yield from _facts(item, f"{where}[{index}]")
 
 
-@pytest.mark.parametrize("name", ["ascend_families", "atc", "hf_names", "megatron", "vllm_ascend"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ascend_families",
+        "atc",
+        "containers",
+        "hf_names",
+        "megatron",
+        "modelslim",
+        "ray",
+        "sglang",
+        "sglang_flags",
+        "vllm_ascend",
+        "vllm_flags",
+    ],
+)
 def test_every_fact_has_a_source_and_every_number_a_kind(name: str) -> None:
     """In the tables that the targets are written from."""
     kinds = {"datasheet", "measured", "derived", "assumed"}
