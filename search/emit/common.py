@@ -22,13 +22,13 @@ from typing import Any
 from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.config_fields import plain
 from shardplan.models.errors import InputError
-from shardplan.search.algorithms import supported
 from shardplan.search.families import device_family
 from shardplan.search.plan import Plan
 
 __all__ = [
     "Raw",
     "Slot",
+    "algorithm_variable",
     "check_algorithm",
     "check_plan",
     "command_line",
@@ -109,6 +109,10 @@ def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
 
 def check_algorithm(target: str, plan: Plan) -> None:
     """`InputError` for an algorithm between servers that HCCL has not on the plan's device."""
+    if plan.strategy.collectives == AUTO:
+        return
+    from shardplan.search.algorithms import supported  # it prices collectives: numpy
+
     known = (AUTO, *supported(plan.cluster.soc_versions))
     if plan.strategy.collectives not in known:
         raise refuse(
@@ -117,6 +121,15 @@ def check_algorithm(target: str, plan: Plan) -> None:
             got=f"collectives={printable(plan.strategy.collectives)}",
             hint="try " + ", ".join(known),
         )
+
+
+def algorithm_variable(plan: Plan) -> dict[str, str]:
+    """The variable that picks the algorithm between servers; empty where HCCL chooses."""
+    if plan.strategy.collectives == AUTO:
+        return {}
+    from shardplan.search.algorithms import hccl_algo
+
+    return {"HCCL_ALGO": hccl_algo(plan.strategy.collectives)}
 
 
 def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import math
 
-from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
-from shardplan.search.algorithms import hccl_algo
-from shardplan.search.emit.common import Raw, model_name, round_up, table
+from shardplan.search.emit.common import Raw, algorithm_variable, model_name, round_up, table
 from shardplan.search.emit.vllm_layout import Launch, Split
 from shardplan.search.emit.vllm_modules import module_sizes
 from shardplan.search.emit.vllm_schemes import Checkpoint
@@ -45,8 +43,7 @@ def environment(plan: Plan, family: str, split: Split) -> list[tuple[str, str]]:
     buffers = facts["hccl_buffsize_mib"]
     wanted.append(("HCCL_BUFFSIZE", str(buffers["experts" if split.experts else "plain"])))
     way = plan.strategy
-    if way.collectives != AUTO:
-        wanted.append(("HCCL_ALGO", hccl_algo(way.collectives)))
+    wanted += algorithm_variable(plan).items()
     if way.pp > 1 and way.stage_layers:
         layers = ",".join(str(count) for count in way.stage_layers)
         wanted.append(("VLLM_PP_LAYER_PARTITION", layers))

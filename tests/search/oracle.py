@@ -163,11 +163,12 @@ def _vllm_starts(question: Question, par: Parallelism) -> bool:
 
 
 def _mindie_starts(question: Question, par: Parallelism) -> bool:
-    """MindIE has one stage, and splits the experts of latent-attention models alone."""
+    """MindIE has one stage, whole tokens, and splits the experts of latent attention alone."""
     if question.engine.name != "mindie":
         return True
     whole = par.exchange == "allgather" or par.ep % par.tp == 0
-    return par.pp == 1 and whole and (par.ep == 1 or question.spec.mla is not None)
+    plain = par.pp == 1 and not par.sp
+    return plain and whole and (par.ep == 1 or question.spec.mla is not None)
 
 
 def _allowed(question: Question, par: Parallelism, choice: Choice) -> bool:
