@@ -17,9 +17,11 @@ from shardplan.search.cli_common import (
     stdout_console,
     whole,
 )
+from shardplan.search.completion import target_names_like
 
 if TYPE_CHECKING:
     from shardplan.search.explain import Known
+    from shardplan.search.oplevel.plan import OperatorPlan
     from shardplan.search.plan import ProofInfo
 
 __all__ = ["emit", "explain", "verify"]
@@ -54,7 +56,7 @@ def verify(
     level: Annotated[int, whole("--level", _LEVELS)] = 1,
     json: Json = False,
 ) -> None:
-    """Prove that a plan, or a strategy on a model, computes what the model computes."""
+    """Prove that a plan, or a strategy, computes what the model does."""
     if level not in range(4):
         raise InputError("`--level` is 0, 1, 2 or 3", got=f"level={level}")
     if plan is not None:
@@ -86,9 +88,12 @@ def _graph_options(exchange: str, stage_layers: str | None) -> dict[str, Any]:
 
 def _prove_plan(path: Path, model: str | None, level: int) -> tuple[ProofInfo, str]:
     from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
     from shardplan.search.proof import verify_plan
 
-    plan = Plan.load(path)
+    plan = load_plan(path)
+    if not isinstance(plan, Plan):
+        return plan.verify(level=level, model=model), f"{plan.graph}, {plan.describe()}"
     what = f"{plan.model.name}, {plan.strategy.parallelism().describe()}"
     return verify_plan(plan, level=level, model=model), what
 
@@ -117,8 +122,9 @@ def emit(
         str,
         typer.Option(
             "--target",
-            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, ray, sglang, "
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, onnx, ray, sglang, "
             "torch, vllm-ascend, or a plug-in's.",
+            autocompletion=target_names_like,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
@@ -131,9 +137,9 @@ def emit(
 ) -> None:
     """Write a plan's files for a compiler or a serving engine."""
     from shardplan.search.emit import emit as write
-    from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
 
-    paths = write(Plan.load(plan), target, out, force=force, **_options(option or []))
+    paths = write(load_plan(plan), target, out, force=force, **_options(option or []))
     if json:
         print_json({"target": target, "files": [str(path) for path in paths]})
         return
@@ -157,12 +163,16 @@ def explain(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Say why a plan is as it is, what would change it, and where a rival loses."""
+    """Say why a plan is best, what would change it, and what loses."""
     from shardplan.search.explain import explain as why
     from shardplan.search.explain import known_of
     from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
 
-    loaded = Plan.load(plan)
+    loaded = load_plan(plan)
+    if not isinstance(loaded, Plan):
+        _explain_operators(loaded, against, model, shadows=shadows, as_json=json)
+        return
     found = why(loaded, model=model, shadows=shadows)
     if against is not None:
         from shardplan.search.rival import rival_of
@@ -176,6 +186,25 @@ def explain(
     from shardplan.search.tables_explain import print_explanation
 
     print_explanation(found, stdout_console())
+
+
+def _explain_operators(
+    plan: OperatorPlan, against: str | None, model: str | None, *, shadows: bool, as_json: bool
+) -> None:
+    from shardplan.search.oplevel.explain import explain_operators
+    from shardplan.search.oplevel.proof import graph_of_plan
+
+    if against is not None:
+        raise InputError(
+            "--against names a deployment, and the plan is one of operators", got=against[:100]
+        )
+    found = explain_operators(plan, graph_of_plan(plan, model), shadows=shadows)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    from shardplan.search.tables_operators import print_why
+
+    print_why(found, stdout_console())
 
 
 def _rival(against: str, known: Known) -> dict[str, Any]:

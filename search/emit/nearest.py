@@ -20,7 +20,7 @@ __all__ = ["with_nearest"]
 def with_nearest(
     error: InputError,
     plan: Plan,
-    emitter: Callable[..., Mapping[str, str | bytes]],
+    emitter: Callable[..., Mapping[str, object]],
     options: Mapping[str, Any],
 ) -> InputError:
     """The error with the nearest expressible strategy in its hint, where the plan holds one."""

@@ -292,7 +292,7 @@ def _sizes(plan: Plan, split: Split) -> list[Flag]:
         flags.append(("--disable-radix-cache", None))
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--disable-decode-cuda-graph", None)]
-    sizes = " ".join(str(size) for size in capture_sizes(way.batch))
+    sizes = " ".join(str(size) for size in capture_sizes(plan))
     return [*flags, ("--cuda-graph-bs-decode", Raw(sizes))]
 
 

@@ -112,9 +112,12 @@ def longest_request(plan: Plan, block: int) -> int:
     return min(longest, plan.model.max_context) if plan.model.max_context else longest
 
 
-def capture_sizes(batch: int) -> list[int]:
-    """Batches of decode graphs: powers of two, and the largest."""
-    return sorted({2**i for i in range(batch.bit_length()) if 2**i < batch} | {batch})
+def capture_sizes(plan: Plan) -> list[int]:
+    """Batches of decode graphs, ascending: the plan's, else powers of two, and the largest."""
+    batch, sized = plan.strategy.batch, plan.batching
+    if sized is not None and sized.decode is not None:
+        return sorted({*(size for size in sized.decode.sizes if size < batch), batch})
+    return sorted({*(2**i for i in range(batch.bit_length()) if 2**i < batch), batch})
 
 
 def _sizes(plan: Plan) -> list[Flag]:
@@ -184,6 +187,6 @@ def _graphs(plan: Plan, family: str) -> list[Flag]:
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
     step, each = way.tp if way.sp else 1, 1 + way.mtp
-    rounded = sorted({round_up(size * each, step) for size in capture_sizes(way.batch)})
+    rounded = sorted({round_up(size * each, step) for size in capture_sizes(plan)})
     config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
     return [*flags, ("--compilation-config", json.dumps(config))]
