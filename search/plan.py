@@ -20,7 +20,10 @@ from pydantic import AfterValidator, Field, ValidationError
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.atomic import rounded, write_atomically
+from shardplan.search.plan_batching import Batching
+from shardplan.search.plan_capacity import Capacity
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
+from shardplan.search.plan_cost import Cost
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
 from shardplan.search.plan_robustness import PARTS, Robustness
@@ -56,6 +59,8 @@ __all__ = [
 OPERATORS = "operators"
 """`kind` of a plan of operators (`search.oplevel.plan`)."""
 MAX_PLAN_BYTES = 16 * 2**20
+_ASKED_FOR = ("batching", "capacity", "cost")
+"""Parts that only some questions ask for."""
 
 
 class ModelInfo(Part):
@@ -307,7 +312,20 @@ class Plan(Part):
     switches: tuple[SwitchRow, ...] = ()
     servings: tuple[ServingRow, ...] = ()
     """Aggregated and disaggregated serving side by side, where both were searched."""
+    batching: Batching | None = None
+    """Graph sizes and what the step sizes gain, where asked; left out of the file where not."""
+    cost: Cost | None = None
+    """At prices that were given; likewise."""
+    capacity: Capacity | None = None
+    """What is left when a card or a node is lost; likewise."""
     notes: tuple[str, ...]
+
+    @property
+    def cards(self) -> int:
+        """Cards in use, of all pools."""
+        if self.pools:
+            return sum(pool.instances * pool.strategy.ranks for pool in self.pools)
+        return self.strategy.ranks
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -341,7 +359,9 @@ class Plan(Part):
 
     def dumps(self) -> str:
         """The bytes of plan.json; floats have ten digits, beyond which machines differ."""
-        return json.dumps(rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
+        unasked = {name for name in _ASKED_FOR if getattr(self, name) is None}
+        data = rounded(self.model_dump(mode="json", exclude=unasked))
+        return json.dumps(data, indent=2, sort_keys=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write plan.json, whole or not at all."""

@@ -90,7 +90,6 @@ def _configuration(
         tp=tp,
         dp=dp,
         cp=cp,
-        sp=_axis(model, "sp", 1) > 1,
         pp=_axis(model, "pp", 1),
         ep=moe_ep,
         exchange="alltoall" if level == _ALL_TO_ALL else "allgather",
@@ -101,7 +100,7 @@ def _configuration(
         max_model_len=whole_number("maxSeqLen", deploy.get("maxSeqLen", 2560)),
         block_size=whole_number("cacheBlockSize", schedule["cacheBlockSize"]),
         broken=tuple(_broken(sizes, deploy, schedule, backend)),
-        unread=(),
+        unread=("sp",) if _axis(model, "sp", 1) > 1 else (),  # it splits the cache, unlike ours
     )
 
 

@@ -37,17 +37,14 @@ from shardplan.search.asked import (
     seed_trials_of,
     time_limit_of,
 )
+from shardplan.search.costs import Prices, read_prices
 from shardplan.search.layouts import Reach
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
 from shardplan.search.mtp import acceptance_note, mtp_depths
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
-from shardplan.search.workload import (
-    DEFAULT_TPOT_S,
-    DEFAULT_TTFT_S,
-    read_workload,
-    shown,
-)
+from shardplan.search.spare import Spare, read_spare
+from shardplan.search.workload import DEFAULT_TPOT_S, DEFAULT_TTFT_S, read_workload, shown
 
 __all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
@@ -73,6 +70,10 @@ class Resolved:
     """When the exact engine stops; None: when it is done."""
     reach: Reach
     """What is searched beyond the plain axes."""
+    prices: Prices | None = None
+    """Of an hour of a card."""
+    spare: Spare | None = None
+    """What may be lost while the rate is still served."""
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
@@ -82,7 +83,11 @@ def _soft_limits(
 ) -> tuple[Limits, bool]:
     """Limits for a question that sets no bound: throughput alone would let requests queue."""
     open_ended = work.concurrency is None and work.request_rate is None
-    if objective != "throughput" or not open_ended or any(limits.model_dump().values()):
+    if (
+        objective not in ("throughput", "cost")
+        or not open_ended
+        or any(limits.model_dump().values())
+    ):
         return limits, False
     notes.append(
         f"no limit on TTFT or TPOT was given: {DEFAULT_TTFT_S * 1e3:.0f} ms and "
@@ -376,6 +381,7 @@ def resolve(asked: Asked) -> Resolved:
     )
     beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
     seeds = seed_trials_of(asked, notes)
+    spare = read_spare(asked, work.request_rate)
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings, seeds),
         spec=spec,
@@ -387,5 +393,7 @@ def resolve(asked: Asked) -> Resolved:
         notes=(*notes, *spec.extra),
         time_limit_s=time_limit_of(asked),
         reach=reach_of(asked, depths),
+        prices=read_prices(asked, work.request_rate),
+        spare=spare,
         soft_limits=soft,
     )

@@ -77,8 +77,8 @@ def capture(
     """The export behind `read_torch`, with the same arguments."""
     torch = torch_lib()
     ids = {"batch": batch, "tokens": tokens}
-    _check_sizes(ids)
-    _check_sizes(sizes or {})
+    for named in (ids, sizes or {}):
+        _check_sizes(named)
     if isinstance(subject, (str, os.PathLike)):
         path = Path(subject)
         return capture_program(
