@@ -40,14 +40,18 @@ _PROGRAM = "shardplan "
 _ACCEPT = "--accept"
 
 
-def commands() -> dict[str, list[str]]:
-    """Arguments of each `shardplan` command of README.md, by what it writes below results/."""
+def commands(folder: str = "") -> dict[str, list[str]]:
+    """Arguments of each `shardplan` command of README.md, by what it writes below results/.
+
+    `folder`: those alone that write into it.
+    """
     lines = [line.strip() for line in README.read_text(encoding="utf-8").splitlines()]
     found = [shlex.split(line)[1:] for line in lines if line.startswith(_PROGRAM)]
-    return {
+    named = {
         Path(words[words.index("--out") + 1]).relative_to("results").as_posix(): words
         for words in found
     }
+    return {path: words for path, words in named.items() if path.startswith(folder)}
 
 
 def write_ablation(page: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import tomllib
@@ -18,6 +19,7 @@ from shardplan.models.errors import InputError, UnknownNameError
 from shardplan.search import targets as module
 from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS, emit, target_names
 from shardplan.search.emit.common import table
+from shardplan.search.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,8 +162,12 @@ def test_a_plan_with_impossible_sizes_is_refused(
     tmp_path: Path, target: str, sizes: dict[str, Any]
 ) -> None:
     """A plan.json edited by hand ends in one clear line."""
+    data = json.loads(emit_plan().dumps())
+    data["strategy"].update(sizes)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(InputError):
-        emit(emit_plan(**sizes), target, tmp_path)
+        emit(Plan.load(file), target, tmp_path / "out")
 
 
 def test_the_installed_package_registers_the_built_in_targets() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.search.oplevel.graphs import MIXTRAL, Sizes, decoder, mlp
+from tests.search.oplevel.test_exact import graphs
 
 from shardplan.costmodel.catalog import load_cluster
-from shardplan.models.errors import InputError
+from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.models.opdescribe import graph_digest
 from shardplan.models.opgraph import OpGraph
 from shardplan.models.opshard import Move, Placed
@@ -48,6 +52,21 @@ def test_plans_that_are_found_are_proven(
     placed = [one for one in program.steps if isinstance(one, Placed)]
     assert len(placed) == sum(row.times for row in plan.operators)
     assert len(prove_operators(plan, graph, level=0).checks) == 5
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(graphs(8), st.sampled_from([(2,), (3,), (8,), (2, 2), (2, 4)]), st.floats(0.3, 1.0))
+def test_whatever_is_found_on_random_graphs_is_proven(
+    graph: OpGraph, mesh: tuple[int, ...], share: float
+) -> None:
+    """With as much memory as the fastest takes, and with less where something fits."""
+    plan = search_operators(graph, CLUSTER, mesh)
+    limit = share * plan.stages[0].total_bytes
+    with contextlib.suppress(InfeasibleError):
+        plan = search_operators(graph, CLUSTER, mesh, memory_bytes=limit)
+    proof = prove_operators(plan, graph)
+    assert proof.passed, proof.failures
 
 
 def test_a_plan_is_proven_on_its_own_graph_alone() -> None:
