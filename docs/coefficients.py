@@ -7,12 +7,17 @@ and engines that is an assumption.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from docs.reference import markdown_table
 
-from shardplan.costmodel.calibration import calibration_names, load_calibration
+from shardplan.costmodel.calibration import (
+    Section,
+    calibration_engines,
+    calibration_names,
+    load_calibration,
+)
 from shardplan.costmodel.catalog import cluster_names, load_cluster
 from shardplan.costmodel.devices import device_names, load_device
 from shardplan.costmodel.engines import engine_names, load_engine
@@ -29,7 +34,8 @@ Written by `python -m docs` from `costmodel/data/`; not by hand. How they are us
 A section is the coefficients of one kernel's formula. `fitted`: to measurements, with the error on
 rows that the fit did not see (median and 90th percentile of the relative error). `measured`: a
 figure taken as it is. `derived`: carried over from another section, part or engine. `assumed`:
-neither. The folder of a calibration may hold folders of engines, whose own kernels they describe.
+neither. The last column is a number of the list below the table. An engine's own kernels, where
+they were measured, stand below those of its device.
 """
 _ASSUMED = """## Assumed facts
 
@@ -42,20 +48,29 @@ def coefficients() -> str:
     """The whole page, as `PAGE` must be."""
     parts = [_HEAD]
     for name in calibration_names():
-        parts += [f"## Calibration {name}\n", _sections(name)]
+        common = load_calibration(name).sections
+        parts += [f"## Calibration {name}\n", _sections(common.values())]
+        for engine in calibration_engines(name):
+            every = load_calibration(name, engine).sections
+            own = [one for key, one in every.items() if one != common.get(key)]
+            parts += [f"### Of {engine} on {name}\n", _sections(own)]
     rows = [row for what in ("devices", "clusters", "engines") for row in _assumed(what)]
     parts += [_ASSUMED, markdown_table(("file", "fact", "why"), rows)]
     return "\n".join(parts)
 
 
-def _sections(name: str) -> str:
+def _sections(sections: Iterable[Section]) -> str:
+    """A table of sections, and their sources, each once."""
     head = ("section", "kind", "rows", "unseen", "median", "p90", "source")
     rows = []
-    for section in load_calibration(name).sections.values():
+    sources: dict[str, int] = {}
+    for section in sections:
         counts = (section.rows_fitted or "", section.rows_held_out or "")
         errors = (_percent(section.median_error), _percent(section.p90_error))
-        rows.append((f"`{section.name}`", section.kind, *counts, *errors, section.source))
-    return markdown_table(head, rows)
+        number = sources.setdefault(" ".join(section.source.split()), len(sources) + 1)
+        rows.append((f"`{section.name}`", section.kind, *counts, *errors, number))
+    listed = "\n".join(f"{number}. {source}" for source, number in sources.items())
+    return f"{markdown_table(head, rows)}\n{listed}\n"
 
 
 def _percent(error: float) -> str:

@@ -154,6 +154,34 @@ def test_a_hostile_name_stays_text_in_every_target(tmp_path: Path, target: str) 
             assert "$(touch" not in text
 
 
+@pytest.mark.parametrize("target", ["k8s", "mindie", "ray", "sglang", "vllm-ascend"])
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("cluster", {"hbm_bytes": 1e-300}),
+        ("cluster", {"hbm_bytes": float("nan")}),
+        ("performance", {"output_tokens_per_s": 0.0}),
+        ("memory", {"capacity_bytes": float("inf")}),
+        ("memory", {"activations_bytes": float("nan")}),
+        ("strategy", {"order": ("tp", "tp", "pp")}),
+    ],
+)
+def test_numbers_that_no_search_gives_are_refused(
+    tmp_path: Path, target: str, part: str, change: dict[str, Any]
+) -> None:
+    """Of a plan.json written by hand: one clear line, nothing half-written."""
+    plan = emit_plan()
+    found = getattr(plan, part)
+    made = (
+        tuple(row.model_copy(update=change) for row in found)
+        if part == "memory"
+        else found.model_copy(update=change)
+    )
+    with pytest.raises(InputError):
+        emit(plan.model_copy(update={part: made}), target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "sizes", [{"tp": 0}, {"dp": -1}, {"batch": 0}, {"dp": 10**9}, {"pp": 2, "stage_layers": (80,)}]
 )

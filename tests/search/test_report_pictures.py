@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from time import process_time
 
 import pytest
 from tests.search.plan_factory import make_plan, make_strategy, make_trials
@@ -15,6 +16,7 @@ from shardplan.search.plan_batching import Batching, GraphSizes, OtherSizes, Set
 from shardplan.search.plan_capacity import Capacity, LossRow, Replanned
 from shardplan.search.plan_cost import Cost
 from shardplan.search.predicted import known_steps
+from shardplan.search.report import write_report
 from shardplan.search.report.cluster import MOST_RANKS, cluster_section
 from shardplan.search.report.emitting import next_section
 from shardplan.search.report.lanes import Lane, Slice, lanes
@@ -117,6 +119,16 @@ def test_a_pipeline_is_drawn_with_its_microbatches() -> None:
         assert 0.0 <= float(begin) <= float(begin) + float(width) <= 100.01
     prefill = _timeline(POOLS)
     assert "A prompt of one piece through 16 stages" in prefill
+
+
+def test_a_report_of_many_trials_is_written_in_a_second(tmp_path: Path) -> None:
+    """Of 100,000, with all its pictures: at most a second of a core and two megabytes."""
+    trials = TrialTable.of(make_trials(100_000))
+    for plan in (TP8, POOLS):
+        begin_s = process_time()
+        write_report(plan, trials, tmp_path / "report.html")
+        assert process_time() - begin_s <= 1.0
+        assert (tmp_path / "report.html").stat().st_size <= 2e6
 
 
 def test_a_plan_whose_parts_are_not_at_hand_has_no_timeline() -> None:

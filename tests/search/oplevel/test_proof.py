@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from tests.search.oplevel.test_exact import graphs
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.models.opdescribe import graph_digest
-from shardplan.models.opgraph import OpGraph
-from shardplan.models.opshard import Move, Placed
+from shardplan.models.opfold import first_alike, unfolded
+from shardplan.models.opgraph import OpGraph, check_graph
+from shardplan.models.opshard import Move, Placed, Program
+from shardplan.models.opwitness import witness
+from shardplan.models.verify import TOLERANCE
 from shardplan.search.oplevel.api import MeshShape, search_operators
 from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.oplevel.program import program_of
 from shardplan.search.oplevel.proof import graph_of_plan, prove_operators
+from shardplan.search.oplevel.quotient import quotient_of
+from shardplan.search.oplevel.shortened import shortened
 
 CLUSTER = "atlas-800t-a2"
 SMALL = Sizes(tokens=512, hidden=1024, heads=8, kv_heads=8, ffn=4096, vocab=8192, layers=4)
@@ -52,6 +58,25 @@ def test_plans_that_are_found_are_proven(
     placed = [one for one in program.steps if isinstance(one, Placed)]
     assert len(placed) == sum(row.times for row in plan.operators)
     assert len(prove_operators(plan, graph, level=0).checks) == 5
+
+
+def test_numbers_are_run_on_three_layers_of_a_kind() -> None:
+    """Whose steps read and write all layouts that there are."""
+    graph = unfolded(decoder(replace(DECODE, layers=9)))
+    plan = search_operators(graph, load_cluster(CLUSTER, nodes=2), (2, 4), stages=2)
+    whole = program_of(plan, graph)
+    short = shortened(whole, quotient_of(graph))
+    check_graph(short.graph)
+    assert {op.layer for op in short.graph.operators} == {-1, 0, 1, 8}
+
+    def layouts(program: Program) -> set[object]:
+        first = first_alike(graph)
+        placed = (one for one in program.steps if isinstance(one, Placed))
+        return {(first[one.op.name], one.reads, one.writes) for one in placed}
+
+    assert layouts(short) == layouts(whole)
+    assert witness(short).error <= TOLERANCE
+    assert witness(whole).error <= TOLERANCE
 
 
 @pytest.mark.slow
