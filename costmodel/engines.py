@@ -81,6 +81,7 @@ from shardplan.costmodel.hardware import Fact
 from shardplan.models.graph import Phase
 
 __all__ = [
+    "ENGINE_FIELDS",
     "FUSIONS",
     "EngineProfile",
     "engine_from_table",
@@ -255,6 +256,8 @@ _ENGINE: Mapping[str, Field] = {
     "prefix_cache": flag("prefix_cache"),
     "sampling": flag("sampling"),
 }
+ENGINE_FIELDS: Mapping[str, Field] = {**_ENGINE, **_RANKS, **_SWITCHES}
+"""Facts of an engine file."""
 
 
 def engine_names() -> tuple[str, ...]:
@@ -282,7 +285,7 @@ def _shipped_engine(name: str) -> EngineProfile:
 def engine_from_table(table: Mapping[str, object], where: str) -> EngineProfile:
     """The profile that a parsed file describes; `where` names the file in errors."""
     check_keys(table, ["name", "title", *_ENGINE], [*_RANKS, *_SWITCHES], where)
-    read = read_facts(table, {**_ENGINE, **_RANKS, **_SWITCHES}, where)
+    read = read_facts(table, ENGINE_FIELDS, where)
     values: dict[str, Any] = dict(read.values)
     return EngineProfile(
         name=label(table, "name", where),

@@ -318,10 +318,11 @@ def _every_count(resolved: Resolved) -> bool:
     return resolved.request.objective == "cost" and rate is None
 
 
-def _a_card(outcome: Outcome) -> float:
-    """Output tokens a second and card of the best strategy; below all where there is none."""
+def _a_card(outcome: Outcome) -> tuple[float, int]:
+    """Output tokens a second and card of the best strategy, then fewer cards; none come first."""
     best = outcome.best
-    return -1.0 if best is None else best.columns["output_tokens_per_s_per_card"]
+    most = -1.0 if best is None else best.columns["output_tokens_per_s_per_card"]
+    return float(f"{most:.9g}"), 0 if best is None else -outcome.space.cards
 
 
 def _out_of_time(outcome: Outcome) -> bool:

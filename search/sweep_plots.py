@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
+from shardplan.search.atomic import written_bytes
 from shardplan.search.sweep import Sweep
 from shardplan.search.sweep_out import layout_words, value_words
 from shardplan.search.sweep_values import Axis
@@ -120,13 +121,10 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
     import matplotlib as mpl
 
     paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[0], dpi=_DPI, metadata={"Software": None})
-        with mpl.rc_context({"svg.hashsalt": "shardplan"}):
-            figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
-    except OSError as error:
-        raise InputError("the plot cannot be written", got=f"{stem}: {error.strerror}") from None
+    with written_bytes(paths[0]) as file:
+        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    with mpl.rc_context({"svg.hashsalt": "shardplan"}), written_bytes(paths[1]) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return paths
 
 

@@ -11,8 +11,16 @@ if TYPE_CHECKING:
 
     from shardplan.search.plan import Plan
     from shardplan.search.plan_capacity import Capacity, LossRow
+    from shardplan.search.plan_cost import Cost
 
-__all__ = ["print_capacity", "print_cost"]
+__all__ = [
+    "again_words",
+    "cost_words",
+    "headroom_words",
+    "print_capacity",
+    "print_cost",
+    "state_words",
+]
 
 
 def print_cost(plan: Plan, console: Console) -> None:
@@ -20,13 +28,17 @@ def print_cost(plan: Plan, console: Console) -> None:
     found = plan.cost
     if found is None:
         return
-    console.print(
-        f"cost: {found.per_hour:.4g} an hour, {found.per_million_tokens:.4g} a million output "
-        f"tokens ({found.per_million_tokens_full:.4g} at the most that is served), in the unit of "
-        "--card-price",
-        markup=False,
-    )
+    console.print(f"cost: {cost_words(found)}", markup=False)
     console.print()
+
+
+def cost_words(found: Cost) -> str:
+    """An hour and a million tokens."""
+    return (
+        f"{found.per_hour:.4g} an hour, {found.per_million_tokens:.4g} a million output "
+        f"tokens ({found.per_million_tokens_full:.4g} at the most that is served), in the unit of "
+        "--card-price"
+    )
 
 
 def print_capacity(plan: Plan, console: Console) -> None:
@@ -39,16 +51,23 @@ def print_capacity(plan: Plan, console: Console) -> None:
     table = new_table(title, "lost", *numbers, "service level", right=numbers)
     for row in found.losses:
         times = ("" if one is None else seconds_text(one) for one in (row.ttft_s, row.tpot_s))
-        add(table, row.lost, row.replicas_left, rate_text(row.requests_per_s), *times, _state(row))
+        add(
+            table,
+            row.lost,
+            row.replicas_left,
+            rate_text(row.requests_per_s),
+            *times,
+            state_words(row),
+        )
     show(console, table)
     for row in found.losses:
         if row.again is not None:
-            console.print(_again(row, found), markup=False)
-    console.print(_headroom(found), markup=False)
+            console.print(again_words(row, found), markup=False)
+    console.print(headroom_words(found), markup=False)
     console.print()
 
 
-def _state(row: LossRow) -> str:
+def state_words(row: LossRow) -> str:
     """Whether the rate is served within the limits, or what becomes of it."""
     if row.holds:
         return "holds"
@@ -59,7 +78,7 @@ def _state(row: LossRow) -> str:
     return f"saturated at {rate_text(row.requests_per_s)}"
 
 
-def _again(row: LossRow, found: Capacity) -> str:
+def again_words(row: LossRow, found: Capacity) -> str:
     again = row.again
     assert again is not None
     words = f"{row.lost} lost, planned again on {again.cards} cards ({again.words}): "
@@ -73,7 +92,7 @@ def _again(row: LossRow, found: Capacity) -> str:
     )
 
 
-def _headroom(found: Capacity) -> str:
+def headroom_words(found: Capacity) -> str:
     words = f"{found.cards} cards in {found.replicas} that serve apart, {found.headroom:.2f} times "
     words += "the rate"
     if not found.spare:

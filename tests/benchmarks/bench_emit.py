@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_emit.py [--out results/benchmarks/emit.md] [--runs 5]
 
 The plans are those committed in results/plans, one of a server and one of two pools on 384 dies, so
-that anyone can run the same. A target that cannot express a plan refuses it: the rule is named, and
-the time is that of the refusal.
+that anyone can run the same. A target that cannot express a plan refuses it, and the rule is named.
+The process has one thread, so its CPU seconds are what it takes on a core of its own; wall seconds
+beside them are those of the machine as it was, whose load the page tells.
 """
 
 from __future__ import annotations
@@ -41,21 +42,23 @@ def _row(name: str, target: str, runs: int) -> list[str]:
             return [f"`{name}`", target, f"refused: {error.rule.partition(': ')[2]}", "-", "-", "-"]
         words = ["emit", str(ROOT / plan), "--target", target, "--force", "--out", folder]
         one = best_process(words, runs)
-    met = against(one.wall_s, MOST_S, f"{MOST_S} s")
+    met = against(one.cpu_s, MOST_S, f"{MOST_S} s")
     return [f"`{name}`", target, count, f"{one.wall_s:.2f}", f"{one.cpu_s:.2f}", met]
 
 
 def page(runs: int) -> str:
     """The page in Markdown."""
     where = machine()
-    head = ["plan", "target", "files", "wall s", "CPU s", "target of time"]
+    head = ["plan", "target", "files", "wall s", "CPU s", "target of CPU s"]
     rows = [_row(name, target, runs) for name in PLANS for target in TARGETS]
     lines = [
         "# Speed of the emitters",
         "",
         f"{where}; best of {runs} runs.",
         "",
-        "`shardplan emit results/plans/NAME/plan.json --target TARGET --out DIR`, a cold process.",
+        "`shardplan emit results/plans/NAME/plan.json --target TARGET --out DIR`, a cold process of "
+        "one thread: CPU seconds are what it takes on a core of its own, wall seconds what it took "
+        "under that load.",
         "",
         *table(head, rows),
         "",

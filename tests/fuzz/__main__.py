@@ -134,7 +134,7 @@ def page(reports: Sequence[Report], command: str, seconds: float) -> str:
         "",
         f"{inputs:,} inputs, {found} findings, in {seconds / 60:.0f} minutes. A finding is an "
         "input that ends neither in success nor in one of shardplan's own errors: another "
-        f"exception, a warning of numpy, more than {MOST_S:g} s, more than "
+        f"exception, a warning of numpy, more than {MOST_S:g} s of the processor, more than "
         f"{MOST_BYTES / 2**30:g} GiB of memory, the end of the process. *Accepted* inputs were "
         "read and used, *refused* ones broke a rule that the error names.",
         "",

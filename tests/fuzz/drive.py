@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DRIVERS", "Report", "drive"]
 
-STUCK_S = 60
+STUCK_S = 120
 """An input that the alarm cannot end (a loop in C) ends the process."""
 _ROUND = 500
 """Examples of one run of hypothesis, which remembers all of them."""

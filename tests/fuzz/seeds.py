@@ -103,6 +103,10 @@ COMMANDS = (
     "validate --group matmul --device 910b2",
     "explain plan.json --no-shadows --against tp=8,pp=2",
     "emit plan.json --target atc --out deploy --option door=shards",
+    "trace plan.json --out trace.json --ranks 0,4-7",
+    "analyze a.csv b.csv --against c.csv --tolerance 1",
+    "search --model model.onnx --cluster atlas-800t-a2 --cards 2 --json",
+    "--show-completion bash",
     "--version",
 )
 

@@ -39,14 +39,16 @@ from shardplan.search.lint import lint
 from shardplan.search.main import run
 from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.plan import Plan
+from shardplan.search.predicted import predicted_steps
 from shardplan.search.profiling.points import load_grid
 from shardplan.search.profiling.table import read_rows
 from shardplan.search.proof import verify_plan
 from shardplan.search.report.page import page
 from shardplan.search.request import resolve
-from shardplan.search.runs import as_one, read_runs
+from shardplan.search.runs import read_runs, side_by_side
 from shardplan.search.simulate import simulate_plan
 from shardplan.search.simulate_demand import read_demand
+from shardplan.search.trace import write_trace
 from shardplan.search.validate import to_json as validation_json
 from shardplan.search.validate import validate
 
@@ -144,6 +146,7 @@ def _plan(path: Path) -> None:
         lambda: explain(plan, shadows=False),
         lambda: page(plan, _trials()),
         lambda: _simulated(plan),
+        lambda: write_trace(path.parent / "trace.json", plan, predicted_steps(plan)),
         *(functools.partial(_emitted, plan, name, path.parent) for name in BUILT_IN),
     )
     uses[_one_of(path, len(uses))]()
@@ -182,7 +185,9 @@ def _analyzed(path: Path) -> None:
 
     from shardplan.search.analyze_tables import render_summary
 
-    summary = summarise(as_one(read_runs([path])))
+    runs = read_runs([path])
+    side_by_side(runs)
+    summary = summarise(runs[0].frame)
     to_json(summary)
     render_summary(summary, Console(file=io.StringIO(), width=100))
 

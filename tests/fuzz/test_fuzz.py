@@ -71,7 +71,7 @@ def test_what_may_not_happen_is_a_finding(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_input_that_never_ends_is_a_finding(tmp_path: Path) -> None:
-    """Tried twice, as a busy machine may be slow once."""
+    """Its time of the processor counts."""
     found = Judge(Target("x", "bytes", "", list, _endless), tmp_path).judge(b"")
     assert found is not None
     assert found.kind == "hang"

@@ -160,7 +160,9 @@ def test_the_script_is_put_where_the_shell_reads_it(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(["--install-completion", shell]) == 0
     assert str(tmp_path / file) in capsys.readouterr().out
-    assert "_SHARDPLAN_COMPLETE" in (tmp_path / file).read_text(encoding="utf-8")
+    script = (tmp_path / file).read_text(encoding="utf-8")
+    assert "_SHARDPLAN_COMPLETE" in script
+    assert ("loadautofunc ]] && _shardplan_completion" in script) is (shell == "zsh")
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")
     monkeypatch.setenv("HOME", str(blocked / "home"))
