@@ -178,14 +178,14 @@ def _beside_stages(model: Pricer, given: ServingInput, sequences: Array) -> list
 
 def mix_of(model: Pricer, given: ServingInput) -> Mix:
     """The average step of every grid point; equal ones are told where the model remembers them."""
-    first, stages = model.engine.prefill_first, model.stages
+    first, stages, locked = model.engine.prefill_first, model.stages, model.locked
     memo, key = model.memo, given.key
     if memo is None or key is None:
-        return Mix(step_shares(given, first, stages))
-    key = (*key, first, float(stages))
+        return Mix(step_shares(given, first, stages, locked))
+    key = (*key, first, float(stages), float(locked))
     found: Mix | None = memo.mixes.get(key)
     if found is None:
-        shares = step_shares(given, first, stages)
+        shares = step_shares(given, first, stages, locked)
         decoding, beside = _sequences(shares)
         decode_at = memo.different((decoding,))
         found = memo.mixes[key] = Mix(shares, decode_at, memo.different((beside, shares.piece)))
