@@ -20,7 +20,16 @@ from shardplan.costmodel.memo import Points
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
-__all__ = ["Pace", "Span", "Timed", "flow_s", "serve_spans", "stage_times", "timed"]
+__all__ = [
+    "Pace",
+    "Span",
+    "Timed",
+    "flow_s",
+    "rotate_s",
+    "serve_spans",
+    "stage_times",
+    "timed",
+]
 
 
 class Span(NamedTuple):
@@ -52,7 +61,7 @@ def flow_s(model: Pricer, step: Span, phase: Phase, chunks: ArrayLike) -> Array:
     return step.total_s + (pieces - 1.0) * step.slowest_s + model.host_s(phase) * pieces
 
 
-def _rotate(model: Pricer, step: Span, phase: Phase) -> Array:
+def rotate_s(model: Pricer, step: Span, phase: Phase) -> Array:
     """Seconds of one token of every slot when p microbatches share p stages."""
     return np.maximum(step.total_s, step.slowest_s * model.stages) + model.host_s(phase)
 
@@ -103,7 +112,7 @@ class Timed(NamedTuple):
 
 
 def timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixed: Span) -> Timed:
-    decode_s, mixed_s = _rotate(model, decode, "decode"), _rotate(model, mixed, "prefill")
+    decode_s, mixed_s = rotate_s(model, decode, "decode"), rotate_s(model, mixed, "prefill")
     later = given.decode_steps
     if model.engine.prefill_first:
         pace = _prompts_first(
