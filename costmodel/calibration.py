@@ -76,9 +76,9 @@ class Section:
     source: str
     rows_fitted: int
     rows_held_out: int
-    median_error: float
+    median_error: float = field(compare=False)
     """Median relative error on rows kept out of the fit; nan where there were none."""
-    p90_error: float
+    p90_error: float = field(compare=False)
     coefficients: Mapping[str, float]
 
     def __getitem__(self, key: str) -> float:

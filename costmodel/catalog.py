@@ -159,6 +159,13 @@ def _profiled_cluster(table: Mapping[str, object], path: Path) -> tuple[Cluster,
 
 @functools.cache
 def _shipped_cluster(name: str) -> tuple[Cluster, int]:
+    if name in device_names():
+        own = [one for one in cluster_names() if _shipped_cluster(one)[0].device.name == name]
+        raise InputError(
+            "a cluster is asked for, and this is a device",
+            got=f"cluster={name!r}",
+            hint=f"try {' or '.join(own)}" if own else f"try a cluster, with --device {name}",
+        )
     table = read_shipped("clusters", "cluster", name)
     return cluster_from_table(table, f"clusters/{name}.toml")
 
@@ -202,7 +209,7 @@ def cluster_from_table(
 
 def _own_device(entry: object, where: str, folder: Path | None) -> Device:
     if isinstance(entry, Mapping):
-        return device_from_table(entry, f"{where}: [device]")
+        return device_from_table(entry, f"{where}: [device]", folder=folder)
     name = label({"device": entry}, "device", where)
     if is_file_name(name):
         return load_device((folder or Path()) / name)

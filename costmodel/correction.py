@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -55,12 +55,13 @@ class Correction:
     source: str
     rows_fitted: int
     rows_held_out: int
-    median_error_before: float
-    """Median relative error of the uncorrected price on held-out rows; nan where none."""
-    p90_error_before: float
-    median_error: float
+    median_error_before: float = field(compare=False)
+    """Median relative error of the uncorrected price on held-out rows; nan where none, which would
+    make a correction another one than itself."""
+    p90_error_before: float = field(compare=False)
+    median_error: float = field(compare=False)
     """The same after the correction."""
-    p90_error: float
+    p90_error: float = field(compare=False)
 
     @property
     def factor(self) -> float:

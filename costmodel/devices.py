@@ -8,6 +8,9 @@ the key. Conversions done here and nowhere else:
 `weight_dtypes` may name only dtypes for which the matrix unit has a rate: w8a8 needs int8, w8a16
 and w4a16 a 16-bit type, fp8 needs fp8.
 
+A device that is `like` another one, shipped or in a file beside it, states its own name, title and
+the facts in which they differ; the others are the other one's, with their sources.
+
 A profile (`shardplan calibrate`) is a file too: it names the device it is `base`d on, the
 `cluster` that it was measured in and the `engine_profile` whose kernels it timed, and holds
 `[correction]` tables (`costmodel.correction`) and a `[provenance]` table for people. The base is a
@@ -124,7 +127,7 @@ def load_device(name_or_path: str | Path) -> Device:
         table = read_toml(path, "device")
         if is_profile(table):
             return profiled_device(table, str(path), folder=path.parent)
-        return device_from_table(table, str(path))
+        return device_from_table(table, str(path), folder=path.parent)
     return _shipped_device(str(name_or_path).lower())
 
 
@@ -164,8 +167,15 @@ def profiled_device(table: Mapping[str, object], where: str, *, folder: Path) ->
     )
 
 
-def device_from_table(table: Mapping[str, object], where: str) -> Device:
-    """The device that a parsed file describes; `where` names the file in errors."""
+def device_from_table(
+    table: Mapping[str, object], where: str, *, folder: Path | None = None
+) -> Device:
+    """The device that a parsed file describes; `where` names the file in errors.
+
+    A file that it is `like` is relative to `folder`.
+    """
+    if "like" in table:
+        table = _completed(table, where, folder or Path())
     optional = [key for key, field in _DEVICE.items() if field.optional]
     required = [*_DEVICE_LABELS, *(key for key in _DEVICE if key not in optional)]
     check_keys(table, required, [*optional, "soc_versions"], where)
@@ -190,6 +200,24 @@ def device_from_table(table: Mapping[str, object], where: str) -> Device:
         facts=MappingProxyType(facts),
         **values,
     )
+
+
+def _completed(table: Mapping[str, object], where: str, folder: Path) -> Mapping[str, object]:
+    """A device's own entries over those of the device that it is like."""
+    own = {key: value for key, value in table.items() if key != "like"}
+    name = label(table, "like", where)
+    if is_file_name(name):
+        base = read_toml(folder / name, "device")
+    else:
+        base = read_shipped("devices", "device", name.lower())
+    if is_profile(base) or "like" in base:
+        raise DataFileError(
+            "a device is `like` one that states every fact itself",
+            got=f"{where}: like={name!r}",
+            hint="name the device that this one is like or based on",
+        )
+    check_keys(own, ("name", "title"), [*_DEVICE, "vendor", "soc_versions"], where)
+    return {**base, **own}
 
 
 def _check_dtypes(dtypes: tuple[str, ...], rates: Mapping[str, float], where: str) -> None:

@@ -61,6 +61,7 @@ __all__ = [
     "block_rows",
     "draft_rows",
     "phase_rows",
+    "placed_rows",
     "pointwise_bytes",
     "pointwise_kernel",
     "spans_of",
@@ -245,6 +246,30 @@ def _node_row(graph: ShardedGraph, node: ShardedOp, op: Op, engine: EngineProfil
     return _pointwise(graph, node, op.kind)
 
 
+def placed_rows(
+    graph: ShardedGraph,
+    block: ShardedBlock,
+    cluster: Cluster,
+    engine: EngineProfile,
+    overlap: Overlap = NO_OVERLAP,
+) -> list[Placed]:
+    """Rows of one template under one layout with the operators that each runs.
+
+    Fusions are applied and the switches of `overlap` set; collectives come last.
+    """
+    placed = mark(
+        _placed(graph, block, cluster, engine, overlap.collectives), graph, block, engine, overlap
+    )
+    return [_drafting(one) for one in placed] if block.name == "mtp_head" else placed
+
+
+def _drafting(one: Placed) -> Placed:
+    """A row of the head of a draft: one token a sequence, but for what moves all tokens."""
+    if one.row.is_collective and one.row.group == "token":
+        return one
+    return Placed(one.row._replace(group="draft_logits"), one.nodes)
+
+
 def block_rows(
     graph: ShardedGraph,
     block: ShardedBlock,
@@ -252,23 +277,8 @@ def block_rows(
     engine: EngineProfile,
     overlap: Overlap = NO_OVERLAP,
 ) -> tuple[Row, ...]:
-    """Rows of one template under one layout, fusions applied, switches of `overlap` set."""
-    rows = tuple(
-        one.row
-        for one in mark(
-            _placed(graph, block, cluster, engine, overlap.collectives),
-            graph,
-            block,
-            engine,
-            overlap,
-        )
-    )
-    if block.name != "mtp_head":
-        return rows
-    return tuple(
-        row if row.is_collective and row.group == "token" else row._replace(group="draft_logits")
-        for row in rows
-    )
+    """The rows of `placed_rows` alone, in its order."""
+    return tuple(one.row for one in placed_rows(graph, block, cluster, engine, overlap))
 
 
 def draft_rows(first: tuple[Row, ...], head: tuple[Row, ...]) -> tuple[Row, ...]:

@@ -22,7 +22,8 @@ from typing import Any, Never, TypedDict
 
 from shardplan.models.config import spec_from_config
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
-from shardplan.models.errors import InputError, UnknownNameError
+from shardplan.models.errors import InputError, UnknownNameError, did_you_mean
+from shardplan.models.frontends.registry import has_reader, read_registered
 from shardplan.models.spec import ModelSpec
 
 __all__ = [
@@ -81,7 +82,8 @@ def load_model(
     model: Any, config: Any = None, *, inputs: tuple[Any, ...] | None = None
 ) -> ModelSpec:
     """The model of a preset, of a `config.json` or a folder that holds one, of an ONNX or `.pt2`
-    file, of a PyTorch module, export, or transformers class with its `config`.
+    file, of a PyTorch module, export, or transformers class with its `config`, or of a file of a
+    registered front end (docs/plugins.md).
 
     A string is first a preset name (or the Hugging Face repository of a preset), then a path;
     a path object is always a path; a pair is a class and its config. A module without a Hugging
@@ -108,6 +110,13 @@ def load_model(
         from shardplan.models.frontends.torch_model import spec_of
 
         return spec_of(path)
+    if has_reader(path):
+        found = read_registered(path)
+        if isinstance(found, ModelSpec):
+            return found
+        from shardplan.models.frontends.decoder import decoder_of
+
+        return decoder_of(found)
     if path.suffix in _GRAPH_FILES:
         raise InputError(
             "a model is a preset, a Hugging Face config.json, an ONNX or a .pt2 file",
@@ -253,7 +262,7 @@ def _read_text(path: Path) -> str:
         raise InputError(
             "no such file or model name",
             got=f"file={file}",
-            hint=f"check the path, or name one of {', '.join(model_names())}",
+            hint=f"check the path; {did_you_mean(path.name, model_names())}",
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)

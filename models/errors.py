@@ -23,7 +23,19 @@ __all__ = [
     "ProofError",
     "ShardplanError",
     "UnknownNameError",
+    "did_you_mean",
 ]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint: the names that are closest to one that is none of them; all where none is close."""
+    names = sorted(known)
+    close = _close(name, names)
+    return f"did you mean {', '.join(close)}" if close else f"known: {', '.join(names)}"
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
 
 
 class ShardplanError(Exception):
@@ -58,11 +70,8 @@ class UnknownNameError(InputError):
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-        listed = ", ".join(close) if close else ", ".join(names)
-        lead = "did you mean" if close else "known:"
-        super().__init__(f"unknown {what}", got=repr(name), hint=f"{lead} {listed}")
-        self.close = tuple(close)
+        super().__init__(f"unknown {what}", got=repr(name), hint=did_you_mean(name, names))
+        self.close = tuple(_close(name, names))
 
 
 class LayoutError(InputError):

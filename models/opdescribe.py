@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from shardplan.models.opgraph import Operator, OpGraph
 from shardplan.models.opsources import Wiring, columns
 
-__all__ = ["GraphSummary", "describe"]
+__all__ = ["GraphSummary", "describe", "graph_digest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,24 @@ def _cached(wiring: Wiring, one: Operator) -> int:
     if latent is not None:
         return columns(latent.down)
     return int(one.attrs["kv_heads"]) * (int(one.attrs["head_dim"]) + int(one.attrs["value_dim"]))
+
+
+def graph_digest(graph: OpGraph) -> str:
+    """SHA-256 of what the graph computes: operators, tensors, layers; where it lies counts not."""
+    operators = [
+        (
+            one.name,
+            one.kind,
+            [(access.tensor, access.loops) for access in one.reads],
+            [(access.tensor, access.loops) for access in one.writes],
+            [(name, loop.size, loop.whole) for name, loop in one.loops.items()],
+            one.linear,
+            one.layer,
+            sorted((name, str(value)) for name, value in one.attrs.items()),
+            one.refused,
+        )
+        for one in graph.operators
+    ]
+    tensors = sorted((one.name, one.shape, one.dtype, one.kind) for one in graph.tensors.values())
+    whole = (operators, tensors, graph.outputs, sorted(graph.folded.items()))
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()

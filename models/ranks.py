@@ -18,7 +18,7 @@ import math
 
 from shardplan.models.parallel import Axis, Mesh, Parallelism
 
-__all__ = ["Extents", "axis_stride", "extents"]
+__all__ = ["Extents", "axis_stride", "coordinates", "extents"]
 
 Extents = tuple[tuple[int, int], ...]
 """(members, distance between them) by axis, major to minor."""
@@ -28,6 +28,11 @@ def axis_stride(par: Parallelism, axis: Axis) -> int:
     """Distance in ranks between neighbours on an axis."""
     after = par.order[par.order.index(axis) + 1 :]
     return math.prod(getattr(par, one) for one in after)
+
+
+def coordinates(par: Parallelism, rank: int) -> dict[Axis, int]:
+    """Place of a rank on each axis, the outermost first."""
+    return {axis: rank // axis_stride(par, axis) % getattr(par, axis) for axis in par.order}
 
 
 def _parent(name: str) -> str:

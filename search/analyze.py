@@ -43,6 +43,7 @@ __all__ = [
     "Summary",
     "best_first",
     "pareto_rows",
+    "row_at",
     "row_name",
     "summarise",
     "to_json",
@@ -75,6 +76,7 @@ DIMENSIONS: tuple[str, ...] = (
     "chunk",
 )
 """Columns of a trial table whose worth is told."""
+AXIS_NAMES = ("tp", "pp", "dp", "ep", "cp")
 THROUGHPUT = "output_tokens_per_s_per_card"
 
 Cell: TypeAlias = bool | int | float | str | None
@@ -130,14 +132,14 @@ def summarise(frame: DataFrame) -> Summary:
     if frame.empty:
         raise InputError("a trial table has at least one row", got="0 rows")
     good = best_first(frame)
-    best = _row(good, 0) if len(good) else None
+    best = row_at(good, 0) if len(good) else None
     front = good.iloc[pareto_rows(good)] if len(good) else good
     return Summary(
         trials=len(frame),
         feasible=len(good),
         best=best,
         dimensions=tuple(_dimension(frame, good, name) for name in DIMENSIONS),
-        pareto=tuple(_row(front, index) for index in range(len(front))),
+        pareto=tuple(row_at(front, index) for index in range(len(front))),
         infeasible=_refused(frame),
     )
 
@@ -182,9 +184,25 @@ def pareto_rows(frame: DataFrame) -> NDArray[np.int64]:
 
 
 def row_name(row: Mapping[str, Any]) -> str:
-    """A strategy in a few words: `tp4 pp2 dp4 bf16 batch 128 chunk 8192`, 1 and off left out."""
-    axes = [f"{axis}{row[axis]}" for axis in ("tp", "pp", "dp", "ep", "cp") if row[axis] != 1]
-    words = axes or ["tp1"]
+    """A strategy in a few words: `tp4 pp2 dp4 bf16 batch 128 chunk 8192`, 1 and off left out.
+
+    Of pools: `16P pp16 chunk 1024 + 1D dp128 ep128 ...`, the latter as above.
+    """
+    if row.get("prefill_instances"):
+        first = _axes_name({name: row[f"prefill_{name}"] for name in ("tp", "pp", "dp", "ep")})
+        pools = f"{row['prefill_instances']}P {first} chunk {row['prefill_chunk']}"
+        return f"{pools} + {row['decode_instances']}D {_one_name(row)}"
+    return _one_name(row)
+
+
+def _axes_name(row: Mapping[str, Any]) -> str:
+    axes = [f"{axis}{size}" for axis in AXIS_NAMES if (size := row.get(axis, 1)) != 1]
+    return " ".join(axes or ["tp1"])
+
+
+def _one_name(row: Mapping[str, Any]) -> str:
+    """Of one deployment, or one decode instance."""
+    words = [_axes_name(row)]
     if row["sp"]:
         words.append("sp")
     if row["ep"] != 1 and row["exchange"] == "alltoall":
@@ -236,7 +254,7 @@ def _feasible_values(frame: DataFrame, good: DataFrame, name: str) -> list[Dimen
             value=_cell(value),
             trials=int(trials[value]),
             feasible=int(feasible[value]),
-            best=_row(first, place),
+            best=row_at(first, place),
             loss=_loss(best, float(first["objective"].iloc[place])),
         )
         for place, value in enumerate(first[name].tolist())
@@ -272,7 +290,7 @@ def _refused(frame: DataFrame) -> dict[str, int]:
     return dict(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
 
 
-def _row(frame: DataFrame, place: int) -> dict[str, Cell]:
+def row_at(frame: DataFrame, place: int) -> dict[str, Cell]:
     """One row as plain Python values."""
     return {name: _cell(frame[name].iloc[place]) for name in TRIAL_COLUMNS}
 

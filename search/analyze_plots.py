@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-__all__ = ["draw_plots"]
+__all__ = ["COLOURS", "MS", "draw", "draw_plots", "dress", "require_matplotlib"]
 
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a7a7a", "#000000")
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7a7a7a", "#000000")
 """Okabe and Ito's palette: told apart by colour-blind readers too."""
 _THROUGHPUT_LABEL = "output tokens/s per card"
 _DPI = 150
-_MS = 1e3
+MS = 1e3
 _GIB = 2**30
 
 
@@ -31,10 +32,7 @@ def draw_plots(frame: DataFrame, out_dir: Path) -> list[Path]:
     throughput by tp and batch, `memory.png` memory against throughput. `InputError` when
     matplotlib is absent, nothing is feasible, or the folder cannot be written.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise InputError("plots need matplotlib", hint="pip install 'shardplan[plots]'") from None
+    require_matplotlib()
     good = best_first(frame)
     if good.empty:
         raise InputError("plots need a feasible trial", got=f"0 of {len(frame):,} trials")
@@ -44,10 +42,18 @@ def draw_plots(frame: DataFrame, out_dir: Path) -> list[Path]:
         ("tp_batch.png", _draw_heat_map),
         ("memory.png", _draw_memory),
     )
-    return [_draw(out_dir / name, good, drawing) for name, drawing in drawings]
+    return [draw(out_dir / name, functools.partial(drawing, good)) for name, drawing in drawings]
 
 
-def _draw(path: Path, good: DataFrame, drawing: Callable[[DataFrame, Axes], None]) -> Path:
+def require_matplotlib() -> None:
+    """`InputError` where it is absent."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise InputError("plots need matplotlib", hint="pip install 'shardplan[plots]'") from None
+
+
+def draw(path: Path, drawing: Callable[[Axes], None]) -> Path:
     """One picture, drawn without a display and without matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,7 +61,7 @@ def _draw(path: Path, good: DataFrame, drawing: Callable[[DataFrame, Axes], None
     figure: Figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    drawing(good, axes)
+    drawing(axes)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=_DPI, metadata={"Software": None})
@@ -64,7 +70,7 @@ def _draw(path: Path, good: DataFrame, drawing: Callable[[DataFrame, Axes], None
     return path
 
 
-def _dress(axes: Axes, title: str, x: str, y: str) -> None:
+def dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -81,7 +87,7 @@ def _scatter_by_tp(good: DataFrame, x: Any, axes: Axes) -> None:
             s=9,
             alpha=0.45,
             linewidths=0,
-            color=_COLOURS[place % len(_COLOURS)],
+            color=COLOURS[place % len(COLOURS)],
             label=f"tp {tp}",
         )
     axes.grid(alpha=0.25)
@@ -95,11 +101,11 @@ def _legend(axes: Axes) -> None:
 
 
 def _draw_pareto(good: DataFrame, axes: Axes) -> None:
-    tpot_ms = good["tpot_s"].to_numpy(float) * _MS
+    tpot_ms = good["tpot_s"].to_numpy(float) * MS
     _scatter_by_tp(good, tpot_ms, axes)
     front = good.iloc[pareto_rows(good)].sort_values("tpot_s", kind="stable")
     axes.scatter(
-        front["tpot_s"] * _MS,
+        front["tpot_s"] * MS,
         front[THROUGHPUT],
         s=22,
         facecolors="none",
@@ -107,13 +113,13 @@ def _draw_pareto(good: DataFrame, axes: Axes) -> None:
         linewidths=0.8,
         label="Pareto front, TTFT included",
     )
-    _dress(axes, f"{len(good):,} feasible strategies", "TPOT, ms", _THROUGHPUT_LABEL)
+    dress(axes, f"{len(good):,} feasible strategies", "TPOT, ms", _THROUGHPUT_LABEL)
     _legend(axes)
 
 
 def _draw_memory(good: DataFrame, axes: Axes) -> None:
     _scatter_by_tp(good, good["memory_bytes"].to_numpy(float) / _GIB, axes)
-    _dress(axes, "Memory and throughput", "memory of the fullest card, GiB", _THROUGHPUT_LABEL)
+    dress(axes, "Memory and throughput", "memory of the fullest card, GiB", _THROUGHPUT_LABEL)
     _legend(axes)
 
 
@@ -125,7 +131,7 @@ def _draw_worth(good: DataFrame, axes: Axes) -> None:
     worst = [100 * (item.worst_loss or 0.0) for item in dimensions]
     second = [100 * (item.second_loss or 0.0) for item in dimensions]
     axes.barh(places, worst, height=0.7, color="#b5cfe3", label="forced to the worst value")
-    axes.barh(places, second, height=0.35, color=_COLOURS[0], label="forced to the second best")
+    axes.barh(places, second, height=0.35, color=COLOURS[0], label="forced to the second best")
     labels = [f"{item.name} (best: {value_name(item.values[0].value)})" for item in dimensions]
     axes.set_yticks(list(places), labels)
     for place, loss in zip(places, worst, strict=True):
@@ -133,7 +139,7 @@ def _draw_worth(good: DataFrame, axes: Axes) -> None:
             f"{loss:.1f}", (loss, place), xytext=(3, 0), textcoords="offset points", va="center"
         )
     axes.set_xlim(0, max(worst, default=0.0) * 1.1 or 1.0)
-    _dress(axes, "What each dimension is worth", "loss of the objective, %", "")
+    dress(axes, "What each dimension is worth", "loss of the objective, %", "")
     if dimensions:
         axes.legend(frameon=False, loc="lower right")
     else:
@@ -149,7 +155,7 @@ def _draw_heat_map(good: DataFrame, axes: Axes) -> None:
     figure = axes.get_figure()
     if figure is not None:
         figure.colorbar(image, ax=axes, label=_THROUGHPUT_LABEL)
-    _dress(axes, "Best strategy by tp and batch", "batch of one dp group", "tp")
+    dress(axes, "Best strategy by tp and batch", "batch of one dp group", "tp")
     axes.grid(visible=False)
 
 

@@ -19,13 +19,22 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["render_summary"]
+__all__ = [
+    "SHOWN_PERFORMANCE",
+    "new_table",
+    "number_text",
+    "percent_text",
+    "performance_cells",
+    "render_summary",
+    "safe",
+    "scaled_text",
+]
 
 MAX_FRONT = 20
 MAX_VALUES = 8
 _MS = 1e3
 _GIB = 2**30
-_SHOWN_PERFORMANCE = ("tok/s/card", "TTFT ms", "TPOT ms")
+SHOWN_PERFORMANCE = ("tok/s/card", "TTFT ms", "TPOT ms")
 
 
 def render_summary(summary: Summary, console: Console) -> None:
@@ -48,22 +57,22 @@ def render_summary(summary: Summary, console: Console) -> None:
 
 def _print_best(best: Row, console: Console) -> None:
     """The best strategy and what it does, in three lines."""
-    console.print(f"[bold]best[/bold]  {_safe(row_name(best))}", highlight=False)
+    console.print(f"[bold]best[/bold]  {safe(row_name(best))}", highlight=False)
     numbers = (
-        f"{_number(best['output_tokens_per_s'])} output tokens/s",
-        f"{_number(best['output_tokens_per_s_per_card'])} a card",
-        f"{_number(best['requests_per_s'])} requests/s",
-        f"TTFT {_scaled(best['ttft_s'], _MS)} ms",
-        f"TPOT {_scaled(best['tpot_s'], _MS)} ms",
+        f"{number_text(best['output_tokens_per_s'])} output tokens/s",
+        f"{number_text(best['output_tokens_per_s_per_card'])} a card",
+        f"{number_text(best['requests_per_s'])} requests/s",
+        f"TTFT {scaled_text(best['ttft_s'], _MS)} ms",
+        f"TPOT {scaled_text(best['tpot_s'], _MS)} ms",
     )
     console.print("      " + ", ".join(numbers), highlight=False)
-    memory = f"{_scaled(best['memory_bytes'], 1 / _GIB)} GiB a card"
-    free = f"{_scaled(best['memory_free_bytes'], 1 / _GIB)} GiB free"
+    memory = f"{scaled_text(best['memory_bytes'], 1 / _GIB)} GiB a card"
+    free = f"{scaled_text(best['memory_free_bytes'], 1 / _GIB)} GiB free"
     console.print(f"      {memory}, {free}", highlight=False)
 
 
 def _worth_table(dimensions: Iterable[Dimension]) -> Table:
-    table = _table(
+    table = new_table(
         "What each dimension is worth",
         "loss of the objective when forced to the second-best or the worst value, all else chosen"
         " anew; share of the spread of ln throughput among feasible trials",
@@ -77,22 +86,24 @@ def _worth_table(dimensions: Iterable[Dimension]) -> Table:
         several = len(feasible) > 1  # the rest of the line says nothing otherwise
         table.add_row(
             dimension.name,
-            _safe(value_name(feasible[0].value)),
-            _safe(value_name(feasible[1].value)) if several else "",
-            _safe(value_name(feasible[-1].value)) if several else "",
-            _percent(dimension.second_loss),
-            _percent(dimension.worst_loss),
-            _percent(dimension.variance_share) if several else "",
+            safe(value_name(feasible[0].value)),
+            safe(value_name(feasible[1].value)) if several else "",
+            safe(value_name(feasible[-1].value)) if several else "",
+            percent_text(dimension.second_loss),
+            percent_text(dimension.worst_loss),
+            percent_text(dimension.variance_share) if several else "",
         )
     return table
 
 
 def _values_table(dimensions: Iterable[Dimension]) -> Table:
     """The best of each value; dimensions with one value are left out."""
-    table = _table("Best by value", f"at most {MAX_VALUES} values a dimension; one value: left out")
+    table = new_table(
+        "Best by value", f"at most {MAX_VALUES} values a dimension; one value: left out"
+    )
     table.add_column("dimension")
     table.add_column("value")
-    for heading in ("trials", "feasible", "loss", *_SHOWN_PERFORMANCE):
+    for heading in ("trials", "feasible", "loss", *SHOWN_PERFORMANCE):
         table.add_column(heading, justify="right")
     for dimension in dimensions:
         if len(dimension.values) == 1:
@@ -108,36 +119,36 @@ def _values_table(dimensions: Iterable[Dimension]) -> Table:
 
 
 def _value_cells(item: DimensionValue) -> list[str]:
-    head = [_safe(value_name(item.value)), f"{item.trials:,}", f"{item.feasible:,}"]
+    head = [safe(value_name(item.value)), f"{item.trials:,}", f"{item.feasible:,}"]
     if item.best is None:
         return [*head, "", "", "", ""]
-    return [*head, _percent(item.loss), *_performance_cells(item.best)]
+    return [*head, percent_text(item.loss), *performance_cells(item.best)]
 
 
 def _front_table(front: tuple[Row, ...]) -> Table:
     left_out = len(front) - MAX_FRONT
-    table = _table(
+    table = new_table(
         "Pareto front: throughput per card, TPOT, TTFT",
         f"{left_out} slower ones left out" if left_out > 0 else None,
     )
     table.add_column("strategy")
-    for heading in (*_SHOWN_PERFORMANCE, "GiB"):
+    for heading in (*SHOWN_PERFORMANCE, "GiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in front[:MAX_FRONT]:
-        memory = _scaled(row["memory_bytes"], 1 / _GIB)
-        table.add_row(_safe(row_name(row)), *_performance_cells(row), memory)
+        memory = scaled_text(row["memory_bytes"], 1 / _GIB)
+        table.add_row(safe(row_name(row)), *performance_cells(row), memory)
     return table
 
 
-def _performance_cells(row: Row) -> list[str]:
+def performance_cells(row: Row) -> list[str]:
     return [
-        _number(row["output_tokens_per_s_per_card"]),
-        _scaled(row["ttft_s"], _MS),
-        _scaled(row["tpot_s"], _MS),
+        number_text(row["output_tokens_per_s_per_card"]),
+        scaled_text(row["ttft_s"], _MS),
+        scaled_text(row["tpot_s"], _MS),
     ]
 
 
-def _table(title: str, caption: str | None) -> Table:
+def new_table(title: str, caption: str | None) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -152,14 +163,14 @@ def _table(title: str, caption: str | None) -> Table:
     )
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """Text from a file, with nothing in it read as markup."""
     from rich.markup import escape
 
     return escape(text)
 
 
-def _number(value: Cell) -> str:
+def number_text(value: Cell) -> str:
     """Four significant digits, no exponent: 0.01234, 12.34, 1,234."""
     if not isinstance(value, int | float):
         return ""
@@ -168,9 +179,9 @@ def _number(value: Cell) -> str:
     return f"{value:,.{digits}f}"
 
 
-def _scaled(value: Cell, factor: float) -> str:
-    return _number(value * factor) if isinstance(value, int | float) else ""
+def scaled_text(value: Cell, factor: float) -> str:
+    return number_text(value * factor) if isinstance(value, int | float) else ""
 
 
-def _percent(value: float | None) -> str:
+def percent_text(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"

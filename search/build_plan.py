@@ -56,6 +56,7 @@ __all__ = [
     "pareto_front",
     "performance",
     "plan_info",
+    "step_loads",
     "time_note",
 ]
 
@@ -148,7 +149,7 @@ def memory_rows(scorer: LayoutScorer, best: Kept) -> tuple[MemoryRow, ...]:
     )
 
 
-def _loads(scorer: LayoutScorer, best: Kept, phase: Phase) -> dict[Group, Load]:
+def step_loads(scorer: LayoutScorer, best: Kept, phase: Phase) -> dict[Group, Load]:
     """What one prefill of one prompt, or one decode step of every slot, asks of each group."""
     work, choice = scorer.question.workload, best.choice
     ask = functools.partial(
@@ -175,7 +176,7 @@ def breakdown(scorer: LayoutScorer, best: Kept) -> tuple[BreakdownRow, ...]:
     rows: list[BreakdownRow] = []
     phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase in phases:
-        sums = parts_by_kind(scorer.model_for(best.choice), _loads(scorer, best, phase))
+        sums = parts_by_kind(scorer.model_for(best.choice), step_loads(scorer, best, phase))
         found = [_breakdown_row(scorer, best, phase, kind, parts) for kind, parts in sums.items()]
         found += _engine_rows(scorer, phase, sum(parts.kernels for parts in sums.values()))
         rows += sorted(found, key=lambda row: -row.total_s)

@@ -19,6 +19,7 @@ from shardplan.search.cli_common import (
     stdout_console,
     whole,
 )
+from shardplan.search.completion import cluster_names_like, device_names_like, engine_names_like
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,14 +41,27 @@ def calibrate(
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="Device that was measured: a name or a TOML file.")
+        str,
+        typer.Option(
+            "--device",
+            help="Device that was measured: a name or a TOML file.",
+            autocompletion=device_names_like,
+        ),
     ] = "",
     out: Annotated[Path | None, typer.Option("--out", help="Profile to write (TOML).")] = None,
     cluster: Annotated[
-        str | None, typer.Option("--cluster", help="Cluster of the collectives.")
+        str | None,
+        typer.Option(
+            "--cluster", help="Cluster of the collectives.", autocompletion=cluster_names_like
+        ),
     ] = None,
     engine_profile: Annotated[
-        str | None, typer.Option("--engine-profile", help="Engine whose kernels were measured.")
+        str | None,
+        typer.Option(
+            "--engine-profile",
+            help="Engine whose kernels were measured.",
+            autocompletion=engine_names_like,
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the profile.")] = None,
     ranks: Annotated[

@@ -18,6 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shardplan.models.errors import InputError
+from shardplan.search.completion import (
+    cluster_names_like,
+    device_names_like,
+    engine_names_like,
+    model_names_like,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +35,7 @@ __all__ = [
     "EngineProfile",
     "Force",
     "Json",
+    "Model",
     "Nodes",
     "OptionalCluster",
     "OptionalModel",
@@ -78,20 +85,34 @@ def number(name: str, text: str) -> Any:
     return typer.Option(name, help=text, parser=read, metavar="X")
 
 
-OptionalModel = Annotated[str | None, typer.Option("--model", help="Preset name or config.json.")]
-OptionalCluster = Annotated[
-    str | None, typer.Option("--cluster", help="Cluster name, TOML file, or cluster JSON of CANN.")
-]
-Cluster = Annotated[
-    str, typer.Option("--cluster", help="Cluster name, TOML file, or cluster JSON of CANN.")
-]
+_model = typer.Option(
+    "--model", help="Preset, config.json, ONNX or .pt2 file.", autocompletion=model_names_like
+)
+_cluster = typer.Option(
+    "--cluster",
+    help="Cluster name, TOML file, or cluster JSON of CANN.",
+    autocompletion=cluster_names_like,
+)
+Model = Annotated[str, _model]
+OptionalModel = Annotated[str | None, _model]
+Cluster = Annotated[str, _cluster]
+OptionalCluster = Annotated[str | None, _cluster]
 Nodes = Annotated[int | None, whole("--nodes", "Nodes of the cluster.")]
 Device = Annotated[
-    str | None, typer.Option("--device", help="Device in place of the cluster's own.")
+    str | None,
+    typer.Option(
+        "--device",
+        help="Device in place of the cluster's own.",
+        autocompletion=device_names_like,
+    ),
 ]
 EngineProfile = Annotated[
     str | None,
-    typer.Option("--engine-profile", help="Serving engine, such as vllm-ascend or mindie."),
+    typer.Option(
+        "--engine-profile",
+        help="Serving engine, such as vllm-ascend or mindie.",
+        autocompletion=engine_names_like,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what --out holds.")]

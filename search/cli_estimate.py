@@ -99,7 +99,10 @@ def estimate(
     out: Annotated[Path | None, typer.Option("--out", help="CSV of answers.")] = None,
     json: Json = False,
 ) -> None:
-    """Price one strategy, or every row of a CSV (options are then defaults of its columns)."""
+    """Price one strategy, or every row of a CSV.
+
+    Options are then defaults of its columns.
+    """
     given = dict(locals())
     cells = {
         name: value

@@ -64,7 +64,7 @@ def lint(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Say what is wrong with a serving configuration, what it does, and what would be better.
+    """Say what is wrong with a configuration, and what is better.
 
     Exits with 3 where it cannot run as it stands.
     """

@@ -8,13 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from shardplan.search.cli_common import Json, print_json, stdout_console
+from shardplan.search.completion import cluster_names_like, device_names_like, model_names_like
 
 __all__ = ["clusters", "devices", "models"]
 
-Name = Annotated[str | None, typer.Argument(help="One of them, or a file, in full.")]
+_HELP = "One of them, or a file, in full."
+DeviceName = Annotated[str | None, typer.Argument(help=_HELP, autocompletion=device_names_like)]
+ClusterName = Annotated[str | None, typer.Argument(help=_HELP, autocompletion=cluster_names_like)]
+ModelName = Annotated[str | None, typer.Argument(help=_HELP, autocompletion=model_names_like)]
 
 
-def devices(name: Name = None, json: Json = False) -> None:
+def devices(name: DeviceName = None, json: Json = False) -> None:
     """List the devices, or show one with the source of every number."""
     from shardplan.costmodel.catalog import device_names, device_summary
     from shardplan.search.tables import device_table
@@ -22,7 +26,7 @@ def devices(name: Name = None, json: Json = False) -> None:
     _list(name, json, device_names(), device_summary, device_table)
 
 
-def clusters(name: Name = None, json: Json = False) -> None:
+def clusters(name: ClusterName = None, json: Json = False) -> None:
     """List the clusters, or show one with the source of every number."""
     from shardplan.costmodel.catalog import cluster_names, cluster_summary
     from shardplan.search.tables import cluster_table
@@ -30,7 +34,7 @@ def clusters(name: Name = None, json: Json = False) -> None:
     _list(name, json, cluster_names(), cluster_summary, cluster_table)
 
 
-def models(name: Name = None, json: Json = False) -> None:
+def models(name: ModelName = None, json: Json = False) -> None:
     """List the model presets, or show one."""
     from shardplan.models.catalog import model_names, model_summary
     from shardplan.search.tables import model_table

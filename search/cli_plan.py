@@ -17,6 +17,7 @@ from shardplan.search.cli_common import (
     stdout_console,
     whole,
 )
+from shardplan.search.completion import target_names_like
 
 if TYPE_CHECKING:
     from shardplan.search.explain import Known
@@ -54,7 +55,7 @@ def verify(
     level: Annotated[int, whole("--level", _LEVELS)] = 1,
     json: Json = False,
 ) -> None:
-    """Prove that a plan, or a strategy on a model, computes what the model computes."""
+    """Prove that a plan, or a strategy, computes what the model does."""
     if level not in range(4):
         raise InputError("`--level` is 0, 1, 2 or 3", got=f"level={level}")
     if plan is not None:
@@ -86,9 +87,12 @@ def _graph_options(exchange: str, stage_layers: str | None) -> dict[str, Any]:
 
 def _prove_plan(path: Path, model: str | None, level: int) -> tuple[ProofInfo, str]:
     from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
     from shardplan.search.proof import verify_plan
 
-    plan = Plan.load(path)
+    plan = load_plan(path)
+    if not isinstance(plan, Plan):
+        return plan.verify(level=level, model=model), f"{plan.graph}, {plan.describe()}"
     what = f"{plan.model.name}, {plan.strategy.parallelism().describe()}"
     return verify_plan(plan, level=level, model=model), what
 
@@ -116,7 +120,10 @@ def emit(
     target: Annotated[
         str,
         typer.Option(
-            "--target", help="atc, jax, megatron, mindspore, torch, vllm-ascend, or a plug-in's."
+            "--target",
+            help="atc, docker-compose, jax, k8s, megatron, mindie, mindspore, onnx, ray, sglang, "
+            "torch, vllm-ascend, or a plug-in's.",
+            autocompletion=target_names_like,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the files.")],
@@ -129,9 +136,9 @@ def emit(
 ) -> None:
     """Write a plan's files for a compiler or a serving engine."""
     from shardplan.search.emit import emit as write
-    from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
 
-    paths = write(Plan.load(plan), target, out, force=force, **_options(option or []))
+    paths = write(load_plan(plan), target, out, force=force, **_options(option or []))
     if json:
         print_json({"target": target, "files": [str(path) for path in paths]})
         return
@@ -155,7 +162,7 @@ def explain(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Say why a plan is as it is, what would change it, and where a rival loses."""
+    """Say why a plan is best, what would change it, and what loses."""
     from shardplan.search.explain import explain as why
     from shardplan.search.explain import known_of
     from shardplan.search.plan import Plan

@@ -32,9 +32,9 @@ def profile(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure operators of this machine; under torchrun, collectives over 2 ranks to all.
+    """Measure operators of this machine, or collectives of its ranks.
 
-    Needs PyTorch (and torch_npu for npu). Collectives:
+    Needs PyTorch (and torch_npu for npu). Collectives, over 2 ranks to all:
     torchrun --nproc-per-node 8 --no-python shardplan profile --device npu --out ranks.csv
     """
     from shardplan.search.profiling.rates import peaks

@@ -16,6 +16,7 @@ from shardplan.search.cli_common import (
     EngineProfile,
     Force,
     Json,
+    Model,
     Nodes,
     note,
     number,
@@ -24,6 +25,7 @@ from shardplan.search.cli_common import (
     stdout_console,
     whole,
 )
+from shardplan.search.completion import cluster_names_like, device_names_like
 
 __all__ = ["search"]
 
@@ -32,7 +34,7 @@ _MOST_ALTERNATIVES = 1000
 
 
 def search(
-    model: Annotated[str, typer.Option("--model", help="Preset or config.json.")],
+    model: Model,
     cluster: Cluster,
     nodes: Nodes = None,
     cards: Annotated[int | None, whole("--cards", "Cards to use.")] = None,
@@ -102,12 +104,20 @@ def search(
         ),
     ] = "agg",
     prefill_cluster: Annotated[
-        str | None, typer.Option("--prefill-cluster", help="Prefill instances run there.")
+        str | None,
+        typer.Option(
+            "--prefill-cluster",
+            help="Prefill instances run there.",
+            autocompletion=cluster_names_like,
+        ),
     ] = None,
     prefill_nodes: Annotated[int | None, whole("--prefill-nodes", "Nodes of it.")] = None,
     prefill_cards: Annotated[int | None, whole("--prefill-cards", "Cards of it.")] = None,
     prefill_device: Annotated[
-        str | None, typer.Option("--prefill-device", help="Replaces its device.")
+        str | None,
+        typer.Option(
+            "--prefill-device", help="Replaces its device.", autocompletion=device_names_like
+        ),
     ] = None,
     cp: Annotated[
         str,
@@ -134,6 +144,23 @@ def search(
         bool,
         typer.Option("--robust", help="Least worst-case regret under the calibration's bands."),
     ] = False,
+    operators: Annotated[
+        bool,
+        typer.Option(
+            "--operators", help="Split each operator of the graph of an ONNX or .pt2 file."
+        ),
+    ] = False,
+    mesh: Annotated[
+        str, typer.Option("--mesh", help="Of an operator-level search: auto, 8, 2x4, or x=2,y=4.")
+    ] = "auto",
+    stages: Annotated[int, whole("--stages", "Pipeline stages of such a search.")] = 1,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--sizes", help="NAME=N,... of symbolic dims of the graph; may be repeated."),
+    ] = None,
+    memory_gib: Annotated[
+        float | None, number("--memory-gib", "Of a rank, in place of what its card leaves.")
+    ] = None,
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")
@@ -157,13 +184,20 @@ def search(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Find, price and prove the best plan for a model on a cluster."""
+    """Find, price and prove the best plan for a model on a cluster.
+
+    A graph that is no causal decoder is split operator by operator.
+    """
     asked = dict(locals())
     if not 0 <= top <= _MOST_ALTERNATIVES:
         raise InputError(f"`--top` is from 0 to {_MOST_ALTERNATIVES}", got=f"top={top}")
     own = ("out", "force", "json", "ablation", "explain_space", "sweep", "jobs", "plans")
     for name in own:
         del asked[name]
+    split = {name: asked.pop(name) for name in ("operators", "mesh", "stages")}
+    split |= {"sizes": asked.pop("sizes"), "memory_gib": asked.pop("memory_gib")}
+    if explain_space or sweep or ablation:
+        _refuse_split(split)
     if explain_space:
         _explain_space(asked, json)
         return
@@ -174,17 +208,49 @@ def search(
         _ablation(asked, out, json)
         return
     folder, overwrite = _folder(asked, out, force)
-    from shardplan.search.api import search as run
+    from shardplan.search.api import SearchResult
+    from shardplan.search.ask import search as run
 
     with progress("searching") as show:
-        result = run(**asked, progress=show)
-    _write(result, folder, overwrite, named=out is not None)
+        result = run(**asked, **_split(split), progress=show)
+    names = () if prefill_cluster or prefill_device else ("model", "cluster", "device")
+    files = {name: asked[name] for name in names}
+    _write(result, folder, overwrite, named=out is not None, files=files)
     if json:
         print_json(loads(result.plan.dumps()))
-        return
-    from shardplan.search.tables_plan import print_plan
+    elif isinstance(result, SearchResult):
+        from shardplan.search.tables_plan import print_plan
 
-    print_plan(result.plan, folder, result.timing, stdout_console())
+        print_plan(result.plan, folder, result.timing, stdout_console())
+    else:
+        from shardplan.search.tables_operators import print_operators
+
+        print_operators(result.plan, folder, result.timing, stdout_console())
+
+
+def _refuse_split(split: dict[str, Any]) -> None:
+    """`InputError` for options of an operator-level search where there is none."""
+    plain = {"operators": False, "mesh": "auto", "stages": 1, "sizes": None, "memory_gib": None}
+    given = [name for name, value in split.items() if value != plain[name] and value != []]
+    if given:
+        raise InputError(
+            "--sweep, --ablation and --explain-space are of deployments",
+            got="--" + given[0].replace("_", "-"),
+            hint="leave one of them out",
+        )
+
+
+def _split(split: dict[str, Any]) -> dict[str, Any]:
+    """Options of an operator-level search that were given, as `shardplan.search` takes them."""
+    found = {name: split[name] for name in ("operators", "stages")}
+    if split["mesh"] != "auto" or split["sizes"]:
+        from shardplan.search.oplevel.words import mesh_shape_of, sizes_of
+
+        found["mesh"] = mesh_shape_of(split["mesh"])
+        found["sizes"] = sizes_of(split["sizes"] or ()) or None
+    if split["memory_gib"] is not None:
+        found["memory_bytes"] = split["memory_gib"] * 2.0**30
+    return found
 
 
 def _explain_space(asked: dict[str, Any], as_json: bool) -> None:
@@ -222,12 +288,21 @@ def _folder(asked: dict[str, Any], out: Path | None, force: bool) -> tuple[Path,
     return _RUNS / "-".join(words), True
 
 
-def _write(result: Any, folder: Path, overwrite: bool, *, named: bool) -> None:
+def _write(
+    result: Any, folder: Path, overwrite: bool, *, named: bool, files: dict[str, str | None]
+) -> None:
     """Write the files; a default folder that cannot be written is said, not fatal."""
-    from shardplan.search.output import write_result
+    from shardplan.search.api import SearchResult
 
     try:
-        write_result(result, folder, force=overwrite)
+        if isinstance(result, SearchResult):
+            from shardplan.search.output import write_result
+
+            write_result(result, folder, force=overwrite, **files)
+        else:
+            from shardplan.search.oplevel.ask import write_operators
+
+            write_operators(result, folder, force=overwrite)
     except (InputError, OSError) as error:
         if named:
             raise

@@ -75,7 +75,7 @@ def simulate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Serve a workload with a plan, request by request, and tell what its requests see."""
+    """Serve a workload with a plan, and tell what its requests see."""
     said = dict(locals())
     given = {name: said[name] for name in _WORKLOAD}
     if describe or write_trace is not None:

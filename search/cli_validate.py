@@ -41,7 +41,7 @@ def validate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Compare predictions with measured figures: those that ship, or your own."""
+    """Compare prices with measured figures: ours, or your own."""
     from shardplan.search.output import check_out
     from shardplan.search.validate import to_json
     from shardplan.search.validate import validate as compare

@@ -33,7 +33,10 @@ def worker(
     timeout: Annotated[float | None, number("--timeout", "Seconds after which it ends.")] = None,
     json: Json = False,
 ) -> None:
-    """Join a study that `shardplan search --storage URL --study NAME` made, and draw for it."""
+    """Join the study of a sampled search, and try strategies for it.
+
+    The study is one that `shardplan search --storage URL --study NAME` made.
+    """
     if trials is not None and trials < 1:
         raise InputError("a worker makes at least one trial", got=f"trials={trials}")
     if timeout is not None and not 0 < timeout <= _MOST_S:

@@ -1,9 +1,9 @@
 """The command line: `shardplan COMMAND ...`.
 
-Exit codes: 0 done, 1 a bug or a failed proof, 2 bad input, 3 nothing feasible, 130 interrupted. An
-error is one line on stderr (`error: rule (values); what to try`); with `--json` the same stands on
-stdout as {"error": {code, rule, got, hint, message}}. Only a bug shows a traceback: a short one,
-the whole with SHARDPLAN_DEBUG=1.
+Exit codes: 0 done, 1 a bug, a failed proof or a broken installation, 2 bad input, 3 nothing
+feasible, 130 interrupted. An error is one line on stderr (`error: rule (values); what to try`);
+with `--json` the same stands on stdout as {"error": {code, rule, got, hint, message}}. Only a bug
+shows a traceback: a short one, the whole with SHARDPLAN_DEBUG=1.
 
 Everything heavy is imported inside the commands, so that `shardplan --help` stays instant.
 """
@@ -18,10 +18,11 @@ from typing import Annotated
 
 import typer
 
-from shardplan.models.errors import ShardplanError
+from shardplan.models.errors import ShardplanError, UnknownNameError
 from shardplan.search.cli_analyze import analyze
 from shardplan.search.cli_calibrate import calibrate
 from shardplan.search.cli_common import note, print_json
+from shardplan.search.cli_doctor import doctor
 from shardplan.search.cli_estimate import estimate
 from shardplan.search.cli_lint import lint
 from shardplan.search.cli_list import clusters, devices, models
@@ -29,20 +30,23 @@ from shardplan.search.cli_plan import emit, explain, verify
 from shardplan.search.cli_profile import profile
 from shardplan.search.cli_search import search
 from shardplan.search.cli_simulate import simulate
+from shardplan.search.cli_trace import trace
 from shardplan.search.cli_validate import validate
 from shardplan.search.cli_worker import worker
+from shardplan.search.completion import InstallCompletion, ShowCompletion, prepare, without_shell
 
 __all__ = ["app_of", "main", "run"]
 
 _GUIDE = """\
 shardplan finds and proves the best way to deploy a large language model on an Ascend cluster.
 
-  the best plan     shardplan search --model llama-65b --cluster atlas-800t-a2
-  a given strategy  shardplan estimate --model llama-65b --cluster atlas-800t-a2 --tp 8 \\
-                        --phase decode --batch 32 --tokens 4096
-  what there is     shardplan models | devices | clusters
+  1. what there is    shardplan models        (likewise: clusters, devices)
+  2. the best plan    shardplan search --model llama-3.1-8b --cluster atlas-800t-a2 --out plan
+  3. start scripts    shardplan emit plan/plan.json --target vllm-ascend --out deploy
 
-All commands: shardplan --help. Options of one: shardplan COMMAND --help."""
+Read on: `shardplan --help` (all commands), `shardplan search --help` (what you may ask and limit),
+plan/report.html (why the plan is as it is). `shardplan doctor` checks this installation;
+`shardplan --install-completion` lets Tab complete commands, options and names."""
 
 _ClickError = typer.BadParameter.__mro__[2]
 """Bases of a usage error: Click's or, in newer versions of typer, those of typer's own copy."""
@@ -59,6 +63,7 @@ _COMMANDS = (
     verify,
     emit,
     explain,
+    trace,
     lint,
     analyze,
     calibrate,
@@ -67,6 +72,7 @@ _COMMANDS = (
     devices,
     clusters,
     models,
+    doctor,
 )
 
 
@@ -86,6 +92,8 @@ def _root(
             "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
+    install_completion: InstallCompletion = False,
+    show_completion: ShowCompletion = False,
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(_GUIDE)
@@ -131,8 +139,10 @@ def run(arguments: list[str]) -> int:
     """Run one command line; its exit code."""
     as_json = "--json" in arguments
     try:
-        app = app_of(arguments[0] if arguments else "")
-        code = app(args=arguments, prog_name="shardplan", standalone_mode=False)
+        prepare()
+        arguments, shell = without_shell(arguments)
+        app = app_of(_command(arguments))
+        code = app(args=arguments, prog_name="shardplan", standalone_mode=False, obj=shell)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except ShardplanError as error:
@@ -149,6 +159,15 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, _ClickError):
             return _tell_usage(error, as_json)
         return _tell_bug(error, as_json)
+
+
+def _command(arguments: list[str]) -> str:
+    """The command that is asked for, "" for none; `UnknownNameError` where there is none such."""
+    first = arguments[0] if arguments else ""
+    known = [one.__name__ for one in _COMMANDS]
+    if first and not first.startswith("-") and first not in known:
+        raise UnknownNameError("command", first[:100], known)
+    return first
 
 
 def _report(code: str, rule: str, got: str, hint: str, message: str, as_json: bool) -> None:

@@ -88,8 +88,13 @@ def _zipped(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Any]]
         yield name, [row[name] for row in rows]
 
 
-def write_result(result: SearchResult, out: Path, *, force: bool = False) -> list[Path]:
-    """Write every file of a search into `out`; returns their paths."""
+def write_result(
+    result: SearchResult, out: Path, *, force: bool = False, **files: str | None
+) -> list[Path]:
+    """Write every file of a search into `out`; returns their paths.
+
+    `files`: as of `write_report`.
+    """
     from shardplan.search.report import write_report
     from shardplan.search.trials import write_trials
 
@@ -99,6 +104,6 @@ def write_result(result: SearchResult, out: Path, *, force: bool = False) -> lis
     result.plan.save(paths[0])
     write_trials(paths[1], result.trial_table)
     write_trials(paths[2], result.pareto_table)
-    write_report(result.plan, result.trial_table, paths[3])
+    write_report(result.plan, result.trial_table, paths[3], **files)
     write_atomically(paths[4], json.dumps(result.timing, indent=2, sort_keys=True) + "\n")
     return paths

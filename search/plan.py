@@ -24,9 +24,9 @@ from shardplan.search.plan_confidence import BasisShares, Confidence, Part, Weak
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
 from shardplan.search.plan_robustness import PARTS, Robustness
+from shardplan.search.plan_versions import upgraded
 
 __all__ = [
-    "PLAN_VERSION",
     "BasisShares",
     "BreakdownRow",
     "Candidate",
@@ -53,7 +53,8 @@ __all__ = [
     "write_atomically",
 ]
 
-PLAN_VERSION = 1
+OPERATORS = "operators"
+"""`kind` of a plan of operators (`search.oplevel.plan`)."""
 MAX_PLAN_BYTES = 16 * 2**20
 
 
@@ -271,7 +272,7 @@ class Certificate(Part):
 class Plan(Part):
     """`plan.json`."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     shardplan_version: str
     request: Request
     model: ModelInfo
@@ -304,7 +305,10 @@ class Plan(Part):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan.json. `InputError` with the place and the rule where it breaks one."""
+        """Read a plan.json, of an earlier schema version too.
+
+        `InputError` with the place and the rule where it breaks one.
+        """
         file = Path(path)
         try:
             if file.stat().st_size > MAX_PLAN_BYTES:
@@ -314,15 +318,14 @@ class Plan(Part):
             raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number too long
             raise InputError("a plan.json is JSON in UTF-8", got=f"{file}: {error}") from None
-        if not isinstance(data, dict) or data.get("schema_version") != PLAN_VERSION:
-            version = data.get("schema_version") if isinstance(data, dict) else None
+        if isinstance(data, dict) and data.get("kind") == OPERATORS:
             raise InputError(
-                f"plan.json of schema version {PLAN_VERSION} is understood",
-                got=f"{file}: schema_version={version!r}",
-                hint="make it anew with `shardplan search`",
+                "the plan of a deployment is wanted here",
+                got=f"{file}: a plan of the operators of {str(data.get('graph'))[:80]!r}",
+                hint="such a plan goes to `shardplan verify`, `explain` and `emit --target onnx`",
             )
         try:
-            return cls.model_validate(data)
+            return cls.model_validate(upgraded(data, str(file)))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])

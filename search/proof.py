@@ -10,6 +10,7 @@ from dataclasses import asdict
 from shardplan.costmodel.audit import audit_collectives, audit_memory
 from shardplan.costmodel.catalog import cluster_names, device_names, load_cluster
 from shardplan.costmodel.engines import engine_names, load_engine
+from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.step import StepModel
 from shardplan.models.catalog import load_model, model_names
@@ -29,6 +30,7 @@ __all__ = [
     "model_of",
     "prove_strategy",
     "scorer_of",
+    "scorer_on",
     "verify_plan",
 ]
 
@@ -112,6 +114,11 @@ def scorer_of(
     ):
         return None
     cluster = load_cluster(machine.name, nodes=machine.nodes, device=machine.device)
+    return scorer_on(plan, spec, cluster, way)
+
+
+def scorer_on(plan: Plan, spec: ModelSpec, cluster: Cluster, way: StrategyInfo) -> LayoutScorer:
+    """The scorer of a strategy on a cluster; `InputError` where the plan's engine is not known."""
     question = Question(
         spec=spec,
         cluster=cluster,

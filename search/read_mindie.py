@@ -102,7 +102,9 @@ def _mtp(model: Mapping[str, Any]) -> int:
         plugin = json.loads(text) if isinstance(text, str) else text
     except ValueError:
         raise InputError("`plugin_params` is JSON in a text", got=str(text)[:60]) from None
-    if not isinstance(plugin, Mapping) or plugin.get("plugin_type") != "mtp":
+    if not isinstance(plugin, Mapping):
+        return 0
+    if "mtp" not in str(plugin.get("plugin_type")).split(","):  # plugins that go together
         return 0
     return whole_number("num_speculative_tokens", plugin.get("num_speculative_tokens", 1))
 

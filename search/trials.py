@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,17 +28,32 @@ from shardplan.search.plan import write_atomically
 from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
+
+    Columns = dict[str, Series[Any]]
 
 __all__ = [
+    "CHUNK_ROWS",
+    "COUNT_COLUMNS",
+    "FALSE",
     "INTEGER_COLUMNS",
     "LATER_COLUMNS",
+    "MAX_INTEGER",
+    "MAX_TRIALS_BYTES",
     "NUMBER_COLUMNS",
+    "PARQUET",
+    "POOL_COLUMNS",
+    "POSITIVE",
     "SWITCH_COLUMNS",
     "TRIAL_COLUMNS",
+    "TRUE",
     "WORD_COLUMNS",
-    "read_all_trials",
+    "columns_of",
+    "joined",
     "read_trials",
+    "require_columns",
+    "typed",
+    "unreadable",
     "write_trials",
 ]
 
@@ -143,7 +158,7 @@ INTEGER_COLUMNS = ("rank", "tp", "pp", "dp", "ep", "cp", "batch", "chunk", *COUN
 NUMBER_COLUMNS = tuple(
     name for name in TRIAL_COLUMNS if name not in {*SWITCH_COLUMNS, *WORD_COLUMNS, *INTEGER_COLUMNS}
 )
-_POSITIVE = (
+POSITIVE = (
     "ttft_s",
     "tpot_s",
     "end_to_end_s",
@@ -152,11 +167,13 @@ _POSITIVE = (
     "requests_per_s",
 )
 """Of a feasible row."""
-_TRUE = "true"
-_FALSE = "false"
-_MAX_INTEGER = 2**31 - 1
+TRUE = "true"
+FALSE = "false"
+MAX_INTEGER = 2**31 - 1
 MAX_TRIALS_BYTES = 2**30
-_CHUNK_ROWS = 100_000
+CHUNK_ROWS = 100_000
+PARQUET = ".parquet"
+"""How the name of a table in that format ends."""
 
 
 def write_trials(path: Path, trials: TrialTable | DataFrame) -> None:
@@ -165,7 +182,7 @@ def write_trials(path: Path, trials: TrialTable | DataFrame) -> None:
     `InputError` when a column is missing or the file cannot be written.
     """
     table = TrialTable.of(trials)
-    _require_columns(table.columns, "a trial table")
+    require_columns(table.columns, "a trial table")
     rows = len(table)
     missing = {n: [value] * rows for n, value in LATER_COLUMNS.items() if n not in table.columns}
     lines = _lines({**table.columns, **missing}) if rows else ""
@@ -185,7 +202,7 @@ def _lines(table: Mapping[str, Sequence[Any]]) -> str:
         values = table[name]
         form = "%s"
         if name in SWITCH_COLUMNS:
-            values = [_TRUE if value else _FALSE for value in values]
+            values = [TRUE if value else FALSE for value in values]
         elif name in WORD_COLUMNS:
             words = [word if isinstance(word, str) else "" for word in values]
             quoted = {word: _quoted(word) for word in set(words)}
@@ -213,9 +230,22 @@ def _quoted(word: str) -> str:
 def read_trials(path: Path) -> DataFrame:
     """Read a trial table: words as categories, switches as bool, integers int32, the rest float.
 
-    Returns the columns of `TRIAL_COLUMNS`, in that order. `InputError` names the file, the line
-    and the column of the first cell that breaks a rule.
+    A file that ends in .parquet is read with pyarrow (extra `parquet`), any other as CSV. Returns
+    the columns of `TRIAL_COLUMNS`, in that order. `InputError` names the file, the line and the
+    column of the first cell that breaks a rule.
     """
+    if path.suffix.lower() == PARQUET:
+        from shardplan.search.trials_parquet import parquet_parts
+
+        frame = joined(list(parquet_parts(path)))
+    else:
+        frame = _read_csv(path)
+    if frame.empty:
+        raise InputError("a trial table has at least one row below its header", got=str(path))
+    return frame
+
+
+def _read_csv(path: Path) -> DataFrame:
     import pandas as pd
 
     _require_readable(path)
@@ -227,25 +257,16 @@ def read_trials(path: Path) -> DataFrame:
             keep_default_na=False,
             na_values={name: [""] for name in ("rank", *NUMBER_COLUMNS)},
             encoding="utf-8",
-            chunksize=_CHUNK_ROWS,
+            chunksize=CHUNK_ROWS,
         )
         with chunks:
-            frame = _join([_typed(chunk) for chunk in chunks])
+            return joined([typed(chunk) for chunk in chunks])
     except (ValueError, OverflowError):  # pandas' parser and decoding errors are ValueErrors
-        raise _first_fault(path) from None
+        from shardplan.search.trial_faults import first_fault
+
+        raise first_fault(path) from None
     except OSError as error:
-        raise _unreadable(path, error) from None
-    if frame.empty:
-        raise InputError("a trial table has at least one row below its header", got=str(path))
-    return frame
-
-
-def read_all_trials(paths: Iterable[Path]) -> DataFrame:
-    """Several trial tables as one, in the order given; `InputError` as for one, or for none."""
-    frames = [read_trials(path) for path in paths]
-    if not frames:
-        raise InputError("at least one trial table is needed", hint="name a trials.csv")
-    return _join(frames)
+        raise unreadable(path, error) from None
 
 
 def _read_dtypes() -> dict[str, str]:
@@ -259,15 +280,16 @@ def _read_dtypes() -> dict[str, str]:
     }
 
 
-def _typed(chunk: DataFrame) -> DataFrame:
-    """The final types of one chunk; `ValueError` where a cell breaks a rule."""
+def typed(chunk: DataFrame) -> Columns:
+    """The final types of one chunk; `ValueError` with the column where a cell breaks a rule."""
     frame = _completed(chunk).loc[:, list(TRIAL_COLUMNS)]
     rank = frame["rank"].fillna(0.0)
-    if not ((rank >= 0) & (rank <= _MAX_INTEGER) & (rank == np.floor(rank))).all():
+    if not ((rank >= 0) & (rank <= MAX_INTEGER) & (rank == np.floor(rank))).all():
         raise ValueError("rank")
     frame = frame.assign(
         rank=rank.astype("int32"),
         **{name: frame[name].astype("category") for name in WORD_COLUMNS},
+        **{name: frame[name].astype("int32") for name in INTEGER_COLUMNS[1:]},
     )
     for name in INTEGER_COLUMNS[1:]:
         if (frame[name] < (name not in COUNT_COLUMNS)).any():
@@ -275,30 +297,36 @@ def _typed(chunk: DataFrame) -> DataFrame:
     for name in NUMBER_COLUMNS:
         if np.isinf(frame[name]).any() or frame.loc[frame["feasible"], name].isna().any():
             raise ValueError(name)
-    for name in _POSITIVE:
+    for name in POSITIVE:
         if (frame.loc[frame["feasible"], name] <= 0).any():
             raise ValueError(name)
-    return frame
+    return {name: values.copy() for name, values in columns_of(frame).items()}
 
 
-def _join(frames: list[DataFrame]) -> DataFrame:
-    """One frame after another; categories are united, so that words stay categories."""
+def columns_of(frame: DataFrame) -> Columns:
+    """The columns of a table, each by itself."""
+    return {name: frame[name] for name in TRIAL_COLUMNS}
+
+
+def joined(parts: list[Columns]) -> DataFrame:
+    """One table after another; categories are united, so that words stay categories.
+
+    Columns are taken out of the parts one by one, so that the whole is not held twice.
+    """
     import pandas as pd
     from pandas.api.types import union_categoricals
 
-    if len(frames) == 1:
-        return frames[0].reset_index(drop=True)
-    columns = {}
+    columns: Columns = {}
     for name in TRIAL_COLUMNS:
-        parts = [frame[name] for frame in frames]
-        if name in WORD_COLUMNS:
-            columns[name] = pd.Series(union_categoricals(parts, sort_categories=True))
+        some = [part.pop(name) for part in parts]
+        if name in WORD_COLUMNS and len(some) > 1:
+            columns[name] = pd.Series(union_categoricals(some, sort_categories=True))
         else:
-            columns[name] = pd.concat(parts, ignore_index=True)
-    return pd.DataFrame(columns)
+            columns[name] = pd.concat(some, ignore_index=True) if some else pd.Series()
+    return pd.DataFrame(columns, copy=False)
 
 
-def _require_columns(columns: Iterable[object], what: str) -> None:
+def require_columns(columns: Iterable[object], what: str) -> None:
     held = {str(name) for name in columns}
     missing = [name for name in TRIAL_COLUMNS if name not in {*held, *LATER_COLUMNS}]
     if missing:
@@ -309,7 +337,7 @@ def _require_columns(columns: Iterable[object], what: str) -> None:
         )
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
+def unreadable(path: Path, error: OSError) -> InputError:
     return InputError("the trial table cannot be read", got=f"{path}: {error.strerror}")
 
 
@@ -320,7 +348,7 @@ def _require_readable(path: Path) -> None:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = next(csv.reader(io.StringIO(file.readline(1 << 16))), [])
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError("a trial table is CSV in UTF-8", got=f"{path}: {error}") from None
     if size > MAX_TRIALS_BYTES:
@@ -329,69 +357,6 @@ def _require_readable(path: Path) -> None:
             got=f"{path}: {size:,} bytes",
             hint="keep its best rows",
         )
-    _require_columns(header, f"{path}:")
+    require_columns(header, f"{path}:")
     if len(header) != len(set(header)):
         raise InputError("each column of a trial table stands there once", got=str(path))
-
-
-def _first_fault(path: Path) -> InputError:
-    """Where a table that pandas refused first breaks a rule, in words."""
-    try:
-        for fault in _faults(path):
-            return fault
-    except (UnicodeDecodeError, csv.Error) as error:
-        return InputError("a trial table is CSV in UTF-8", got=f"{path}: {error}")
-    except OSError as error:
-        return _unreadable(path, error)
-    return InputError("a trial table is CSV in UTF-8", got=str(path))
-
-
-def _faults(path: Path) -> Iterator[InputError]:
-    """Every cell that breaks a rule, in the order of the file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        header = next(rows)
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if not row:
-                continue
-            if len(row) != len(header):
-                yield InputError(
-                    "a row of a trial table has a cell for each column",
-                    got=f"{where}: {len(row)} cells, {len(header)} columns",
-                )
-                continue
-            cells = dict(zip(header, row, strict=True))
-            for name in (one for one in TRIAL_COLUMNS if one in cells):
-                rule = _broken_rule(name, cells[name], feasible=cells["feasible"] == _TRUE)
-                if rule:
-                    yield InputError(rule, got=f"{where}, {name}={cells[name]!r}")
-
-
-def _broken_rule(name: str, cell: str, *, feasible: bool) -> str:
-    """The rule that a cell breaks, "" when it keeps them all."""
-    if name in WORD_COLUMNS:
-        return ""
-    if name in SWITCH_COLUMNS:
-        return "" if cell in (_TRUE, _FALSE) else "the cell is true or false"
-    if name in INTEGER_COLUMNS:
-        low = 0 if name in ("rank", *COUNT_COLUMNS) else 1
-        kept = (not cell and name == "rank") or _holds(
-            int, cell, lambda value: low <= value <= _MAX_INTEGER
-        )
-        return "" if kept else f"the cell is a whole number of at least {low}"
-    if not cell:
-        return "a feasible row has every number" if feasible else ""
-    if not _holds(float, cell, math.isfinite):
-        return "the cell is a number"
-    if feasible and name in _POSITIVE and float(cell) <= 0:
-        return "times and rates of a feasible row are above 0"
-    return ""
-
-
-def _holds(parse: Callable[[str], float], cell: str, rule: Callable[[float], bool]) -> bool:
-    """Whether a cell parses and keeps a rule."""
-    try:
-        return rule(parse(cell))
-    except (ValueError, OverflowError):
-        return False

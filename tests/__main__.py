@@ -35,7 +35,8 @@ def _passes(name: str, command: list[str], environment: Mapping[str, str]) -> bo
     try:
         return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
     except FileNotFoundError:
-        print(f"{command[0]} is not installed; try pip install '.[dev,torch]'", file=sys.stderr)
+        install = "pip install -c tests/constraints.txt '.[dev,torch]'"
+        print(f"{command[0]} is not installed; try {install}", file=sys.stderr)
         return False
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import email
 import importlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
@@ -21,6 +25,14 @@ import shardplan
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("costmodel", "models", "search")
+TOP_FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "README.md",
+    "SECURITY.md",
+)
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -72,7 +84,8 @@ def test_what_is_imported_is_what_is_declared() -> None:
     project = PYPROJECT["project"]
     core = _requirements(project["dependencies"])
     extras = project["optional-dependencies"]
-    optional = _requirements([line for name in ("torch", "onnx", "plots") for line in extras[name]])
+    names = ("torch", "onnx", "plots", "parquet")
+    optional = _requirements([line for name in names for line in extras[name]])
     brought_along = {"torch_npu", "transformers", "onnxruntime"}  # by the user's own environment
     imported = _imported()
     assert imported - core - optional - brought_along == set()
@@ -115,34 +128,115 @@ def test_the_readme_and_ci_run_the_same_test_command() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without a network from a copy of what a clone holds."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist of what a clone holds, and the wheel made of the sdist."""
     source = tmp_path_factory.mktemp("source")
     unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
+    for name in (*TOP_FILES, "pyproject.toml", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
-    for name in ("src", *LAYERS):
+    for name in ("src", "docs", "tests", *LAYERS):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=unwanted)
-    out = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out)]
-    done = subprocess.run([*command, str(source)], capture_output=True, text=True, check=False)
+    out = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = out.glob("*.whl")
-    return built
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    """The wheel."""
+    (found,) = built.glob("*.whl")
+    return found
+
+
+def _package_files() -> set[str]:
+    """Every file of the packages, by its path below the root of a clone."""
+    folders = [ROOT / layer for layer in LAYERS]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    files += [path for path in (ROOT / "src" / "shardplan").iterdir() if path.is_file()]
+    here = [path for path in files if "__pycache__" not in path.parts]
+    return {path.relative_to(ROOT).as_posix() for path in here}
+
+
+@pytest.mark.slow
+def test_the_sdist_holds_the_sources_once(built: Path) -> None:
+    """Packages, pages and what tells about them; no tests, no links, no data file twice."""
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        members = [one for one in files.getmembers() if not one.isdir()]
+    assert all(one.isreg() for one in members)
+    names = [one.name.partition("/")[2] for one in members]
+    made = {"PKG-INFO", "setup.cfg"}
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    ours = [name for name in names if name not in made and ".egg-info/" not in name]
+    expected = _package_files() | pages | {*TOP_FILES, "pyproject.toml", "MANIFEST.in"}
+    assert sorted(ours) == sorted(expected)
 
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     """Modules and data of whatever suffix, and nothing else but the wheel's own metadata."""
-    expected = {
-        f"shardplan/{path.relative_to(ROOT).as_posix()}"
-        for layer in LAYERS
-        for path in (ROOT / layer).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    } | {"shardplan/__init__.py", "shardplan/py.typed"}
+    expected = {f"shardplan/{name.removeprefix('src/shardplan/')}" for name in _package_files()}
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {name for name in held if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+@pytest.mark.slow
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    """Version, licence, interpreters, extras, and the command that `pipx run` starts."""
+    with zipfile.ZipFile(wheel) as files:
+        (info,) = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        about = email.message_from_bytes(files.read(info))
+        points = files.read(info.replace("METADATA", "entry_points.txt")).decode()
+    assert about["Version"] == shardplan.__version__
+    assert about["License-Expression"] == "Apache-2.0"
+    assert about["Requires-Python"] == ">=3.11"
+    assert set(about.get_all("Provides-Extra", [])) == {"torch", "onnx", "plots", "dev"}
+    assert "[console_scripts]\nshardplan = shardplan.search.main:main\n" in points
+    assert wheel.name == f"shardplan-{shardplan.__version__}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of a fresh environment with the wheel in it; dependencies are those of here."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    program = folder / ("Scripts" if os.name == "nt" else "bin") / "shardplan"
+    install = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", str(wheel)]
+    subprocess.run([str(program.with_name("python")), *install], check=True)
+    (site,) = folder.glob("**/site-packages")
+    (site / "here.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
+    return program
+
+
+@pytest.mark.slow
+def test_the_installed_command_works_away_from_the_sources(installed: Path, tmp_path: Path) -> None:
+    """What it is, that it is whole, and the way from a search to start scripts."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def output(*arguments: str) -> str:
+        done = subprocess.run(
+            [str(installed), *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert output("--version") == f"shardplan {shardplan.__version__}\n"
+    health = json.loads(output("doctor", "--json"))
+    states = {(one["part"], one["name"]): one["state"] for one in health["checks"]}
+    assert health["ok"]
+    assert states["package", "shardplan"] == "ok"
+    output("search", "--model", "llama-3.1-8b", "--cluster", "atlas-800t-a2", "--out", "plan")
+    output("verify", "plan/plan.json")
+    output("emit", "plan/plan.json", "--target", "vllm-ascend", "--out", "deploy")
+    assert any((tmp_path / "deploy").glob("serve*.sh"))
 
 
 @pytest.mark.slow

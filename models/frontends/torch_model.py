@@ -9,7 +9,7 @@ from typing import Any
 
 from shardplan.models.config import spec_from_config
 from shardplan.models.counts import parameter_count
-from shardplan.models.errors import InputError
+from shardplan.models.errors import InputError, UnknownNameError
 from shardplan.models.frontends.decoder import decoder_of
 from shardplan.models.frontends.torch_capture import (
     USUAL_TOKENS,
@@ -131,7 +131,14 @@ def spec_of_module(module: Any) -> ModelSpec:
             got=name,
             hint="give a transformers model, the name of a preset or a config.json",
         )
-    spec = spec_from_config(config, name=name, source=f"module {name}")
+    try:
+        spec = spec_from_config(config, name=name, source=f"module {name}")
+    except UnknownNameError as error:
+        raise InputError(
+            error.rule,
+            got=error.got,
+            hint=f"{error.hint}; shardplan.load_graph takes the module as it is",
+        ) from None
     held = _parameters(module)
     if spec.dtype in _WHOLE and parameter_count(spec) != held:
         raise InputError(

@@ -6,6 +6,7 @@ tensors takes as many slots as it has.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from shardplan.models.fx.torch_lib import torch_lib
 __all__ = ["Rule", "Shape", "View", "follow", "is_tensor", "node_error", "operator_of", "path_of"]
 
 Shape = tuple[int, ...]
+_PLACE = re.compile(r'File "(.+)", line (\d+), in ')
 
 
 def is_tensor(node: Any) -> bool:
@@ -36,13 +38,19 @@ def path_of(node: Any) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
+def line_of(node: Any) -> str:
+    """File and number of the line that a node was traced at, "" where the export does not say."""
+    places = _PLACE.findall(str(node.meta.get("stack_trace") or ""))
+    return ":".join(places[-1]) if places else ""
+
+
 def node_error(node: Any, rule: str, hint: str = "") -> InputError:
-    """What every refusal of a node says: the rule, the node, its operator and its module."""
-    where = path_of(node)
+    """What every refusal of a node says: the rule, the node, its operator, module and line."""
+    told = {"module": path_of(node), "line": line_of(node)}
     return InputError(
         rule,
         got=f"node={node.name}, operator={operator_of(node)}"
-        + (f", module={where}" if where else ""),
+        + "".join(f", {name}={value}" for name, value in told.items() if value),
         hint=hint or "write that part with operators that have a rule",
     )
 

@@ -17,9 +17,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from shardplan.models import opshard
 from shardplan.models.errors import LayoutError
 from shardplan.models.frontends.onnx_graph import OnnxGraph, Strategy
 from shardplan.models.opgraph import Layout, Operator, layouts_of
+from shardplan.models.opshard import Program
 from shardplan.models.parallel import Mesh
 from shardplan.models.redistribute import PARTIAL, redistributions
 
@@ -125,12 +127,46 @@ def _coordinates(rank: int, mesh: Mesh) -> tuple[int, ...]:
     return next(itertools.islice(itertools.product(*map(range, mesh.shape)), rank, None))
 
 
+_Step = tuple[str, tuple[str, ...], dict[str, int | str]]
+"""(kind, axes, layout after) of a redistribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a program says of the operators and tensors that it has."""
+
+    passes: Mapping[str, tuple[str, ...]]
+    moves: Mapping[str, list[opshard.Move]]
+
+    @classmethod
+    def of(cls, program: Program | None) -> _Told:
+        passes: dict[str, tuple[str, ...]] = {}
+        moves: dict[str, list[opshard.Move]] = {}
+        for step in program.steps if program else ():
+            if isinstance(step, opshard.Move):
+                moves.setdefault(step.tensor, []).append(step)
+            else:
+                sums = (a for s in step.op.linear for a, d in step.reads[s] if d == PARTIAL)
+                passes[step.op.name] = tuple(dict.fromkeys(sums))
+        return cls(passes, moves)
+
+    def way(self, tensor: str, have: Layout, want: Layout) -> list[_Step] | None:
+        """The steps of the program that lead there; None where it has none."""
+        for last in self.moves.get(tensor, ()):
+            if dict(last.after) == dict(want):
+                before = dict(last.before)
+                way = [] if before == dict(have) else self.way(tensor, have, before)
+                return None if way is None else [*way, (last.kind, last.axes, dict(last.after))]
+        return None
+
+
 @dataclass(slots=True, eq=False)
 class _Builder:
     source: OnnxGraph
     mesh: Mesh
     chosen: Mapping[str, Mapping[str, str]]
     readers: Mapping[str, list[tuple[Operator, int]]]
+    told: _Told
     steps: list[Placed | Move] = field(default_factory=list)
     layouts: dict[str, Layout] = field(default_factory=dict)
     stage: dict[str, int] = field(default_factory=dict)
@@ -143,7 +179,8 @@ class _Builder:
     def need(self, tensor: str, want: Layout, stage: int) -> str:
         """The local tensor that holds a tensor in the wanted layout; moves are added."""
         name, have = tensor, self.layouts[tensor]
-        for kind, axes, after in _steps(have, want, self.mesh):
+        known = self.told.way(tensor, have, want)
+        for kind, axes, after in _steps(have, want, self.mesh) if known is None else known:
             place = self.stage.get(name, stage) if PARTIAL in have.values() else stage
             key = (tensor, frozenset(after.items()), place)
             if key not in self.moved:
@@ -166,19 +203,28 @@ class _Builder:
             for op, slot in self.readers[tensor]
         )
 
+    def through(self, op: Operator) -> Sequence[str]:
+        """Axes on which partial sums pass an operator: as told, else wherever they may."""
+        if op.name in self.told.passes:
+            return self.told.passes[op.name]
+        reads, chosen = [op.inputs[slot] for slot in op.linear], self.chosen.get(op.name, {})
+        free = [axis for axis in self.mesh.axes if reads and axis not in chosen]
+        return [
+            axis
+            for axis in free
+            if all(self.layouts[n].get(axis) == PARTIAL and self.passes(n, axis) for n in reads)
+        ]
+
     def place(self, op: Operator, stage: int) -> None:
         """Add an operator with what has to be moved for it."""
         chosen = self.chosen.get(op.name, {})
         reads, writes = layouts_of(op, chosen, self.mesh, self.source.raw.tensors)
         wanted, given = [dict(one) for one in reads], [dict(one) for one in writes]
-        for axis in self.mesh.axes:
-            partial = [self.layouts[op.inputs[slot]].get(axis) == PARTIAL for slot in op.linear]
-            passed = all(self.passes(op.inputs[slot], axis) for slot in op.linear)
-            if axis not in chosen and partial and all(partial) and passed:
-                for slot in op.linear:
-                    wanted[slot][axis] = PARTIAL
-                for one in given:
-                    one[axis] = PARTIAL
+        for axis in self.through(op):
+            for slot in op.linear:
+                wanted[slot][axis] = PARTIAL
+            for one in given:
+                one[axis] = PARTIAL
         kinds = {self._origin(name) for name in op.inputs} - {"constant"}
         light = len(kinds) <= 1 and kinds <= {"input", "parameter"}
         names = [self.need(n, w, stage) for n, w in zip(op.inputs, wanted, strict=True)]
@@ -195,12 +241,17 @@ class _Builder:
 
 
 def lay(
-    source: OnnxGraph, strategy: Strategy, mesh: Mesh, stage_layers: Sequence[int] = ()
+    source: OnnxGraph,
+    strategy: Strategy,
+    mesh: Mesh,
+    stage_layers: Sequence[int] = (),
+    program: Program | None = None,
 ) -> Laid:
     """The graph as the ranks run it.
 
     `strategy` names operators of `source.graph` or of `source.raw`; `stage_layers` the layers of
-    each pipeline stage, none for one stage. `LayoutError` where it cannot be laid.
+    each pipeline stage, none for one stage. `program`: of `source.graph` and this strategy, whose
+    moves and partial sums are then taken as they are. `LayoutError` where it cannot be laid.
     """
     chosen = source.of_nodes(strategy)
     for name, axes in chosen.items():
@@ -214,7 +265,7 @@ def lay(
     for op in source.raw.operators:
         for slot, name in enumerate(op.inputs):
             readers.setdefault(name, []).append((op, slot))
-    build = _Builder(source, mesh, chosen, readers)
+    build = _Builder(source, mesh, chosen, readers, _Told.of(program))
     build.layouts |= _held(source, chosen, mesh)
     held = dict(build.layouts)
     starts = _starts(source, stage_layers)
@@ -236,9 +287,7 @@ def lay(
     )
 
 
-def _steps(
-    have: Layout, want: Layout, mesh: Mesh
-) -> Iterator[tuple[str, tuple[str, ...], dict[str, int | str]]]:
+def _steps(have: Layout, want: Layout, mesh: Mesh) -> Iterator[_Step]:
     """As `redistributions`, whose dims are names."""
     named = [{axis: str(dim) for axis, dim in one.items()} for one in (have, want)]
     for kind, axes, after in redistributions(named[0], named[1], mesh):

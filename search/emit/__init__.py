@@ -5,8 +5,13 @@ for a plan it cannot express. Some are ours; others register one in the entry-po
 `shardplan.emitters` (name = the target's name), which is read when a target is asked for. A
 built-in name cannot be taken over. A file name may hold one folder (`shards/rank0.onnx`).
 
-All files are built in memory before the first is written; should a write fail, the files that
-this call created are removed again. Left out: files of an earlier plan in a folder that `force`
+A target takes plans of deployments unless its function has the attribute `plans`, which names the
+kinds that it takes: `deployment`, `operators` (`search.oplevel.plan`). One that has a parameter
+`staging` is given an empty folder there, for files too large for memory, and may return their paths
+in place of their content.
+
+All files are built before the first is written; should a write fail, the files that this call
+created are removed again. Left out: files of an earlier plan in a folder that `force`
 writes over stay there; the README that each target writes lists its own.
 """
 
@@ -16,38 +21,40 @@ import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
 from shardplan.search.emit.common import check_plan
-from shardplan.search.plan import Plan, write_atomically
+from shardplan.search.oplevel.plan import OperatorPlan
+from shardplan.search.plan import OPERATORS, Plan, write_atomically
+from shardplan.search.targets import (
+    BUILT_IN,
+    GROUP,
+    OF_GRAPHS,
+    OURS,
+    registered,
+    target_names,
+)
 
-__all__ = ["BUILT_IN", "GROUP", "Emitter", "emit", "target_names"]
+__all__ = ["BUILT_IN", "GROUP", "OF_GRAPHS", "Emitter", "emit", "target_names"]
 
-Emitter = Callable[..., Mapping[str, str | bytes]]
+Content = str | bytes | Path
+Emitter = Callable[..., Mapping[str, Content]]
 
-GROUP = "shardplan.emitters"
-BUILT_IN: Mapping[str, str] = {
-    "atc": "shardplan.search.emit.atc:files",
-    "jax": "shardplan.search.emit.jax_specs:files",
-    "megatron": "shardplan.search.emit.megatron:files",
-    "mindspore": "shardplan.search.emit.mindspore_strategy:files",
-    "torch": "shardplan.search.emit.torch_plan:files",
-    "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
-}
+_STAGING = "staging"
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}")
 
 
-def target_names() -> tuple[str, ...]:
-    """Names of all targets, sorted: ours and those of installed packages."""
-    return tuple(sorted({*BUILT_IN, *_registered()}))
-
-
 def emit(
-    plan: Plan, target: str, out: str | Path, *, force: bool = False, **options: object
+    plan: Plan | OperatorPlan,
+    target: str,
+    out: str | Path,
+    *,
+    force: bool = False,
+    **options: object,
 ) -> list[Path]:
     """Write the files of `target` into the folder `out`; returns their paths, sorted.
 
@@ -56,24 +63,50 @@ def emit(
     the target does not have, a plan it cannot express, or a folder that cannot be written.
     """
     emitter = _load(target)
-    check_plan(plan)
+    _check_kind(emitter, target, plan)
+    if isinstance(plan, Plan):
+        check_plan(plan)
     _check_options(emitter, target, options)
-    texts = _checked(emitter(plan, **options), target)
-    return _write(texts, Path(out), force=force)
+    if _STAGING not in inspect.signature(emitter).parameters:
+        texts = _checked(emitter(plan, **options), target)
+        return _write(texts, Path(out), force=force)
+    _check_folder(Path(out), force=force)
+    with _staging(Path(out)) as folder:
+        texts = _checked(emitter(plan, **{_STAGING: folder}, **options), target)
+        return _write(texts, Path(out), force=force)
 
 
-def _registered() -> dict[str, EntryPoint]:
-    """Targets of other packages by name."""
-    found = entry_points(group=GROUP)
-    return {point.name: point for point in found if point.name not in BUILT_IN}
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """An empty folder on the disk of `out`, gone afterwards."""
+    place = next(one for one in out.resolve().parents if one.exists())
+    try:
+        made = tempfile.TemporaryDirectory(dir=place, prefix=f".{out.name}.")
+    except OSError as error:
+        raise InputError("the folder cannot be written", got=f"{out}: {error.strerror}") from None
+    with made as folder:
+        yield Path(folder)
+
+
+def _check_kind(emitter: Emitter, target: str, plan: Plan | OperatorPlan) -> None:
+    """`InputError` for a plan of a kind that the target does not take."""
+    kind = "deployment" if isinstance(plan, Plan) else plan.kind
+    takes = getattr(emitter, "plans", ("deployment",))
+    if kind not in takes:
+        others = ", ".join(OF_GRAPHS) if kind == OPERATORS else ", ".join(BUILT_IN)
+        raise InputError(
+            f"target {target} takes plans of: {', '.join(takes)}",
+            got=f"a plan of kind {kind}",
+            hint=f"targets of such plans: {others}",
+        )
 
 
 def _load(target: str) -> Emitter:
-    if target in BUILT_IN:
-        module, _, attribute = BUILT_IN[target].partition(":")
+    if target in OURS:
+        module, _, attribute = OURS[target].partition(":")
         emitter: Emitter = getattr(importlib.import_module(module), attribute)
         return emitter
-    others = _registered()
+    others = registered()
     if target not in others:
         raise UnknownNameError("target", target[:100], target_names())
     try:
@@ -94,7 +127,7 @@ def _check_options(emitter: Emitter, target: str, options: Mapping[str, object])
     parameters = list(inspect.signature(emitter).parameters.values())
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return
-    known = [one.name for one in parameters[1:]]
+    known = [one.name for one in parameters[1:] if one.name != _STAGING]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise InputError(
@@ -104,7 +137,7 @@ def _check_options(emitter: Emitter, target: str, options: Mapping[str, object])
         )
 
 
-def _checked(texts: Mapping[str, str | bytes], target: str) -> dict[str, str | bytes]:
+def _checked(texts: Mapping[str, Content], target: str) -> dict[str, Content]:
     """The files, sorted by name; `InputError` for a name that could leave the folder."""
     wrong = [name for name in texts if not _FILE_NAME.fullmatch(name)]
     if wrong or not texts:
@@ -116,13 +149,18 @@ def _checked(texts: Mapping[str, str | bytes], target: str) -> dict[str, str | b
     return dict(sorted(texts.items()))
 
 
-def _write(texts: Mapping[str, str | bytes], out: Path, *, force: bool) -> list[Path]:
+def _write(texts: Mapping[str, Content], out: Path, *, force: bool) -> list[Path]:
     paths = {name: out / name for name in texts}
     _check_folder(out, force=force)
     new = [path for path in paths.values() if not path.exists()]
     try:
         for name, path in paths.items():
-            write_atomically(path, texts[name])
+            content = texts[name]
+            if isinstance(content, Path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content.replace(path)
+            else:
+                write_atomically(path, content)
             if name.endswith(".sh"):
                 path.chmod(0o755)
     except (InputError, OSError, ValueError) as error:
@@ -147,5 +185,5 @@ def _check_folder(out: Path, *, force: bool) -> None:
         raise InputError(
             "the output folder must be empty",
             got=str(out),
-            hint="name another one, or force writing over its files",
+            hint="name another one, or add --force (force=True) to write over its files",
         )

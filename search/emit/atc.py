@@ -36,7 +36,6 @@ from shardplan.search.emit.atc_files import (
     TARGET,
     check_worlds,
     cluster_config,
-    listed,
     or_elsewhere,
     rank_tables,
 )
@@ -55,7 +54,7 @@ from shardplan.search.emit.atc_shards_readme import (
 )
 from shardplan.search.emit.common import check_algorithm, family_of, printable, refuse, table
 from shardplan.search.emit.onnx_slices import OnnxFile, file_name, read_onnx, sliced
-from shardplan.search.emit.rank_table import dump_json
+from shardplan.search.emit.rank_table import dump_json, listed
 from shardplan.search.plan import Plan
 
 __all__ = ["files"]

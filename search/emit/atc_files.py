@@ -14,7 +14,6 @@ from shardplan.search.emit.common import Slot, refuse, table
 from shardplan.search.emit.rank_table import (
     RankDevice,
     Server,
-    check_address,
     dump_json,
     rank_table,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "TARGET",
     "check_worlds",
     "cluster_config",
-    "listed",
     "or_elsewhere",
     "rank_tables",
 ]
@@ -36,18 +34,6 @@ ELSEWHERE = "use target vllm-ascend"
 def or_elsewhere(family: str) -> str:
     """The other target, where it knows the device."""
     return f", or {ELSEWHERE}" if family in table("vllm_ascend")["families"] else ""
-
-
-def listed(given: Sequence[str] | str, what: str, count: int) -> tuple[str, ...]:
-    """The addresses as a tuple, empty when none is given."""
-    words = given.split(",") if isinstance(given, str) else list(given)
-    found = tuple(check_address(word.strip(), what) for word in words if word.strip())
-    if found and (len(found) != count or len(set(found)) < count):
-        raise InputError(
-            f"{what} holds {count} different addresses, in order",
-            got=f"{len(found)} given, {len(set(found))} different",
-        )
-    return found
 
 
 def check_worlds(

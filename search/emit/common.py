@@ -33,6 +33,7 @@ __all__ = [
     "check_plan",
     "command_line",
     "family_of",
+    "known_flags",
     "model_name",
     "place",
     "predicted",
@@ -40,10 +41,12 @@ __all__ = [
     "refuse",
     "round_up",
     "table",
+    "weights_folder",
 ]
 
 _MAX_NAME = 64
 _MAX_RANKS = 2**16
+_FOLDER = re.compile(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
 
 
 class Raw(str):
@@ -170,9 +173,34 @@ def model_name(plan: Plan) -> str:
     return word[:_MAX_NAME] or "model"
 
 
+def weights_folder(plan: Plan, weights: str) -> str:
+    """The checkpoint's folder on every node; `InputError` for one that is no plain path."""
+    if not weights:
+        return f"/data/{model_name(plan)}"
+    if not _FOLDER.fullmatch(weights) or ".." in weights.split("/"):
+        raise InputError(
+            "`weights` is a folder from the root, of letters, digits and ._-",
+            got=repr(weights[:100]),
+            hint="for example weights=/data/llama",
+        )
+    return weights
+
+
 def round_up(value: int, step: int) -> int:
     """The smallest multiple of `step` that is not below `value`."""
     return -(-value // step) * step
+
+
+@functools.cache
+def known_flags(data: str, command: str) -> frozenset[str]:
+    """Flags of a command that a table holds."""
+    return frozenset(
+        name
+        for group in table(data)["flags"]
+        if group["command"] == command
+        for key in ("names", "values", "switches")
+        for name in group.get(key, ())
+    )
 
 
 def command_line(
@@ -183,13 +211,7 @@ def command_line(
     `words` are what comes before the flags; a flag's value None makes it a switch; `Raw` stands
     as it is. `ValueError` for a flag that the target's table does not hold.
     """
-    known = {
-        name
-        for group in table(data)["flags"]
-        if group["command"] == command
-        for key in ("names", "values", "switches")
-        for name in group.get(key, ())
-    }
+    known = known_flags(data, command)
     lines = [" ".join(_word(word) for word in words)]
     for name, value in flags:
         if name not in known:

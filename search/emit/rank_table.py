@@ -21,7 +21,7 @@ from typing import Any
 
 from shardplan.models.errors import InputError
 
-__all__ = ["RankDevice", "Server", "check_address", "dump_json", "rank_table"]
+__all__ = ["RankDevice", "Server", "check_address", "dump_json", "listed", "rank_table"]
 
 _MAX_SERVER_ID = 64
 
@@ -113,6 +113,18 @@ def _check(servers: Sequence[Server], *, super_pod_id: str, needed: bool) -> Non
                 )
         if server.host_ip:
             check_address(server.host_ip, "host_ip")
+
+
+def listed(given: Sequence[str] | str, what: str, count: int) -> tuple[str, ...]:
+    """The addresses as a tuple, empty when none is given."""
+    words = given.split(",") if isinstance(given, str) else list(given)
+    found = tuple(check_address(word.strip(), what) for word in words if word.strip())
+    if found and (len(found) != count or len(set(found)) < count):
+        raise InputError(
+            f"{what} holds {count} different addresses, in order",
+            got=f"{len(found)} given, {len(set(found))} different",
+        )
+    return found
 
 
 def check_address(text: str, what: str) -> str:

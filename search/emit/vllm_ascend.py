@@ -2,48 +2,44 @@
 
     serve_node<i>.sh   environment and command of node i; more flags may follow on its line
     balancer.conf      where there are several servers: nginx before them
-    bench.sh           `vllm bench serve` with the plan's workload
+    quantize.sh        where ModelSlim makes the checkpoint with one command (`modelslim`)
+    bench.sh           `vllm bench serve` with the plan's workload (`serving_page`)
     README.md          steps, assumptions, a first request, what the plan promises
 
-Flags, environment and quantization schemes are those of `search/data/vllm_ascend.toml`, which
-names the releases they were read from; how ranks become servers is in `vllm_layout`. Lengths are
-rounded up to the KV block; modules split over data-parallel ranks are in `vllm_modules`. Left out,
-and refused: context parallelism (the plugin has it for prefill and decode apart, for some models
-and runners), unfused attention, dtypes without a scheme.
+Environment and quantization schemes are those of `search/data/vllm_ascend.toml`, flags those of
+`vllm_flags.toml`; both name the releases they were read from. How ranks become servers is in
+`vllm_layout`. Lengths are rounded up to the KV block; modules split over data-parallel ranks are in
+`vllm_modules`. There is no rank table: vLLM's groups find each other by the head's address.
+Left out, and refused: context parallelism (the plugin has it for prefill and decode apart, for some
+models and runners), unfused attention, dtypes without a scheme.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 
-from shardplan.costmodel.kernels.algorithms import AUTO
-from shardplan.models.errors import InputError
-from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
     check_algorithm,
     command_line,
     family_of,
-    model_name,
     printable,
     refuse,
     table,
 )
+from shardplan.search.emit.modelslim import quantize_script
+from shardplan.search.emit.serving_page import bench
+from shardplan.search.emit.vllm_flags import DTYPES, Flag, environment, serve_flags
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
-from shardplan.search.emit.vllm_modules import module_rules, module_sizes
-from shardplan.search.emit.vllm_readme import balancer, bench, readme
+from shardplan.search.emit.vllm_modules import module_rules
+from shardplan.search.emit.vllm_readme import balancer, readme, url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.legality import Role
 from shardplan.search.plan import Plan
 
-__all__ = ["Flag", "checked_family", "files", "script"]
+__all__ = ["checked_family", "files", "script"]
 
 _TARGET = "vllm-ascend"
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-
-Flag = tuple[str, str | None]
 
 
 def files(plan: Plan) -> dict[str, str]:
@@ -57,6 +53,7 @@ def files(plan: Plan) -> dict[str, str]:
     split = split_servers(plan)
     todo = launches(plan, split)
     nodes = sorted({one.slot.node for one in todo})
+    port = table("vllm_ascend")["ports"]["serve"]
     made = {
         f"serve_node{node}.sh": script(
             plan, family, checkpoint, split, [one for one in todo if one.slot.node == node]
@@ -64,9 +61,13 @@ def files(plan: Plan) -> dict[str, str]:
         for node in nodes
     }
     if split.servers > 1:
-        made["balancer.conf"] = balancer(todo)
-    made["bench.sh"] = bench(plan, checkpoint, split)
-    made["README.md"] = readme(plan, checkpoint, split, todo)
+        made["balancer.conf"] = balancer(todo, port)
+    made |= quantize_script(plan)
+    alone = split.servers == 1
+    made["bench.sh"] = bench(
+        plan, checkpoint.shell, url=url_of(port) if alone else "", servers=split.servers
+    )
+    made["README.md"] = readme(plan, checkpoint, split, todo, sorted({*made, "README.md"}))
     return made
 
 
@@ -160,7 +161,7 @@ def _switch_rules(plan: Plan, family: str) -> list[tuple[bool, str, str, str]]:
             "search with fused collectives off",
         ),
         (
-            fused and (way.sp or way.weight_dtype not in _DTYPES),
+            fused and (way.sp or way.weight_dtype not in DTYPES),
             "fused collectives take 16-bit weights and no sequence parallelism",
             f"fused_collectives=True, sp={way.sp}, weight_dtype={printable(way.weight_dtype)}",
             "search with fused collectives off",
@@ -199,13 +200,18 @@ def script(
         *checkpoint.shell,
         'case "$MODEL" in -*) echo "MODEL must not begin with a dash" >&2; exit 2 ;; esac',
         *_network(here),
-        *_environment(plan, family, split),
+        *(
+            f'export {name}="${{{name}:-{value}}}"'
+            for name, value in environment(plan, family, split)
+        ),
         "",
     ]
     commands = [
-        command_line("vllm_ascend", "serve", ["vllm", "serve", Raw('"$MODEL"')], flags)
+        command_line("vllm_flags", "serve", ["vllm", "serve", Raw('"$MODEL"')], flags)
         + ' \\\n  "$@"'
-        for flags in ([*_flags(plan, family, checkpoint, split, one), *more(one)] for one in here)
+        for flags in (
+            [*serve_flags(plan, family, checkpoint, split, one), *more(one)] for one in here
+        )
     ]
     visible = [",".join(str(device) for device in one.slot.devices) for one in here]
     if len(commands) == 1:
@@ -230,151 +236,3 @@ def _network(here: Sequence[Launch]) -> list[str]:
         'export HCCL_IF_IP="$NODE_ADDRESS" HCCL_SOCKET_IFNAME="$NIC"',
         'export GLOO_SOCKET_IFNAME="$NIC" TP_SOCKET_IFNAME="$NIC"',
     ]
-
-
-def _environment(plan: Plan, family: str, split: Split) -> list[str]:
-    facts = table("vllm_ascend")
-    wanted = [
-        (entry["name"], entry["value"])
-        for entry in facts["environment"]
-        if family in entry["families"]
-    ]
-    buffers = facts["hccl_buffsize_mib"]
-    wanted.append(("HCCL_BUFFSIZE", str(buffers["experts" if split.experts else "plain"])))
-    way = plan.strategy
-    if way.collectives != AUTO:
-        wanted.append(("HCCL_ALGO", hccl_algo(way.collectives)))
-    if way.pp > 1 and way.stage_layers:
-        layers = ",".join(str(count) for count in way.stage_layers)
-        wanted.append(("VLLM_PP_LAYER_PARTITION", layers))
-    return [f'export {name}="${{{name}:-{value}}}"' for name, value in wanted]
-
-
-def _flags(
-    plan: Plan, family: str, checkpoint: Checkpoint, split: Split, one: Launch
-) -> list[Flag]:
-    way = plan.strategy
-    flags: list[Flag] = []
-    if one.index == 0:
-        port = table("vllm_ascend")["ports"]["serve"] + one.port_offset
-        flags += [("--host", Raw('"${HOST:-0.0.0.0}"')), ("--port", str(port))]
-    flags += [
-        ("--served-model-name", model_name(plan)),
-        ("--tensor-parallel-size", str(way.tp)),
-        ("--pipeline-parallel-size", str(way.pp)),
-        *_across_nodes(split, one, way.tp * way.pp),
-    ]
-    if way.tp * way.pp > 1:
-        flags.append(("--distributed-executor-backend", "mp"))
-    if split.experts:
-        flags.append(("--enable-expert-parallel", None))
-    flags += _sizes(plan)
-    dtype = "float16" if family == "310p" else _DTYPES.get(way.weight_dtype)
-    if dtype:
-        flags.append(("--dtype", dtype))
-    if checkpoint.quantized:
-        flags.append(("--quantization", "ascend"))
-    return [*flags, *_graphs(plan, family)]
-
-
-def _across_nodes(split: Split, one: Launch, copy: int) -> list[Flag]:
-    """How the server's processes find each other."""
-    ports = table("vllm_ascend")["ports"]
-    head = Raw('"$HEAD_ADDRESS"')
-    if one.spans:
-        flags: list[Flag] = [
-            ("--nnodes", str(one.nodes)),
-            ("--node-rank", str(one.index)),
-            ("--master-addr", head),
-            ("--master-port", str(ports["master"])),
-        ]
-    else:
-        flags = [("--data-parallel-size", str(split.groups))]
-        if one.nodes > 1:
-            local = one.slot.ranks // copy
-            flags.append(("--data-parallel-size-local", str(local)))
-            if one.index:
-                flags.append(("--data-parallel-start-rank", str(local * one.index)))
-            flags += [
-                ("--data-parallel-address", head),
-                ("--data-parallel-rpc-port", str(ports["data_parallel_rpc"])),
-            ]
-    if one.index:
-        flags.append(("--headless", None))
-    return flags
-
-
-def _sizes(plan: Plan) -> list[Flag]:
-    """Batch, lengths and memory, in tokens and shares."""
-    way, work = plan.strategy, plan.request.workload
-    block = int(table("vllm_ascend")["block_size"]["value"])
-    longest = -(-(work.input_len + work.output_len) // block) * block
-    if plan.model.max_context:
-        longest = min(longest, plan.model.max_context)
-    least = way.batch * (1 + way.mtp)
-    if way.chunk < least:
-        raise InputError(
-            "max_num_batched_tokens must be at least max_num_seqs"
-            + (" times the tokens that a step verifies" if way.mtp else ""),
-            got=f"chunk={way.chunk}, batch={way.batch}" + (f", mtp={way.mtp}" if way.mtp else ""),
-            hint=f"plan with a chunk of at least {least} tokens",
-        )
-    flags: list[Flag] = [
-        ("--max-num-seqs", str(way.batch)),
-        ("--max-num-batched-tokens", str(way.chunk)),
-        ("--max-model-len", str(longest)),
-        ("--block-size", str(block)),
-    ]
-    if plan.memory:
-        share = min(row.capacity_bytes for row in plan.memory) / plan.cluster.hbm_bytes
-        text = f"{math.floor(share * 1e4 + 1e-6) / 1e4:g}"  # rounded down: never more than planned
-        flags.append(("--gpu-memory-utilization", text))
-    if work.prefix_hit > 0:
-        flags.append(("--enable-prefix-caching", None))
-    return flags
-
-
-def _sent_across_roce(plan: Plan, family: str) -> bool:
-    """Whether tokens are sent between supernodes: A3 then needs the hierarchical algorithm."""
-    way, most = plan.strategy, plan.cluster.fast_ranks
-    return family == "a3" and way.exchange == "alltoall" and 0 < most < way.ep
-
-
-def _speculative(plan: Plan) -> list[Flag]:
-    """Tokens that the model's own layer predicts ahead."""
-    depth = plan.strategy.mtp
-    if not depth:
-        return []
-    method = table("vllm_ascend")["speculative"]["method"]
-    config = {"method": method, "num_speculative_tokens": depth}
-    return [("--speculative-config", json.dumps(config))]
-
-
-def _additional(plan: Plan, family: str) -> list[Flag]:
-    """The plugin's own switches, one JSON object."""
-    way, names = plan.strategy, table("vllm_ascend")["additional_config"]
-    on: dict[str, object] = {}
-    if way.sp:
-        on[names["sequence_parallel"]] = True
-    if way.weight_prefetch:
-        on[names["weight_prefetch"]] = {"enabled": True}
-    if way.fused_collectives:
-        on[names["fused_collectives"]] = True
-    if _sent_across_roce(plan, family):
-        on[names["sent_across_roce"]] = True
-    if modules := module_sizes(plan):
-        on[names["module_ranks"]] = modules
-    return [("--additional-config", json.dumps(on))] if on else []
-
-
-def _graphs(plan: Plan, family: str) -> list[Flag]:
-    """Decode graphs of the sizes that the plan meets, or none in eager mode."""
-    way = plan.strategy
-    flags = [*_speculative(plan), *_additional(plan, family)]
-    if plan.request.engine_profile == "vllm-ascend-eager":
-        return [*flags, ("--enforce-eager", None)]
-    step, each = way.tp if way.sp else 1, 1 + way.mtp
-    sizes = {2**i for i in range(way.batch.bit_length()) if 2**i < way.batch} | {way.batch}
-    rounded = sorted({-(-size * each // step) * step for size in sizes})
-    config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
-    return [*flags, ("--compilation-config", json.dumps(config))]

@@ -65,8 +65,11 @@ def has_experts(plan: Plan) -> bool:
     return plan.model.active_parameters < plan.model.parameters
 
 
-def split_servers(plan: Plan) -> Split:
-    """Servers of the plan. `InputError` with the nearest plan that vLLM can run."""
+def split_servers(plan: Plan, target: str = _TARGET) -> Split:
+    """Servers of the plan. `InputError` with the nearest plan that the engine can run.
+
+    The rule of expert groups is SGLang's too; that of copies over several nodes is vLLM's alone.
+    """
     way = plan.strategy
     spans = way.tp * way.pp > plan.cluster.ranks_per_node
     replicas = way.parallelism().replicas
@@ -75,13 +78,13 @@ def split_servers(plan: Plan) -> Split:
     if way.ep % way.tp or way.dp % (way.ep // way.tp):
         near = sorted({1, way.tp, way.tp * way.dp})
         raise refuse(
-            _TARGET,
+            target,
             "its expert group is all ranks of a stage of a server: tp divides ep, ep divides tp*dp",
             got=f"ep={way.ep}, tp={way.tp}, dp={way.dp}",
             hint="try ep=" + ", ".join(str(size) for size in near),
         )
     groups = way.ep // way.tp
-    if spans and groups > 1:
+    if spans and groups > 1 and target == _TARGET:
         raise refuse(
             _TARGET,
             "experts spread over model copies that each fill several nodes",
@@ -91,14 +94,14 @@ def split_servers(plan: Plan) -> Split:
     return Split(servers=replicas, groups=groups, experts=True)
 
 
-def launches(plan: Plan, split: Split) -> tuple[Launch, ...]:
+def launches(plan: Plan, split: Split, target: str = _TARGET) -> tuple[Launch, ...]:
     """Every process group to start, by node. `InputError` where ranks do not fit the nodes."""
     way, per_node = plan.strategy, plan.cluster.ranks_per_node
     copy = way.tp * way.pp
     spans = copy > per_node
     if not spans:  # a copy must not cross a border between nodes either
-        place(_TARGET, groups=way.dp, ranks=copy, per_node=per_node)
-    placed = in_order(_TARGET, plan, groups=split.servers, ranks=copy * split.groups)
+        place(target, groups=way.dp, ranks=copy, per_node=per_node)
+    placed = in_order(target, plan, groups=split.servers, ranks=copy * split.groups)
     made = [
         Launch(
             server=server,

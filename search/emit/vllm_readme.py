@@ -1,68 +1,25 @@
-"""The prose, the balancer and the load test that go with the vLLM scripts.
+"""The prose and the balancer that go with scripts of servers, one or several a node.
 
-The load test sends the plan's own workload: random prompts of its input length, of which the
-share found in the prefix cache is one prefix common to all, and a fixed number of output tokens.
+Both engines that start so (vLLM, SGLang) share them; each names its first port.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from shardplan.search.emit.common import (
-    Raw,
-    command_line,
-    model_name,
-    predicted,
-    printable,
-    table,
-)
+from shardplan.search.emit.common import model_name, printable, table
+from shardplan.search.emit.modelslim import quantize_steps
+from shardplan.search.emit.serving_page import Page, ahead_words, page
 from shardplan.search.emit.vllm_layout import Launch, Split
 from shardplan.search.emit.vllm_schemes import Checkpoint
 from shardplan.search.plan import Plan
 
-__all__ = ["ahead_words", "balancer", "bench", "readme"]
+__all__ = ["about", "balancer", "readme", "server_steps", "shape_of", "url_of"]
 
 
-def bench(plan: Plan, checkpoint: Checkpoint, split: Split) -> str:
-    """The load test script; BASE_URL names the balancer where there are several servers."""
-    work = plan.request.workload
-    slots = work.concurrency or max(1, round(plan.performance.concurrency))
-    facts = table("vllm_ascend")["bench"]
-    prompts = max(facts["fewest_prompts"], facts["prompts_per_slot"] * slots)
-    shared = round(work.input_len * work.prefix_hit)
-    flags: list[tuple[str, str | None]] = [
-        ("--backend", "openai"),
-        ("--base-url", Raw('"$BASE_URL"')),
-        ("--endpoint", "/v1/completions"),
-        ("--model", Raw('"$MODEL"')),
-        ("--served-model-name", model_name(plan)),
-        ("--dataset-name", "random"),
-        ("--random-input-len", str(work.input_len - shared)),
-        ("--random-prefix-len", str(shared)),
-        ("--random-output-len", str(work.output_len)),
-        ("--num-prompts", str(prompts)),
-        ("--max-concurrency", str(slots)),
-        ("--ignore-eos", None),
-    ]
-    if work.request_rate is not None:
-        flags.append(("--request-rate", f"{work.request_rate:g}"))
-    lines = [
-        "#!/usr/bin/env bash",
-        "# Sends the plan's workload to the running deployment and prints what it measured.",
-        "set -euo pipefail",
-        *checkpoint.shell,
-        f'BASE_URL="${{BASE_URL:-{_url(0)}}}"' if split.servers == 1 else _need_url(split),
-        "",
-        "exec "
-        + command_line("vllm_ascend", "bench", ["vllm", "bench", "serve"], flags)
-        + ' \\\n  "$@"',
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _url(offset: int, host: str = "127.0.0.1") -> str:
-    return f"http://{host}:{table('vllm_ascend')['ports']['serve'] + offset}"
+def url_of(port: int, host: str = "127.0.0.1") -> str:
+    """Where a server answers."""
+    return f"http://{host}:{port}"
 
 
 def _addresses(todo: Sequence[Launch]) -> list[tuple[str, int]]:
@@ -72,102 +29,93 @@ def _addresses(todo: Sequence[Launch]) -> list[tuple[str, int]]:
     return [("127.0.0.1" if alone else f"NODE{one.head}", one.port_offset) for one in heads]
 
 
-def balancer(todo: Sequence[Launch]) -> str:
+def balancer(todo: Sequence[Launch], first_port: int) -> str:
     """An nginx file that spreads requests over the servers, least busy first."""
-    facts = table("vllm_ascend")
+    facts = table("vllm_ascend")["balancer"]
     lines = [
         "# For nginx, inside its http block (such as a file of /etc/nginx/conf.d): one address for",
         "# all servers of the deployment. Put the address of node i where NODE<i> stands.",
-        "upstream vllm {",
+        "upstream servers {",
         "    least_conn;",
-        *(f"    server {host}:{facts['ports']['serve'] + o};" for host, o in _addresses(todo)),
+        *(f"    server {host}:{first_port + offset};" for host, offset in _addresses(todo)),
         "}",
         "server {",
-        f"    listen {facts['balancer']['port']};",
+        f"    listen {facts['port']};",
         "    location / {",
-        "        proxy_pass http://vllm;",
+        "        proxy_pass http://servers;",
         "        proxy_buffering off;",
-        f"        proxy_read_timeout {facts['balancer']['read_timeout_s']}s;",
+        f"        proxy_read_timeout {facts['read_timeout_s']}s;",
         "    }",
         "}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _need_url(split: Split) -> str:
-    return f': "${{BASE_URL:?set BASE_URL to the balancer before the {split.servers} servers}}"'
-
-
-def readme(plan: Plan, checkpoint: Checkpoint, split: Split, todo: Sequence[Launch]) -> str:
-    """README.md of the deployment."""
-    way, engine = plan.strategy, table("vllm_ascend")["engine"]
-    nodes = sorted({one.slot.node for one in todo})
-    scripts = ", ".join(f"serve_node{node}.sh" for node in nodes)
-    shape = f"tp {way.tp}, pp {way.pp}, dp {way.dp}, ep {way.ep}"
-    lines = [
-        f"# {model_name(plan)} with vLLM on Ascend: {shape}",
-        "",
-        f"For {printable(plan.cluster.title)}, {len(nodes)} node(s), {way.ranks} ranks. Written "
-        f"for vllm {engine['vllm']} and vllm-ascend {engine['vllm_ascend']}. Files: README.md, "
-        f"bench.sh, {'balancer.conf, ' * (split.servers > 1)}{scripts}.",
-        "",
-        "## Steps",
-        "",
-        *_steps(checkpoint, split, todo),
-        "",
-        "## A first request",
-        "",
-        "```bash",
-        *_first_request(plan),
-        "```",
-        "",
-        "## Load test",
-        "",
-        f"`./bench.sh` sends the plan's workload{_balancer(split)}. The plan promises:",
-        "",
-        *predicted(plan),
-        "",
-        "## Assumed",
-        "",
-        *_assumed(plan, split),
+def about(plan: Plan, nodes: int, written_for: str, names: Sequence[str]) -> list[str]:
+    """First paragraph of a README."""
+    return [
+        f"For {printable(plan.cluster.title)}, {nodes} node(s), {plan.strategy.ranks} ranks. "
+        f"Written for {written_for}. Files: {', '.join(names)}."
     ]
-    return "\n".join(lines) + "\n"
 
 
-def _steps(checkpoint: Checkpoint, split: Split, todo: Sequence[Launch]) -> list[str]:
+def shape_of(plan: Plan) -> str:
+    """The strategy's sizes in a title."""
+    way = plan.strategy
+    return f"tp {way.tp}, pp {way.pp}, dp {way.dp}, ep {way.ep}"
+
+
+def readme(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    split: Split,
+    todo: Sequence[Launch],
+    names: Sequence[str],
+) -> str:
+    """README.md of the vLLM deployment."""
+    engine, port = table("vllm_ascend")["engine"], table("vllm_ascend")["ports"]["serve"]
+    nodes = {one.slot.node for one in todo}
+    written_for = f"vllm {engine['vllm']} and vllm-ascend {engine['vllm_ascend']}"
+    return page(
+        plan,
+        Page(
+            title=f"{model_name(plan)} with vLLM on Ascend: {shape_of(plan)}",
+            about=about(plan, len(nodes), written_for, names),
+            steps=server_steps(plan, checkpoint, split, todo, port),
+            url=url_of(port),
+            load=f"`./bench.sh` sends the plan's workload{_balancer(split)}.",
+            assumed=_assumed(plan, split),
+        ),
+    )
+
+
+def server_steps(
+    plan: Plan, checkpoint: Checkpoint, split: Split, todo: Sequence[Launch], first_port: int
+) -> list[str]:
     """Checkpoint, then start, then the addresses to send requests to."""
-    steps = [
-        "1. Put the checkpoint on every node at one path (or let vLLM download it). It holds: "
-        + "; ".join(checkpoint.needs)
-        + "."
-    ]
     settings = "MODEL=FOLDER "
     if any(one.nodes > 1 for one in todo):
         settings += "HEAD_ADDRESS=IP NODE_ADDRESS=IP NIC=INTERFACE "
-    nodes = sorted({one.slot.node for one in todo})
-    steps += [
-        f"{number}. On node {node}: `{settings}./serve_node{node}.sh`"
-        for number, node in enumerate(nodes, start=2)
+    steps = [
+        "Put the checkpoint on every node at one path (or let the engine download it). It holds: "
+        + "; ".join(checkpoint.needs)
+        + ".",
+        *quantize_steps(plan),
+        *(
+            f"On node {node}: `{settings}./serve_node{node}.sh`"
+            for node in sorted({one.slot.node for one in todo})
+        ),
     ]
     heads = [one for one in todo if one.index == 0]
-    where = [_url(one.port_offset, f"NODE{one.head}") for one in heads]
+    where = [url_of(first_port + one.port_offset, f"NODE{one.head}") for one in heads]
     if split.servers == 1:
-        return [*steps, f"{len(steps) + 1}. Requests go to {where[0]} once it answers /health."]
+        return [*steps, f"Requests go to {where[0]} once it answers /health."]
     port = table("vllm_ascend")["balancer"]["port"]
     return [
         *steps,
-        f"{len(steps) + 1}. These are {split.servers} independent servers, each with all weights: "
+        f"These are {split.servers} independent servers, each with all weights: "
         f"{', '.join(where)}. Put a load balancer before them, least busy first, once all answer "
         f"/health: balancer.conf is one for nginx and listens on port {port}.",
-    ]
-
-
-def _first_request(plan: Plan) -> list[str]:
-    body = {"model": model_name(plan), "prompt": "The capital of France is", "max_tokens": 16}
-    return [
-        f"curl -sS {_url(0)}/v1/completions \\",
-        "  -H 'Content-Type: application/json' \\",
-        f"  -d '{json.dumps(body)}'",
     ]
 
 
@@ -183,7 +131,6 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
         f"- Priced for engine profile {printable(plan.request.engine_profile)}.",
         "- Further flags may follow a script's name; environment variables that are already set "
         "win over the script's.",
-        "- Not run on a device by the tool that wrote this.",
     ]
     if split.experts:
         size = table("vllm_ascend")["hccl_buffsize_mib"]["experts"]
@@ -218,16 +165,3 @@ def _assumed(plan: Plan, split: Split) -> list[str]:
     if way.weight_dtype == "w4a16":
         lines.append("- The engine's W4A16 covers experts; attention stays in 16 bit.")
     return lines
-
-
-def ahead_words(plan: Plan) -> list[str]:
-    """What is assumed of tokens that are predicted ahead; nothing where none are."""
-    way = plan.strategy
-    if not way.mtp:
-        return []
-    share = plan.request.workload.mtp_acceptance
-    kept = "" if share is None else f"; the plan assumed that {share:.0%} of drafts are kept"
-    return [
-        f"- The checkpoint holds the model's prediction layer, which drafts {way.mtp} token(s) "
-        f"a step{kept}. Random prompts may be predicted less well: measure with real ones."
-    ]

@@ -1,25 +1,24 @@
-"""What checkpoint a plan needs under vLLM on Ascend, and where it may come from.
+"""What checkpoint a plan needs under an engine on Ascend, and where it may come from.
 
 A 16-bit plan of a preset whose published checkpoint is 16-bit too takes that repository unless
 told otherwise. Every other plan must be told: a quantized checkpoint is made by ModelSlim, and
 its quant_model_description.json chooses the scheme of each layer, so the engine needs no more
-than `--quantization ascend`. The same file turns an int8 KV cache on.
-Sources: `schemes`, `kv_int8` and `mla` in `search/data/vllm_ascend.toml`.
+than a flag that says so. The same file turns an int8 KV cache on.
+Sources: `schemes`, `kv_int8` and `mla` in the engine's table in `search/data`.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from shardplan.costmodel.weight_types import is_mixed, type_of
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError
 from shardplan.models.weight_groups import WeightGroup
 from shardplan.search.emit.common import printable, refuse, table
+from shardplan.search.emit.modelslim import repository
 from shardplan.search.emit.vllm_layout import has_experts
 from shardplan.search.plan import Plan
 
@@ -35,7 +34,6 @@ _LAYERS: Mapping[WeightGroup, str] = {
 }
 """Groups of layers as the checkpoint's README names them; the first three are linear layers to
 the engine."""
-_REPOSITORY = re.compile(r"https://huggingface\.co/([\w.-]+/[\w.-]+)/(?:blob|resolve)/\S*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +48,17 @@ class Checkpoint:
     """Sentences about the files."""
 
 
-def checkpoint_of(plan: Plan, family: str) -> Checkpoint:
-    """The checkpoint of the plan's dtypes. `InputError` where the engine has no scheme."""
+def checkpoint_of(plan: Plan, family: str, target: str = _TARGET) -> Checkpoint:
+    """The checkpoint of the plan's dtypes. `InputError` where the engine has no scheme.
+
+    `target`: the engine, whose table holds its schemes.
+    """
     way = plan.strategy
-    facts = table("vllm_ascend")
-    latent = plan.model.architecture in facts["mla"]["architectures"]
+    facts = table(target.replace("-", "_"))
+    latent = plan.model.architecture in table("vllm_ascend")["mla"]["architectures"]
     if latent and family not in facts["mla"]["families"]:
         raise refuse(
-            _TARGET,
+            target,
             "no latent attention on this device",
             got=printable(f"{plan.model.architecture} on {plan.cluster.device}"),
             hint="plan for A2 or A3",
@@ -66,31 +67,33 @@ def checkpoint_of(plan: Plan, family: str) -> Checkpoint:
     if way.weight_dtype in _WIDE:
         needs.append(f"weights stored as {way.weight_dtype} (or another 16-bit type)")
     elif is_mixed(way.weight_dtype):
-        needs.append(_by_groups(plan, family))
+        needs.append(_by_groups(plan, family, target))
     else:
-        names = _schemes(plan, family, way.weight_dtype, has_experts(plan))
+        names = _schemes(plan, family, target, way.weight_dtype, has_experts(plan))
         needs.append(
             f"{way.weight_dtype} weights quantized by ModelSlim, scheme {' or '.join(names)} in "
             "quant_model_description.json"
         )
     if way.kv_dtype not in _WIDE:
-        needs.append(_int8_cache(plan, family, facts, latent=latent))
+        needs.append(_int8_cache(plan, family, target, latent=latent))
     quantized = not (way.weight_dtype in _WIDE and way.kv_dtype in _WIDE)
     default = None if quantized else _published(plan)
     return Checkpoint(quantized=quantized, shell=_shell(default), needs=tuple(needs))
 
 
-def _schemes(plan: Plan, family: str, dtype: str, experts: bool, what: str = "") -> list[str]:
+def _schemes(
+    plan: Plan, family: str, target: str, dtype: str, experts: bool, what: str = ""
+) -> list[str]:
     """Names of the schemes that serve weights of a type on this device."""
     kind = "experts" if experts else "dense"
-    rows = table("vllm_ascend")["schemes"]
+    rows = table(target.replace("-", "_"))["schemes"]
     here = {row["weight_dtype"]: row[kind] for row in rows if family in row["families"]}
     names: list[str] = here.get(dtype, [])
     if not names:
         able = [*_WIDE, *sorted(one for one, found in here.items() if found)]
         what = what or ("models with experts" if experts else "dense models")
         raise refuse(
-            _TARGET,
+            target,
             f"no weight scheme of this dtype for {what} on {printable(plan.cluster.device)}",
             got=f"weight_dtype={printable(plan.strategy.weight_dtype)}",
             hint="try " + ", ".join(able),
@@ -98,7 +101,7 @@ def _schemes(plan: Plan, family: str, dtype: str, experts: bool, what: str = "")
     return names
 
 
-def _by_groups(plan: Plan, family: str) -> str:
+def _by_groups(plan: Plan, family: str, target: str) -> str:
     """The schemes of each group of layers; ModelSlim's description names one for every tensor."""
     words = []
     for group, layers in _LAYERS.items():
@@ -108,7 +111,7 @@ def _by_groups(plan: Plan, family: str) -> str:
         if dtype in _WIDE:
             names = ["FLOAT"]
         else:
-            names = _schemes(plan, family, dtype, group == "experts", layers)
+            names = _schemes(plan, family, target, dtype, group == "experts", layers)
         words.append(f"{layers} {' or '.join(names)} ({dtype})")
     return (
         "weights quantized by ModelSlim with a scheme by layers in quant_model_description.json: "
@@ -116,12 +119,12 @@ def _by_groups(plan: Plan, family: str) -> str:
     )
 
 
-def _int8_cache(plan: Plan, family: str, facts: Mapping[str, Any], *, latent: bool) -> str:
-    rule = facts["kv_int8"]
+def _int8_cache(plan: Plan, family: str, target: str, *, latent: bool) -> str:
+    rule = table(target.replace("-", "_"))["kv_int8"]
     if plan.strategy.kv_dtype != "int8" or family not in rule["families"] or latent:
         why = "latent attention keeps its cache in 16 bit outside disaggregated decode nodes"
         raise refuse(
-            _TARGET,
+            target,
             why if latent else "no such KV cache on this device",
             got=printable(f"kv_dtype={plan.strategy.kv_dtype}, device={plan.cluster.device}"),
             hint="try kv_dtype bf16 or fp16",
@@ -134,14 +137,14 @@ def _int8_cache(plan: Plan, family: str, facts: Mapping[str, Any], *, latent: bo
 
 def _published(plan: Plan) -> str | None:
     """Repository of the preset's checkpoint, if its weights are 16-bit."""
-    found = _REPOSITORY.fullmatch(plan.model.source)
+    found = repository(plan)
     if found is None or plan.model.name not in model_names():
         return None
     try:
         stored = load_model(plan.model.name).dtype
     except InputError:
         return None
-    return found.group(1) if stored in _WIDE else None
+    return found if stored in _WIDE else None
 
 
 def _shell(default: str | None) -> tuple[str, ...]:

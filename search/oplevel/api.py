@@ -25,15 +25,16 @@ from shardplan.search.oplevel.constraints import Constraints
 from shardplan.search.oplevel.ilp import relaxed_s
 from shardplan.search.oplevel.memory import capacity_bytes
 from shardplan.search.oplevel.pipeline import find
-from shardplan.search.oplevel.plan import OperatorPlan
+from shardplan.search.oplevel.plan import OperatorPlan, OperatorRequest
 from shardplan.search.oplevel.problem import Problem, Strategy, make_problem
 from shardplan.search.oplevel.quotient import Quotient, quotient_of
 from shardplan.search.oplevel.tell import Answer, tell
 
-__all__ = ["MeshShape", "price_operators", "search_operators"]
+__all__ = ["ENGINE", "MeshShape", "price_operators", "search_operators"]
 
 MeshShape = Mapping[str, int] | Sequence[int] | Literal["auto"]
-_ENGINE = "torch-graph"
+ENGINE = "torch-graph"
+"""Profile that operators run as."""
 _NAMES = ("x", "y")
 
 
@@ -43,6 +44,7 @@ def search_operators(
     mesh_shape: MeshShape = "auto",
     *,
     stages: int = 1,
+    cards: int | None = None,
     dtype: str = AUTO_DTYPE,
     pins: Mapping[str, Layout] | None = None,
     forbid: Mapping[str, Sequence[str]] | None = None,
@@ -52,7 +54,8 @@ def search_operators(
     """The fastest split of every operator over a mesh of one or two axes.
 
     `mesh_shape`: {axis: ranks} or ranks of the axes x and y, major to minor; `auto` tries all that
-    use the whole cluster and takes the fastest. `stages`: pipeline stages, each a mesh of its own.
+    use the whole cluster (or `cards` of it) and takes the fastest. `stages`: pipeline stages, each
+    a mesh of its own. `cards`: ranks that the mesh and its stages fill, all or fewer by default.
     `dtype`: of matrix products, `auto` as the graph's tensors are. `pins`: {tensor: {axis: dim}} of
     inputs, outputs and parameters; `forbid`: {kind of operator: axes}; both need a mesh that is
     named. `memory_bytes`: of a rank, in place of what its card leaves. `time_limit_s`: of each
@@ -75,14 +78,24 @@ def search_operators(
     quotient = _quotient(graph)
     asked = [
         _ask(quotient, machine, mesh, constraints, dtype)
-        for mesh in _meshes(mesh_shape, machine, stages)
+        for mesh in _meshes(mesh_shape, machine, stages, cards)
     ]
     if len(asked) > 1:
         asked.sort(key=lambda one: relaxed_s(one.problem))
     best = _best(asked, stages, memory_bytes, time_limit_s)
+    request = OperatorRequest(
+        mesh=_said(mesh_shape, asked[0].problem.mesh),
+        stages=stages,
+        cards=cards,
+        memory_bytes=memory_bytes,
+        time_limit_s=time_limit_s,
+        pins={name: dict(layout) for name, layout in constraints.pins.items()},
+        forbid={kind: tuple(axes) for kind, axes in constraints.forbid.items()},
+    )
     return tell(
         graph,
         best,
+        request,
         space_size=sum(one.problem.space_size for one in asked),
         meshes=len(asked),
         wall_s=time.perf_counter() - start,
@@ -109,11 +122,22 @@ def price_operators(
     machine = load_cluster(cluster) if isinstance(cluster, str) else cluster
     if mesh_shape == "auto":
         raise InputError("a strategy is priced on a mesh that is given", got="mesh_shape=auto")
-    (mesh,) = _meshes(mesh_shape, machine, stages)
+    (mesh,) = _meshes(mesh_shape, machine, stages, None)
     asked = _ask(_quotient(graph), machine, mesh, Constraints(pins=pins or {}), dtype, strategy)
     best = _best([asked], stages, np.inf, None)
     wall_s = time.perf_counter() - start
-    return tell(graph, best, space_size=asked.problem.space_size, meshes=1, wall_s=wall_s)
+    request = OperatorRequest(
+        mesh=_said(mesh_shape, mesh),
+        stages=stages,
+        pins={name: dict(layout) for name, layout in (pins or {}).items()},
+    )
+    space_size = asked.problem.space_size
+    return tell(graph, best, request, space_size=space_size, meshes=1, wall_s=wall_s)
+
+
+def _said(shape: MeshShape, mesh: Mesh) -> Literal["auto"] | dict[str, int]:
+    """A mesh as it was asked for."""
+    return "auto" if shape == "auto" else dict(zip(mesh.axes, mesh.shape, strict=True))
 
 
 def _quotient(graph: OpGraph) -> Quotient:
@@ -140,7 +164,7 @@ def _ask(
     strategy: Strategy | None = None,
 ) -> _Asked:
     constraints.check(quotient.graph, mesh)
-    prices = OperatorPrices.of(cluster, mesh, load_engine(_ENGINE), quotient.graph.tensors, dtype)
+    prices = OperatorPrices.of(cluster, mesh, load_engine(ENGINE), quotient.graph.tensors, dtype)
     return _Asked(problem=make_problem(quotient, prices, constraints, strategy), prices=prices)
 
 
@@ -170,12 +194,18 @@ def _best(
     return best
 
 
-def _meshes(shape: MeshShape, cluster: Cluster, stages: int) -> Iterator[Mesh]:
-    """Meshes of one stage. `InputError` for one that the cluster does not hold."""
+def _meshes(shape: MeshShape, cluster: Cluster, stages: int, cards: int | None) -> Iterator[Mesh]:
+    """Meshes of one stage. `InputError` for one that the cluster or the cards do not hold."""
+    if cards is not None and not 1 <= cards <= cluster.ranks:
+        raise InputError(
+            "`cards` are some of the cluster's",
+            got=f"cards={cards}, ranks={cluster.ranks}",
+            hint="use more nodes",
+        )
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
         raise InputError("`stages` is a whole number from 1", got=f"stages={stages!r}")
     if isinstance(shape, str):
-        yield from _all_meshes(shape, cluster, stages)
+        yield from _all_meshes(shape, cards or cluster.ranks, stages)
         return
     sizes = dict(shape) if isinstance(shape, Mapping) else dict(zip(_NAMES, shape, strict=False))
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes.values())
@@ -192,15 +222,21 @@ def _meshes(shape: MeshShape, cluster: Cluster, stages: int) -> Iterator[Mesh]:
             got=f"mesh_shape={shape!r}, stages={stages}, ranks={cluster.ranks}",
             hint="use more nodes",
         )
+    if cards is not None and mesh.ranks * stages != cards:
+        raise InputError(
+            "a mesh and its stages fill the cards that are asked for",
+            got=f"mesh_shape={shape!r}, stages={stages}, cards={cards}",
+            hint="leave one of them out",
+        )
     yield mesh
 
 
-def _all_meshes(shape: str, cluster: Cluster, stages: int) -> Iterator[Mesh]:
-    ranks, rest = divmod(cluster.ranks, stages)
+def _all_meshes(shape: str, cards: int, stages: int) -> Iterator[Mesh]:
+    ranks, rest = divmod(cards, stages)
     if shape != "auto" or rest or not ranks:
         raise InputError(
-            "`mesh_shape` is `auto`, where the stages share the cluster evenly, or ranks of axes",
-            got=f"mesh_shape={shape!r}, stages={stages}, ranks={cluster.ranks}",
+            "`mesh_shape` is `auto`, where the stages share the ranks evenly, or ranks of axes",
+            got=f"mesh_shape={shape!r}, stages={stages}, ranks={cards}",
         )
     yield Mesh(_NAMES[:1], (ranks,), {})
     for first in range(2, ranks // 2 + 1):

@@ -250,7 +250,12 @@ def _does_not_fit(
     where = f" with stages of {', '.join(map(str, cut))} layers" if len(cut) > 1 else ""
     return InfeasibleError(
         "a rank holds its part of the graph in its memory",
-        got=f"the least that any split needs{where} is {needed / _GIB:.2f} GiB, "
-        f"{(needed - limit_bytes) / _GIB:.2f} GiB more than a rank's {limit_bytes / _GIB:.2f} GiB",
+        got=f"the least that any split needs{where} is {_size(needed)}, "
+        f"{_size(needed - limit_bytes)} more than a rank's {_size(limit_bytes)}",
         hint="use more ranks, more stages, a narrower dtype or a smaller batch",
     )
+
+
+def _size(count: float) -> str:
+    """Bytes as GiB, small ones as MiB."""
+    return f"{count / _GIB:.2f} GiB" if count >= 0.1 * _GIB else f"{count / 2**20:.3f} MiB"

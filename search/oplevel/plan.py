@@ -12,15 +12,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from shardplan.models.errors import InputError
 from shardplan.models.opfold import first_alike
 from shardplan.models.opgraph import OpGraph
 from shardplan.search.atomic import rounded, write_atomically
-from shardplan.search.plan import MAX_PLAN_BYTES, ClusterInfo
+from shardplan.search.plan import MAX_PLAN_BYTES, ClusterInfo, ProofInfo
 from shardplan.search.plan_confidence import Part
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "MoveRow",
     "OperatorCertificate",
     "OperatorPlan",
+    "OperatorRequest",
     "OperatorRow",
     "StageRow",
     "operator_plan_schema",
@@ -36,6 +37,7 @@ __all__ = [
 
 _VERSION = 1
 Layout = dict[str, int | str]
+Size = Annotated[int, Field(ge=1, le=2**20)]
 
 
 class OperatorRow(Part):
@@ -50,6 +52,9 @@ class OperatorRow(Part):
     """{axis: loop}; axes that it leaves out compute the whole."""
     passes: tuple[str, ...]
     """Axes on which partial sums go through it."""
+    reads: tuple[Layout, ...]
+    """Of each tensor that it reads, in its order."""
+    writes: tuple[Layout, ...]
     compute_s: float
     memory_s: float
     overhead_s: float
@@ -96,7 +101,7 @@ class StageRow(Part):
     """One pipeline stage; without a pipeline, all of the graph."""
 
     stage: int
-    layers: int
+    layers: Annotated[int, Field(ge=0)]
     seconds: float
     parameters_bytes: float
     constants_bytes: float
@@ -127,17 +132,37 @@ class OperatorCertificate(Part):
     wall_s: float
 
 
+class OperatorRequest(Part):
+    """What was asked, beside the graph and the cluster."""
+
+    sizes: dict[str, int] = Field(default_factory=dict)
+    """Elements of symbolic dims that the graph was read with."""
+    mesh: Literal["auto"] | dict[str, int] = "auto"
+    stages: int = 1
+    cards: int | None = None
+    memory_bytes: float | None = None
+    """Of a rank, where it is not what the card leaves."""
+    time_limit_s: float | None = None
+    pins: dict[str, Layout] = Field(default_factory=dict)
+    forbid: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+
+
 class OperatorPlan(Part):
     """How every operator of a graph is split over a mesh."""
 
     schema_version: Literal[1] = 1
+    kind: Literal["operators"] = "operators"
+    """Sets it apart from the plan of a deployment (`shardplan.search.plan`)."""
     shardplan_version: str
+    request: OperatorRequest
     graph: str
     source: str
+    digest: str
+    """Of the graph that it was made of (`models.opdescribe.graph_digest`)."""
     layers: int
     parameters: int
     cluster: ClusterInfo
-    mesh: dict[str, int]
+    mesh: dict[str, Size]
     """Axes major to minor: ranks of the last are neighbours."""
     dtype: str
     total_s: float
@@ -147,11 +172,22 @@ class OperatorPlan(Part):
     operators: tuple[OperatorRow, ...]
     moves: tuple[MoveRow, ...]
     held: tuple[HeldRow, ...]
+    inputs: dict[str, Layout]
+    """How each input comes."""
+    outputs: dict[str, Layout]
+    """How each output is given; of equal layers' the first's."""
     costs: tuple[KindRow, ...]
     fits: bool
     """Whether every stage is within its memory; a priced strategy may not be."""
     certificate: OperatorCertificate
+    proof: ProofInfo | None = None
+    """Of level 1 (`search.oplevel.proof`); None where the plan is only priced."""
     notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """A short name: `x2 y4, 2 stages`."""
+        mesh = " ".join(f"{axis}{size}" for axis, size in self.mesh.items())
+        return mesh + (f", {len(self.stages)} stages" if len(self.stages) > 1 else "")
 
     @property
     def strategy(self) -> dict[str, dict[str, str]]:
@@ -193,6 +229,20 @@ class OperatorPlan(Part):
             ) from None
         except (ValueError, RecursionError) as error:
             raise InputError("a saved plan is JSON in UTF-8", got=f"{file}: {error}") from None
+
+    def verify(
+        self, graph: OpGraph | None = None, *, level: int = 1, model: str | None = None
+    ) -> ProofInfo:
+        """Prove it again (`prove_operators`), on its graph or that of its file (or of `model`)."""
+        from shardplan.search.oplevel.proof import graph_of_plan, prove_operators
+
+        return prove_operators(self, graph or graph_of_plan(self, model), level=level)
+
+    def emit(self, target: str, out: str | os.PathLike[str], **options: object) -> list[Path]:
+        """Write the files of a target that takes plans of operators, `onnx`, into `out`."""
+        from shardplan.search.emit import emit
+
+        return emit(self, target, Path(out), force=False, **options)
 
     def dumps(self) -> str:
         """The bytes of the file; floats have ten digits, beyond which machines differ."""

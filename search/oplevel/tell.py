@@ -10,6 +10,7 @@ import numpy as np
 
 import shardplan
 from shardplan.costmodel.opcost import OperatorPrices
+from shardplan.models.opdescribe import graph_digest
 from shardplan.models.opgraph import OpGraph
 from shardplan.models.redistribute import PARTIAL
 from shardplan.search.build_plan import cluster_info
@@ -22,6 +23,7 @@ from shardplan.search.oplevel.plan import (
     MoveRow,
     OperatorCertificate,
     OperatorPlan,
+    OperatorRequest,
     OperatorRow,
     StageRow,
 )
@@ -49,7 +51,13 @@ class Answer:
 
 
 def tell(
-    graph: OpGraph, answer: Answer, *, space_size: int, meshes: int, wall_s: float
+    graph: OpGraph,
+    answer: Answer,
+    request: OperatorRequest,
+    *,
+    space_size: int,
+    meshes: int,
+    wall_s: float,
 ) -> OperatorPlan:
     """The plan of an answer to a question about `graph`."""
     found, problem, mesh = answer.found, answer.problem, answer.problem.mesh
@@ -60,8 +68,10 @@ def tell(
     operators = tuple(_operators(answer))
     return OperatorPlan(
         shardplan_version=shardplan.__version__,
+        request=request,
         graph=graph.name,
         source=graph.source,
+        digest=graph_digest(graph),
         layers=layer_count(problem.quotient),
         parameters=graph.parameters,
         cluster=cluster_info(answer.prices.cluster),
@@ -73,6 +83,8 @@ def tell(
         operators=operators,
         moves=moves,
         held=tuple(_held(answer)),
+        inputs=dict(_inputs(answer)),
+        outputs=dict(_outputs(answer)),
         costs=_costs(operators, moves, answer),
         fits=all(one.total_bytes <= one.capacity_bytes for one in stages),
         certificate=OperatorCertificate(
@@ -105,6 +117,8 @@ def _operators(answer: Answer) -> Iterator[OperatorRow]:
             times=one.times,
             split=candidate.chosen,
             passes=tuple(axis for axis, state in candidate.states if state == PARTIAL),
+            reads=tuple(map(dict, candidate.reads)),
+            writes=tuple(map(dict, candidate.writes)),
             compute_s=compute,
             memory_s=memory,
             overhead_s=overhead,
@@ -127,6 +141,22 @@ def _moves(answer: Answer) -> Iterator[MoveRow]:
                 message_bytes=message_bytes(part.owner.tensor, part.nodes, step, answer.prices),
                 seconds=float(part.seconds[i]),
             )
+
+
+def _inputs(answer: Answer) -> Iterator[tuple[str, dict[str, int | str]]]:
+    for part in answer.problem.tensors:
+        if part.source is not None:
+            yield part.owner.tensor.name, dict(part.nodes[part.source])
+
+
+def _outputs(answer: Answer) -> Iterator[tuple[str, dict[str, int | str]]]:
+    problem, chosen = answer.problem, answer.found.chosen
+    for place, part in enumerate(problem.tensors):
+        if part.given is not None:
+            made = chosen.made(problem, part)
+            reached = (made, *(part.steps[i].target for i in chosen.steps[place]))
+            given = next(node for node in part.given if node in reached)
+            yield part.owner.tensor.name, dict(part.nodes[given])
 
 
 def _held(answer: Answer) -> Iterator[HeldRow]:

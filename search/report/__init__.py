@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan, write_atomically
+from shardplan.search.predicted import known_steps
 from shardplan.search.report.page import page
 from shardplan.search.trial_table import TrialTable
 
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 
-def write_report(plan: Plan, trials: TrialTable | DataFrame, path: Path) -> None:
+def write_report(
+    plan: Plan, trials: TrialTable | DataFrame, path: Path, **files: str | None
+) -> None:
     """Write the report of a plan and of the trials it was chosen from, whole or not at all.
+
+    `files`: model, cluster and device as of `known_steps`, where the plan's own are no presets.
 
     `trials` has the columns of `shardplan.search.trials.TRIAL_COLUMNS`. At most about 2,000 of
     them are drawn, and the page says so. `InputError` where the file cannot be written.
     """
-    write_atomically(path, page(plan, trials))
+    write_atomically(path, page(plan, trials, known_steps(plan, **files)))

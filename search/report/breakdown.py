@@ -7,7 +7,7 @@ from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.svg import Segment, bar
 from shardplan.search.report.words import milliseconds, percent, time
 
-__all__ = ["breakdown_section"]
+__all__ = ["breakdown_section", "kind_styles"]
 
 _COLOURS = 8
 _OTHER = f"c{_COLOURS}"
@@ -29,7 +29,7 @@ def breakdown_section(plan: Plan) -> Html:
     """A stacked bar and a table for prefill and for decode."""
     if not plan.breakdown:
         return Html("")
-    styles = _styles(plan.breakdown)
+    styles = kind_styles(plan.breakdown)
     phases = []
     for phase in ("prefill", "decode"):
         rows = [row for row in plan.breakdown if row.phase == phase]
@@ -61,7 +61,7 @@ def _mean_step(does: Performance) -> Html:
     )
 
 
-def _styles(rows: tuple[BreakdownRow, ...]) -> dict[str, str]:
+def kind_styles(rows: tuple[BreakdownRow, ...]) -> dict[str, str]:
     """A colour for each kind, the largest first; the smallest share the last one."""
     totals: dict[str, float] = {}
     steps = {phase: _total(rows, phase) or 1.0 for phase in ("prefill", "decode")}

@@ -10,6 +10,8 @@ __all__ = ["Attribute", "Html", "attribute_text", "raw", "table", "tag"]
 
 Attribute: TypeAlias = str | float | None
 
+_LONG = 60
+"""Letters of a first cell, markup with them, from which on it may take several lines."""
 _VOID = {"meta", "br", "hr"}
 
 
@@ -44,20 +46,23 @@ def table(
     *,
     words: int = 1,
     foot: Iterable[str] | None = None,
+    chosen: int | None = None,
 ) -> Html:
     """A table in a box that scrolls sideways where the screen is narrow.
 
-    The first `words` columns hold words, the rest numbers; the first cell heads its row.
+    The first `words` columns hold words, the rest numbers; the first cell heads its row. `chosen`:
+    the row that stands out.
     """
-    names = list(headings)
+    names, lines = list(headings), [list(row) for row in rows]
+    wraps = any(len(row[0]) > _LONG for row in lines if row)
 
-    def line(cells: Iterable[str]) -> Html:
+    def line(cells: Iterable[str], style: str | None = None) -> Html:
         first, *others = list(cells)
         data = [
             tag("td", cell, class_=None if place < words else "n")
             for place, cell in enumerate(others, start=1)
         ]
-        return tag("tr", tag("th", first, scope="row"), *data)
+        return tag("tr", tag("th", first, scope="row"), *data, class_=style)
 
     head = [
         tag("th", name, scope="col", class_=None if place < words else "n")
@@ -66,12 +71,15 @@ def table(
     parts = [
         tag("caption", caption),
         tag("thead", tag("tr", *head)),
-        tag("tbody", *[line(row) for row in rows]),
+        tag(
+            "tbody",
+            *[line(row, "own" if at == chosen else None) for at, row in enumerate(lines)],
+        ),
     ]
     if foot is not None:
         parts.append(tag("tfoot", line(foot)))
     scroller = {"class_": "scroll", "tabindex": "0", "role": "region", "aria_label": caption}
-    return tag("div", tag("table", *parts), **scroller)
+    return tag("div", tag("table", *parts, class_="wraps" if wraps else None), **scroller)
 
 
 def attribute_text(value: str | float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from shardplan.search.plan import MemoryRow, Plan
+from shardplan.search.plan import ClusterInfo, MemoryRow, Plan
 from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.svg import Segment, bar
 from shardplan.search.report.words import gib, percent
@@ -23,25 +23,35 @@ _PARTS = (
 
 def memory_section(plan: Plan) -> Html:
     """A stacked bar and a table row for each stage; neighbours that are alike share one."""
-    if not plan.memory:
+    fleets = [
+        (f"{pool.role.capitalize()} instances", pool.memory, pool.largest_lever, pool.cluster)
+        for pool in plan.pools
+    ] or [("", plan.memory, plan.largest_lever, plan.cluster)]
+    parts = [part for fleet in fleets if fleet[1] for part in _fleet(*fleet)]
+    if not parts:
         return Html("")
-    full = max(
-        plan.cluster.hbm_bytes, *(max(row.total_bytes, row.capacity_bytes) for row in plan.memory)
-    )
-    groups = list(_alike(plan.memory))
     keys = [
         tag("li", tag("i", class_=f"key c{place}"), name) for place, (_, name) in enumerate(_PARTS)
     ]
     keys.append(tag("li", tag("i", class_="key track"), "Unused"))
     keys.append(tag("li", tag("i", class_="key capacity"), "What the engine may use"))
-    return tag(
-        "section",
-        tag("h2", "Memory of one card"),
-        *[_stage(name, row, full) for name, row in groups],
-        tag("ul", *keys, class_="legend"),
-        _memory_table(groups),
-        tag("p", "Largest lever: ", plan.largest_lever.rstrip("."), "."),
-    )
+    legend = tag("ul", *keys, class_="legend")
+    return tag("section", tag("h2", "Memory of one card"), legend, *parts)
+
+
+def _fleet(
+    title: str, memory: tuple[MemoryRow, ...], lever: str, machine: ClusterInfo
+) -> Iterator[Html]:
+    """The stages of one deployment or of one instance of a pool."""
+    held = (max(row.total_bytes, row.capacity_bytes) for row in memory)
+    full = max(machine.hbm_bytes, *held)
+    groups = list(_alike(memory))
+    if title:
+        yield tag("h3", title)
+    for name, row in groups:
+        yield _stage(name, row, full)
+    yield _memory_table(title, groups)
+    yield tag("p", "Largest lever: ", lever.rstrip("."), ".")
 
 
 def _alike(rows: tuple[MemoryRow, ...]) -> Iterator[tuple[str, MemoryRow]]:
@@ -76,7 +86,7 @@ def _stage(name: str, row: MemoryRow, full_bytes: float) -> Html:
     )
 
 
-def _memory_table(groups: list[tuple[str, MemoryRow]]) -> Html:
+def _memory_table(title: str, groups: list[tuple[str, MemoryRow]]) -> Html:
     headings = ["GiB", *[name for _, name in _PARTS], "Total", "Capacity", "Free"]
     rows = []
     for name, row in groups:
@@ -84,4 +94,5 @@ def _memory_table(groups: list[tuple[str, MemoryRow]]) -> Html:
         free = gib(row.capacity_bytes - row.total_bytes)
         parts = [gib(values[key]) for key, _ in _PARTS]
         rows.append([name, *parts, gib(row.total_bytes), gib(row.capacity_bytes), free])
-    return table("Memory of one card by stage, GiB", headings, rows)
+    caption = "Memory of one card by stage, GiB"
+    return table(f"{title}: {caption}" if title else caption, headings, rows)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
+from shardplan.search.predicted import Predicted
 from shardplan.search.report.block import block_section
 from shardplan.search.report.breakdown import breakdown_section
+from shardplan.search.report.cluster import cluster_section
+from shardplan.search.report.emitting import next_section
 from shardplan.search.report.how_sure import confidence_section
 from shardplan.search.report.markup import Html, raw, table, tag
 from shardplan.search.report.memory import memory_section
 from shardplan.search.report.pools import pools_section, servings_section
 from shardplan.search.report.robust import robustness_section
+from shardplan.search.report.timeline import timeline_section
 from shardplan.search.report.tradeoffs import (
     alternatives_section,
     quantization_section,
@@ -22,9 +27,11 @@ from shardplan.search.report.tradeoffs import (
 from shardplan.search.report.words import (
     certificate_sentences,
     command,
+    count_text,
     limit_time,
     number,
     percent,
+    pool_sentences,
     strategy_sentences,
     time,
 )
@@ -44,8 +51,8 @@ _PROOFS = {
 }
 
 
-def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
-    """The whole HTML document."""
+def page(plan: Plan, trials: TrialTable | DataFrame, steps: Sequence[Predicted] = ()) -> str:
+    """The whole HTML document; `steps` are drawn over time."""
     title = f"{plan.model.name} on {plan.cluster.name}: deployment plan"
     style = resources.files("shardplan.search.report").joinpath("assets", "report.css")
     head = tag(
@@ -57,27 +64,46 @@ def page(plan: Plan, trials: TrialTable | DataFrame) -> str:
         tag("title", title),
         tag("style", raw(style.read_text(encoding="utf-8"))),
     )
-    main = tag(
-        "main",
-        _summary_section(plan),
-        pools_section(plan),
-        servings_section(plan),
-        _certificate_section(plan),
-        memory_section(plan),
-        breakdown_section(plan),
-        block_section(plan),
-        confidence_section(plan),
-        robustness_section(plan),
-        tradeoff_section(plan, TrialTable.of(trials)),
-        alternatives_section(plan),
-        quantization_section(plan),
-        switches_section(plan),
-        _proof_section(plan),
-        _notes_section(plan),
-        _making_section(plan),
-    )
-    body = tag("body", _header(plan), main)
+    sections = [
+        (name, title, section)
+        for name, title, section in _sections(plan, TrialTable.of(trials), steps)
+        if section
+    ]
+    parts = [tag("div", section, id=name, class_="part") for name, _, section in sections]
+    skip = tag("a", "Skip to the plan", href="#summary", class_="skip")
+    body = tag("body", skip, _header(plan), _contents(sections), tag("main", *parts))
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def _sections(
+    plan: Plan, trials: TrialTable, steps: Sequence[Predicted]
+) -> Iterator[tuple[str, str, Html]]:
+    """(id, short title, section) in the order of the page; empty ones are left out of it."""
+    yield "summary", "Summary", _summary_section(plan)
+    yield "pools", "Pools", pools_section(plan)
+    yield "servings", "Ways of serving", servings_section(plan)
+    yield "certificate", "Why this one", _certificate_section(plan)
+    yield "cluster", "Ranks", cluster_section(plan)
+    yield "memory", "Memory", memory_section(plan)
+    yield "time", "Time", breakdown_section(plan)
+    yield "steps", "One step", timeline_section(plan, steps)
+    yield "layer", "One layer", block_section(plan)
+    yield "tradeoffs", "Trade-offs", tradeoff_section(plan, trials)
+    yield "others", "Next best", alternatives_section(plan)
+    yield "dtypes", "Other dtypes", quantization_section(plan)
+    yield "switches", "Switches", switches_section(plan)
+    yield "robustness", "Robustness", robustness_section(plan)
+    yield "confidence", "Confidence", confidence_section(plan)
+    yield "proof", "Proof", _proof_section(plan)
+    yield "deploy", "Deploy", next_section(plan)
+    yield "notes", "Notes", _notes_section(plan)
+    yield "made", "How made", _making_section(plan)
+
+
+def _contents(sections: list[tuple[str, str, Html]]) -> Html:
+    """Links to the sections."""
+    items = [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]
+    return tag("nav", tag("ul", *items), aria_label="Contents")
 
 
 def _header(plan: Plan) -> Html:
@@ -128,9 +154,18 @@ def _summary_section(plan: Plan) -> Html:
         "section",
         tag("dl", *boxes, class_="tiles"),
         tag("h2", "The strategy"),
-        tag("p", " ".join(strategy_sentences(plan))),
+        *_strategy(plan),
         _facts(plan),
     )
+
+
+def _strategy(plan: Plan) -> Iterator[Html]:
+    """The strategy in sentences, a paragraph a pool where there are pools."""
+    if not plan.pools:
+        yield tag("p", " ".join(strategy_sentences(plan)))
+    for pool in plan.pools:
+        name = tag("b", f"{pool.role.capitalize()}: ")
+        yield tag("p", name, " ".join(pool_sentences(pool)))
 
 
 def _facts(plan: Plan) -> Html:
@@ -149,6 +184,8 @@ def _facts(plan: Plan) -> Html:
         parameters += f" ({model.active_parameters / 1e9:,.1f} billion active)"
     nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
     machine = f"{nodes} of {cluster.ranks_per_node} {cluster.device}"
+    if plan.pools:
+        machine += f"; {sum(pool.instances * pool.strategy.ranks for pool in plan.pools):,} used"
     pairs = (
         ("Workload", ", ".join(load)),
         ("Model", f"{model.architecture}, {model.layers:,} layers, {parameters}"),
@@ -164,8 +201,9 @@ def _pairs(pairs: tuple[tuple[str, str], ...]) -> Html:
 
 
 def _certificate_section(plan: Plan) -> Html:
-    space = plan.certificate.space
+    space, pruned = plan.certificate.space, plan.certificate.pruned_by
     rows = [(name, _values(values)) for name, values in space.items()]
+    reasons = [(name, count_text(count)) for name, count in pruned.items() if count]
     return tag(
         "section",
         tag("h2", "Why this one"),
@@ -176,6 +214,13 @@ def _certificate_section(plan: Plan) -> Html:
             table("Values of each dimension", ("Dimension", "Values"), rows, words=2),
         )
         if rows
+        else "",
+        tag(
+            "details",
+            tag("summary", "Strategies ruled out unpriced, by reason"),
+            table("Strategies ruled out unpriced", ("Reason", "Strategies"), reasons),
+        )
+        if reasons
         else "",
     )
 

@@ -11,6 +11,7 @@ __all__ = ["pools_section", "servings_section"]
 
 _HEADS = (
     "Pool",
+    "Strategy of an instance",
     "Instances",
     "Cards each",
     "Requests/s",
@@ -18,7 +19,6 @@ _HEADS = (
     "One step",
     "Alone",
     "Fullest rank, GiB",
-    "Strategy of an instance",
 )
 
 
@@ -26,7 +26,8 @@ def _row(pool: Pool) -> tuple[str, ...]:
     way, times = pool.strategy, pool.times
     size = f"chunk {way.chunk:,}" if pool.role == "prefill" else f"batch {way.batch:,}"
     return (
-        f"{pool.role} on {pool.cluster.title} ({pool.cluster.device})",
+        f"{pool.role} on {pool.cluster.device}",
+        f"{way.parallelism().describe()}, {size}, {way.weight_dtype} weights",
         f"{pool.instances:,}",
         f"{way.ranks:,}",
         number(times.requests_per_s * pool.instances),
@@ -34,7 +35,6 @@ def _row(pool: Pool) -> tuple[str, ...]:
         time(times.step_s),
         time(times.service_s),
         gib(max(row.total_bytes for row in pool.memory)),
-        f"{way.parallelism().describe()}, {size}, {way.weight_dtype} weights",
     )
 
 
@@ -47,7 +47,7 @@ def pools_section(plan: Plan) -> Html:
         "section",
         tag("h2", "Prefill and decode pools"),
         tag("p", sentence[0].upper() + sentence[1:]),
-        table("Instances of each pool", _HEADS, [_row(pool) for pool in plan.pools], words=1),
+        table("Instances of each pool", _HEADS, [_row(pool) for pool in plan.pools], words=2),
     )
 
 

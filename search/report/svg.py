@@ -20,6 +20,9 @@ __all__ = ["Point", "Scale", "Segment", "bar", "scale", "scatter"]
 BAR_HEIGHT = 24
 PLOT_HEIGHT = 340
 _FOOT = 26
+_LINE = 17
+_MOST_STOPS = 24
+"""Dots that the keyboard stops at; the others are in the table."""
 _LOG_FROM = 20.0
 """A wider range than this is drawn on a logarithmic axis."""
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
@@ -36,11 +39,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A dot in data units, with its tooltip."""
+    """A dot in data units, with its tooltip, and the lines that are read out above the plot."""
 
     x: float
     y: float
     title: str
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,13 +145,18 @@ def scatter(
             "y2": _height(y, right.y),
         }
         parts.append(tag("line", class_="front-line", **step))
-    parts += [_dot(point, x, y, "front", 4.0) for point in front]
-    parts.append(_dot(chosen, x, y, "chosen-ring", 10.0))
-    parts.append(_dot(chosen, x, y, "chosen", 5.5))
+    every = max(1, -(-len(front) // _MOST_STOPS))
+    parts.append(_readout(chosen, "rest"))
+    for index, point in enumerate(front):
+        dot = _dot(point, x, y, "front", 4.0)
+        parts.append(_mark(point, [dot], stop=index % every == 0))
+    ring = _dot(chosen, x, y, "chosen-ring", 10.0)
+    parts.append(_mark(chosen, [ring, _dot(chosen, x, y, "chosen", 5.5)], stop=True))
     plot = tag(
-        "svg", *parts, class_="plot", height=PLOT_HEIGHT + _FOOT, role="img", aria_label=label
+        "svg", *parts, class_="plot", height=PLOT_HEIGHT + _FOOT, role="group", aria_label=label
     )
-    return tag("div", _y_labels(y), plot, class_="plot-box")
+    style = "plot-box tall" if len(chosen.lines) > 2 else "plot-box"  # noqa: PLR2004
+    return tag("div", _y_labels(y), plot, class_=style)
 
 
 def _grid(x: Scale, y: Scale) -> list[Html]:
@@ -180,6 +189,24 @@ def _dot(point: Point, x: Scale, y: Scale, style: str, radius: float) -> Html:
     across, down = _share(x.at(point.x)), attribute_text(_height(y, point.y))
     where = f'class="{style}" cx="{across}" cy="{down}" r="{attribute_text(radius)}"'
     return raw(f"<circle {where}><title>{html.escape(point.title)}</title></circle>")
+
+
+def _mark(point: Point, dots: Sequence[Html], *, stop: bool) -> Html:
+    """Dots that say what they are while they are pointed at or have the keyboard's focus."""
+    focus: dict[str, Attribute] = {"tabindex": "0" if stop else None}
+    spoken: dict[str, Attribute] = {"role": "img", "aria_label": point.title}
+    return tag("g", *dots, _readout(point, "told"), class_="spot", **focus, **spoken)
+
+
+def _readout(point: Point, style: str) -> Html:
+    """Lines above the plot, cut off where the screen ends."""
+    texts = [
+        tag("text", line, x=0, y=_LINE * place + _LINE - 4)
+        for place, line in enumerate(point.lines)
+    ]
+    height = _LINE * len(point.lines)
+    place: dict[str, Attribute] = {"x": 0, "y": -height - 10, "width": "100%", "height": height}
+    return tag("svg", *texts, class_=f"readout {style}", aria_hidden="true", **place)
 
 
 def _height(y: Scale, value: float) -> float:

@@ -36,7 +36,7 @@ def tradeoff_section(plan: Plan, trials: TrialTable) -> Html:
     drawn = feasible.every(_stride(len(feasible), MAX_POINTS))
     cloud = _cloud(drawn)
     front = [_candidate_point(item) for item in _thin(plan.pareto, MAX_FRONT)]
-    chosen = _point(strategy_name(plan.strategy), plan.performance)
+    chosen = _point(f"This plan: {plan_name(plan)}", plan.performance)
     every = [*cloud, *front, chosen]
     limit = plan.request.limits.tpot_s
     axes = (
@@ -56,9 +56,11 @@ def tradeoff_section(plan: Plan, trials: TrialTable) -> Html:
         "section",
         tag("h2", "Trade-offs"),
         tag("p", _sample_sentence(len(trials), len(feasible), len(drawn))),
-        tag("p", "Output tokens/s per card", class_="axis"),
+        tag(
+            "p", "Point at a dot of the front, or go there with the Tab key.", class_="soft screen"
+        ),
         chart,
-        tag("p", _x_label(axes[0].log), class_="axis x"),
+        tag("p", f"Up: output tokens/s per card. {_x_label(axes[0].log)}.", class_="axis"),
         _legend(has_limit=limit is not None and limit * _MS <= axes[0].high),
         _front_details(plan),
     )
@@ -67,6 +69,30 @@ def tradeoff_section(plan: Plan, trials: TrialTable) -> Html:
 def strategy_name(strategy: StrategyInfo) -> str:
     """A strategy in a few words."""
     return row_name(strategy.model_dump())
+
+
+def candidate_name(item: Candidate) -> str:
+    """The same of a candidate, with its prefill instances where it has any."""
+    if item.prefill is None:
+        return strategy_name(item.strategy)
+    return _pools_name(
+        (item.prefill_instances, item.prefill), (item.decode_instances, item.strategy)
+    )
+
+
+def plan_name(plan: Plan) -> str:
+    """The same of the plan itself."""
+    if not plan.pools:
+        return strategy_name(plan.strategy)
+    return _pools_name(*((pool.instances, pool.strategy) for pool in plan.pools))
+
+
+def _pools_name(*pools: tuple[int, StrategyInfo]) -> str:
+    """`16P tp1 pp16 ... + 1D dp128 ...`."""
+    return " + ".join(
+        f"{count}{role} {strategy_name(way)}"
+        for role, (count, way) in zip("PD", pools, strict=True)
+    )
 
 
 def _stride(count: int, most: int) -> int:
@@ -90,7 +116,7 @@ def _sample_sentence(trials: int, feasible: int, drawn: int) -> str:
 
 
 def _x_label(log: bool) -> str:
-    return "Time per output token, ms" + (" (logarithmic)" if log else "")
+    return "Right: time per output token, ms" + (" (logarithmic)" if log else "")
 
 
 def _cloud(rows: TrialTable) -> list[Point]:
@@ -113,11 +139,13 @@ def _title(name: str, tpot_ms: float, rate: float) -> str:
 
 def _point(name: str, does: Performance) -> Point:
     x, y = does.tpot_s * _MS, does.output_tokens_per_s_per_card
-    return Point(x=x, y=y, title=_title(name, x, y))
+    numbers = f"{number(y)} tokens/s a card, TPOT {time(does.tpot_s)}, TTFT {time(does.ttft_s)}"
+    pools = tuple(name.replace(" + ", " +\n").splitlines())
+    return Point(x=x, y=y, title=_title(name, x, y), lines=(numbers, *pools))
 
 
 def _candidate_point(item: Candidate) -> Point:
-    return _point(strategy_name(item.strategy), item.performance)
+    return _point(candidate_name(item), item.performance)
 
 
 def _outline(front: Sequence[Point]) -> list[Point]:
@@ -138,16 +166,15 @@ def _legend(*, has_limit: bool) -> Html:
 
 
 def _candidate_rows(plan: Plan, items: Sequence[Candidate]) -> list[list[str]]:
-    own = plan.performance.output_tokens_per_s_per_card
-    rows = []
-    for item in items:
-        does = item.performance
-        rate = does.output_tokens_per_s_per_card
-        change = signed_percent(rate / own - 1) if own else ""
-        times = [time(does.ttft_s), time(does.tpot_s), time(does.end_to_end_s)]
-        memory = f"{gib(item.memory_bytes)} GiB"
-        rows.append([strategy_name(item.strategy), number(rate), change, *times, memory])
-    return rows
+    return [_row(plan, candidate_name(item), item.performance, item.memory_bytes) for item in items]
+
+
+def _row(plan: Plan, name: str, does: Performance, memory_bytes: float) -> list[str]:
+    """What a strategy does, against the plan."""
+    own, rate = plan.performance.output_tokens_per_s_per_card, does.output_tokens_per_s_per_card
+    change = signed_percent(rate / own - 1) if own else ""
+    times = [time(does.ttft_s), time(does.tpot_s), time(does.end_to_end_s)]
+    return [name, number(rate), change, *times, f"{gib(memory_bytes)} GiB"]
 
 
 _HEADINGS = (
@@ -180,9 +207,17 @@ def alternatives_section(plan: Plan) -> Html:
         return Html("")
     shown = plan.alternatives[:MAX_ROWS]
     left_out = len(plan.alternatives) - len(shown)
+    fullest = max((row.total_bytes for row in plan.memory), default=0.0)
+    own = _row(plan, f"This plan: {plan_name(plan)}", plan.performance, fullest)
     parts = [
-        tag("h2", "Next best"),
-        table("The next best strategies", _HEADINGS, _candidate_rows(plan, shown)),
+        tag("h2", "Beside the next best"),
+        tag("p", "The best strategy of each other layout, in the order of the objective."),
+        table(
+            "This plan and the next best strategies",
+            _HEADINGS,
+            [own, *_candidate_rows(plan, shown)],
+            chosen=0,
+        ),
     ]
     if left_out:
         parts.append(tag("p", f"{left_out:,} more are in plan.json.", class_="soft"))

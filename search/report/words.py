@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 
-from shardplan.search.plan import Plan, StrategyInfo
+from shardplan.search.plan import Plan, Pool, StrategyInfo
 
 __all__ = [
     "certificate_sentences",
@@ -17,6 +18,7 @@ __all__ = [
     "milliseconds",
     "number",
     "percent",
+    "pool_sentences",
     "signed_percent",
     "strategy_sentences",
     "time",
@@ -91,25 +93,43 @@ def _plural(count: int, word: str, many: str = "") -> str:
 
 
 def strategy_sentences(plan: Plan) -> list[str]:
-    """What is deployed, and how it is split."""
+    """What is deployed, and how it is split, of a plan without pools."""
     strategy, cluster = plan.strategy, plan.cluster
-    group = strategy.tp * strategy.pp * strategy.cp
     idle = plan.request.cards - strategy.ranks
     servers = f"{cluster.nodes:,} x " if cluster.nodes > 1 else ""
     used = f"The plan uses {_plural(strategy.ranks, 'rank')} of {servers}{cluster.title}"
-    if plan.pools:
-        idle = 0
-        used = f"One decode instance has {_plural(strategy.ranks, 'rank')} of {cluster.title}"
-    sentences = [used + (f"; {_plural(idle, 'rank')} stay free." if idle > 0 else ".")]
-    sentences += _split_sentences(strategy, group)
-    sentences.append(
+    return [
+        used + (f"; {_plural(idle, 'rank')} stay free." if idle > 0 else "."),
+        *_split_sentences(strategy),
         f"Up to {_plural(strategy.batch, 'sequence')} decode together in each group, and a step"
-        f" takes at most {strategy.chunk:,} tokens. Weights are {strategy.weight_dtype}, the KV"
-        f" cache is {strategy.kv_dtype}, attention is {_attention(strategy.attention)}."
+        f" takes at most {strategy.chunk:,} tokens.",
+        *_choice_sentences(strategy),
+    ]
+
+
+def pool_sentences(pool: Pool) -> Iterator[str]:
+    """The same of one pool."""
+    way = pool.strategy
+    yield (
+        f"{_plural(pool.instances, f'{pool.role} instance')} of {_plural(way.ranks, 'rank')}"
+        f"{' each' if pool.instances > 1 else ''}."
+    )
+    yield from _split_sentences(way)
+    if pool.role == "prefill":
+        yield f"A step takes at most {way.chunk:,} tokens of prompts."
+    else:
+        yield f"Up to {_plural(way.batch, 'sequence')} decode together in each group."
+    yield from _choice_sentences(way)
+
+
+def _choice_sentences(strategy: StrategyInfo) -> Iterator[str]:
+    """Number formats, kernels, algorithms."""
+    yield (
+        f"Weights are {strategy.weight_dtype}, the KV cache is {strategy.kv_dtype}, attention is"
+        f" {_attention(strategy.attention)}."
     )
     if strategy.collectives != "auto":
-        sentences.append(f"Nodes exchange by HCCL's {strategy.collectives} algorithm.")
-    return sentences
+        yield f"Nodes exchange by HCCL's {strategy.collectives} algorithm."
 
 
 def _attention(kernel: str) -> str:
@@ -125,9 +145,10 @@ _MODULE_NAMES = {
 }
 
 
-def _split_sentences(strategy: StrategyInfo, group: int) -> list[str]:
+def _split_sentences(strategy: StrategyInfo) -> list[str]:
     """Each axis that is larger than one, and what it means."""
     sentences = []
+    group = strategy.tp * strategy.pp * strategy.cp
     if strategy.dp > 1:
         sentences.append(
             f"{strategy.dp} data-parallel groups of {_plural(group, 'rank')} serve requests side"
@@ -140,7 +161,7 @@ def _split_sentences(strategy: StrategyInfo, group: int) -> list[str]:
             f"{scattered if strategy.sp else ''}."
         )
     if strategy.pp > 1:
-        layers = " + ".join(str(count) for count in strategy.stage_layers)
+        layers = " + ".join(_runs(strategy.stage_layers))
         sentences.append(
             f"Layers form {strategy.pp} pipeline stages (pp {strategy.pp}): {layers} layers."
         )
@@ -165,6 +186,16 @@ def _split_sentences(strategy: StrategyInfo, group: int) -> list[str]:
     return sentences or ["Nothing is split: one rank holds the whole model."]
 
 
+def _runs(counts: tuple[int, ...]) -> Iterator[str]:
+    """Numbers in a row, three or more that are alike as `13 x 4`."""
+    for count, same in itertools.groupby(counts):
+        many = len(list(same))
+        if many > 2:  # noqa: PLR2004
+            yield f"{many} x {count}"
+        else:
+            yield from [str(count)] * many
+
+
 def certificate_sentences(plan: Plan) -> list[str]:
     """Why nothing in the stated space is better, or that this is not known."""
     held = plan.certificate
@@ -172,8 +203,7 @@ def certificate_sentences(plan: Plan) -> list[str]:
     searched = (
         f"The {held.engine} engine looked for {goal} in a space of"
         f" {_plural(held.space_size, 'strategy', 'strategies')}:"
-        f" {held.evaluated:,} were priced and {count_text(held.pruned)} ruled out"
-        f" unpriced{_listed(held.pruned_by)}."
+        f" {held.evaluated:,} were priced and {count_text(held.pruned)} ruled out unpriced."
     )
     refused = sum(held.infeasible.values())
     sentences = [searched]

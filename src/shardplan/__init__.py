@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from shardplan.costmodel.catalog import load_cluster
     from shardplan.models.catalog import load_model
     from shardplan.models.frontends.load import load_graph
-    from shardplan.search.api import estimate, search
+    from shardplan.search.api import estimate
+    from shardplan.search.ask import search
     from shardplan.search.plan import Plan
 
 __all__ = ["Plan", "__version__", "estimate", "load_cluster", "load_graph", "load_model", "search"]

@@ -121,6 +121,58 @@ def test_a_device_that_breaks_a_rule_is_refused(path: str, value: object, said: 
     assert "x.toml" in str(caught.value)
 
 
+LIKE = {"name": "mine", "title": "My own", "like": "910b2"}
+
+
+def test_a_device_like_another_takes_what_it_does_not_state(tmp_path: Path) -> None:
+    """From a shipped one in any case, or from a file beside it; with the sources of each."""
+    clock = {"value": 1500, "kind": "measured", "source": "our own machine"}
+    base = load_device("910b2")
+    own = device_from_table({**LIKE, "like": "910B2", "clock_mhz": clock}, "x.toml")
+    assert (own.name, own.clock_hz, own.facts["clock_hz"].source) == (
+        "mine",
+        1.5e9,
+        "our own machine",
+    )
+    assert own.hbm_bytes == base.hbm_bytes
+    assert own.facts["hbm_bytes"] == base.facts["hbm_bytes"]
+    assert own.soc_versions == base.soc_versions
+    beside = tmp_path / "full.toml"
+    beside.write_text((DATA / "devices" / "910b4.toml").read_text(encoding="utf-8"), "utf-8")
+    file = tmp_path / "own.toml"
+    file.write_text('name = "own"\ntitle = "Own"\nlike = "full.toml"\n', encoding="utf-8")
+    assert load_device(file).hbm_bytes == load_device("910b4").hbm_bytes
+    cluster = cluster_from_table(
+        {**table("clusters", "atlas-800t-a2"), "device": {**LIKE, "like": "full.toml"}},
+        "x.toml",
+        folder=tmp_path,
+    )[0]
+    assert cluster.device.hbm_bytes == load_device("910b4").hbm_bytes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"like": "910b9"}, "unknown device.*did you mean 910b"),
+        ({"like": 7}, "like"),
+        ({"like": "nowhere.toml"}, "nowhere.toml"),
+        ({"like": "itself.toml"}, "states every fact itself.*itself.toml"),
+        ({"name": None}, "lacks a key.*name"),
+        ({"hbm_gb": {"value": 1}}, "unknown key.*hbm_gb.*did you mean hbm_gib"),
+        ({"clock_mhz": {"value": 1500, "kind": "measured"}}, "clock_mhz.*source"),
+    ],
+)
+def test_a_device_like_another_keeps_the_rules(
+    change: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    """Its own facts have sources, and what it is like is a device in full."""
+    text = 'name = "x"\ntitle = "X"\nlike = "910b2"\n'
+    (tmp_path / "itself.toml").write_text(text, encoding="utf-8")
+    wrong = {key: value for key, value in {**LIKE, **change}.items() if value is not None}
+    with pytest.raises(InputError, match=said):
+        device_from_table(wrong, "x.toml", folder=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tier", "key", "value", "said"),
     [

@@ -224,7 +224,7 @@ def start(plan: Plan, folder: Path, node: int = 0) -> list[tuple[argparse.Namesp
     parsed = []
     for call in sorted(calls, key=lambda one: one.environment["ASCEND_RT_VISIBLE_DEVICES"]):
         assert call.words[:2] == ["serve", HERE["MODEL"]]
-        parsed.append((parser_of("vllm_ascend", "serve").parse_args(call.words[2:]), call))
+        parsed.append((parser_of("vllm_flags", "serve").parse_args(call.words[2:]), call))
     return parsed
 
 

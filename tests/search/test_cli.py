@@ -67,13 +67,59 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     done = launch("--help", code=code)
     assert done.returncode == 0
     assert all(f"  {name} " in done.stdout for name in surface() if name)
+    assert "..." not in done.stdout.partition("Commands:")[2], (
+        "a command's first line is too long to be shown whole"
+    )
     assert done.stderr.strip() == "[]"
 
 
-def test_alone_it_prints_a_guide(capsys: pytest.CaptureFixture[str]) -> None:
-    """What to type first."""
+def test_alone_it_prints_a_guide_whose_commands_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What to type first, short enough for any terminal."""
     assert run([]) == 0
-    assert "shardplan search --model" in capsys.readouterr().out
+    guide = capsys.readouterr().out.splitlines()
+    assert len(guide) < 24
+    assert max(map(len, guide)) <= 100
+    told = [line.partition("shardplan ")[2] for line in guide if line.startswith("  ")]
+    commands = [line.partition("  ")[0].split() for line in told]
+    assert [command[0] for command in commands] == ["models", "search", "emit"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert run(command) == 0, command
+
+
+def test_a_search_of_a_model_and_a_cluster_asks_nothing_and_states_its_defaults(
+    tmp_path: Path,
+) -> None:
+    """Nobody is there to answer; each default is in the notes, of the table and of plan.json."""
+    question = ["search", "--model", "llama-3.1-8b", "--cluster", "atlas-800t-a2"]
+    done = launch(*question, cwd=tmp_path, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    (plan,) = (tmp_path / "results" / "runs").rglob("plan.json")
+    told = " ".join(json.loads(plan.read_text(encoding="utf-8"))["notes"])
+    shown = " ".join(done.stdout.split())
+    for words in (
+        "cards was not given: all 8 of atlas-800t-a2",
+        "input_len was not given: 1024 tokens",
+        "output_len was not given: 256 tokens",
+        "no concurrency or rate was given",
+        "no limit on TTFT or TPOT was given: 2000 ms and 100 ms",
+        "engine profile vllm-ascend",
+        "weights keep the checkpoint's type: bf16",
+        "the KV cache keeps",
+        "attention as vllm-ascend runs it: flash",
+        "prefill and decode share the cards",
+    ):
+        assert words in told
+        assert words in shown
+
+
+def test_it_runs_as_a_module() -> None:
+    """`python -m shardplan`, where no script is on the path."""
+    code = "import runpy; runpy.run_module('shardplan', run_name='__main__', alter_sys=True)"
+    done = launch("--version", code=code)
+    assert (done.returncode, done.stdout) == (0, f"shardplan {__version__}\n")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], *words: st
         ([*BOTH, "--nodes", "100000"], ("nodes", "100000")),
         (["--model", "nowhere/config.json", "--cluster", "atlas-800t-a2"], ("nowhere",)),
         ([*MODEL, "--cluster", "nowhere.toml"], ("nowhere.toml",)),
+        ([*MODEL, "--cluster", "910b2"], ("this is a device", "atlas-800t-a2")),
+        ([*MODEL, "--cluster", "910b1"], ("this is a device", "--device 910b1")),
+        (["--model", "org/qwen3-32", "--cluster", "atlas-800t-a2"], ("did you mean qwen3-32b",)),
         (["--model", "a\x1b[31m\nb", "--cluster", "atlas-800t-a2"], ("unknown model",)),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -270,7 +274,7 @@ def test_levels_that_need_an_extra_say_which(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And do so before anything is run."""
-    for name in ("transformers", "torch"):
+    for name in ("transformers", "torch") if find_spec("torch") else ("torch",):
         monkeypatch.setitem(sys.modules, name, None)
         refused(["verify", *MODEL, "--level", "2"], capsys, name, "shardplan[torch]")
         refused(["verify", *MODEL, "--level", "3"], capsys, "shardplan[torch]")
@@ -289,7 +293,9 @@ def test_verify_and_analyze_of_nothing(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["serch"], ("serch", "search")),
+        (["serch"], ("'serch'", "did you mean search")),
+        (["frobnicate"], ("'frobnicate'", "did you mean ")),
+        (["xx"], ("'xx'", "known: ", "search")),
         (["estimate", "--batchs", "4"], ("--batchs", "--batch")),
         (["search"], ("--model",)),
         (["search", *MODEL], ("--cluster",)),

@@ -15,8 +15,8 @@ import pytest
 from tests.search.emit_cases import emit_plan, tiny_llama
 
 from shardplan.models.errors import InputError, UnknownNameError
-from shardplan.search import emit as module
-from shardplan.search.emit import BUILT_IN, GROUP, emit, target_names
+from shardplan.search import targets as module
+from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS, emit, target_names
 from shardplan.search.emit.common import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,7 @@ def test_unknown_targets_and_options_name_what_there_is(tmp_path: Path) -> None:
 def test_another_package_can_add_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found through the entry-point group, with its own options."""
     _register(monkeypatch, "tests.search.emit_cases:toy_target")
-    assert target_names() == tuple(sorted({*BUILT_IN, "toy"}))
+    assert target_names() == tuple(sorted({*BUILT_IN, *OF_GRAPHS, "toy"}))
     blob, script, text = emit(emit_plan(tp=4), "toy", tmp_path, greeting="good-day")
     assert blob == tmp_path / "parts" / "ranks.bin"
     assert blob.read_bytes() == bytes(range(4))
@@ -107,7 +107,7 @@ def test_another_package_can_add_a_target(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_built_in_name_cannot_be_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """A package that registers `atc` changes nothing."""
     _register(monkeypatch, "tests.search.emit_cases:toy_target", name="atc")
-    assert target_names() == tuple(sorted(BUILT_IN))
+    assert target_names() == tuple(sorted({*BUILT_IN, *OF_GRAPHS}))
 
 
 def test_a_target_that_does_not_load_is_told_by_name(
@@ -167,7 +167,7 @@ def test_a_plan_with_impossible_sizes_is_refused(
 def test_the_installed_package_registers_the_built_in_targets() -> None:
     """So that other tools which read the group see ours too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"][GROUP] == dict(BUILT_IN)
+    assert project["entry-points"][GROUP] == {**BUILT_IN, **OF_GRAPHS}
 
 
 def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]:
@@ -182,7 +182,22 @@ def _facts(value: object, where: str) -> Iterator[tuple[str, dict[str, object]]]
             yield from _facts(item, f"{where}[{index}]")
 
 
-@pytest.mark.parametrize("name", ["ascend_families", "atc", "hf_names", "megatron", "vllm_ascend"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ascend_families",
+        "atc",
+        "containers",
+        "hf_names",
+        "megatron",
+        "modelslim",
+        "ray",
+        "sglang",
+        "sglang_flags",
+        "vllm_ascend",
+        "vllm_flags",
+    ],
+)
 def test_every_fact_has_a_source_and_every_number_a_kind(name: str) -> None:
     """In the tables that the targets are written from."""
     kinds = {"datasheet", "measured", "derived", "assumed"}

@@ -188,7 +188,7 @@ def test_the_load_test_is_the_plans_workload(tmp_path: Path) -> None:
     emit(emit_plan(workload=work), "vllm-ascend", tmp_path / "out")
     (call,) = run_script(tmp_path / "out" / "bench.sh", "vllm", MODEL="m")
     assert call.words[:2] == ["bench", "serve"]
-    flags = parser_of("vllm_ascend", "bench").parse_args(call.words[2:])
+    flags = parser_of("vllm_flags", "bench").parse_args(call.words[2:])
     assert flags.base_url == "http://127.0.0.1:8000"
     assert (flags.random_prefix_len, flags.random_input_len) == ("250", "750")
     assert flags.random_output_len == "300"

@@ -136,13 +136,18 @@ def test_the_quantization_table_says_what_nothing_offers() -> None:
 
 
 def test_the_page_fetches_nothing() -> None:
-    """No address of another place anywhere, and a policy that forbids to fetch one."""
+    """Links to its own sections alone, and a policy that forbids to fetch anything."""
     text = page(make_plan(), make_trials())
     reader = _Reader(text)
     names = {name for name, _ in reader.elements}
     attributes = {key for _, found in reader.elements for key in found}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
-    assert not attributes & {"src", "href", "srcset", "action", "style"}
+    assert not attributes & {"src", "srcset", "action", "style"}
+    targets = {str(found["id"]) for _, found in reader.elements if "id" in found}
+    links = [str(found["href"]) for _, found in reader.elements if "href" in found]
+    assert len(links) > 10
+    assert {link[:1] for link in links} == {"#"}
+    assert {link[1:] for link in links} <= targets
     assert not any(key.startswith("on") for key in attributes)
     assert not re.search(r"url\(|@import", text)
     assert make_plan().model.source in reader.text  # an address to read, not to follow

@@ -19,7 +19,6 @@ from shardplan.search.trials import (
     NUMBER_COLUMNS,
     TRIAL_COLUMNS,
     WORD_COLUMNS,
-    read_all_trials,
     read_trials,
     write_trials,
 )
@@ -133,28 +132,13 @@ def test_further_columns_and_another_order_are_accepted(tmp_path: Path) -> None:
     assert tuple(read_trials(path).columns) == TRIAL_COLUMNS
 
 
-def test_several_tables_are_read_as_one(tmp_path: Path) -> None:
-    """Words stay categories even where the files hold different ones."""
-    one = make_trials(40).assign(engine="exact")
-    two = make_trials(30).assign(engine="tpe")
-    paths = [tmp_path / "one.csv", tmp_path / "two.csv"]
-    write_trials(paths[0], one)
-    write_trials(paths[1], two)
-    frame = read_all_trials(paths)
-    assert len(frame) == 70
-    assert frame["engine"].value_counts().to_dict() == {"exact": 40, "tpe": 30}
-    assert isinstance(frame["engine"].dtype, pd.CategoricalDtype)
-    with pytest.raises(InputError, match="at least one"):
-        read_all_trials([])
-
-
 def test_a_table_longer_than_a_chunk_is_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading and writing in parts changes nothing."""
     frame = make_trials(100)
     whole = _written(tmp_path, frame).read_bytes()
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 7)
     path = _written(tmp_path, frame)
     assert path.read_bytes() == whole
     assert read_trials(path)["rank"].tolist() == frame["rank"].tolist()

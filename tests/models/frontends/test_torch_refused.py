@@ -153,3 +153,17 @@ def test_a_stack_whose_first_layers_do_not_fit_alone_is_captured_whole() -> None
 
     graph = read_torch(Counting(), inputs=(torch.randn(2, 8),)).graph
     assert graph.parameters == 5 * 72 + 164
+
+
+def test_an_operator_without_a_rule_is_named_with_its_line() -> None:
+    """The node, the operator, and the line of the module's own code."""
+    here = r"node=fft_fft, operator=aten::fft_fft, line=\S*test_torch_refused.py:\d+\)"
+    with pytest.raises(InputError, match=here):
+        read(lambda x: torch.fft.fft(x).real, (4, 8))
+
+
+def test_a_decoder_that_no_preset_describes_is_pointed_to_its_graph() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)
+    with pytest.raises(InputError, match=r"unknown architecture.*load_graph takes the module"):
+        shardplan.load_model(transformers.GPT2LMHeadModel(config))

@@ -1,0 +1,57 @@
+"""What to run next: the plan written for each engine and compiler, proven, simulated, explained."""
+
+from __future__ import annotations
+
+from shardplan.search.emit import BUILT_IN
+from shardplan.search.plan import Plan
+from shardplan.search.report.markup import Html, tag
+
+__all__ = ["next_section"]
+
+_SERVING = ("vllm-ascend", "sglang")
+"""Targets that serve pools, too."""
+_WHAT = {
+    "atc": "CANN's compiler: build scripts, parallel_option.json, rank tables",
+    "jax": "jax: a PartitionSpec for each weight, and the mesh",
+    "megatron": "Megatron-LM: its arguments",
+    "mindspore": "MindSpore: the strategy file that slices a checkpoint",
+    "sglang": "SGLang: start scripts by node",
+    "torch": "PyTorch: DTensor styles by module, and the device mesh",
+    "vllm-ascend": "vLLM on Ascend: start scripts by node, balancer, load test",
+}
+
+
+def next_section(plan: Plan) -> Html:
+    """Commands, each with what it is for; run where plan.json lies."""
+    names = [name for name in (*_SERVING, *sorted(BUILT_IN)) if name in BUILT_IN]
+    names = [one for one in dict.fromkeys(names) if one in _SERVING or not plan.pools]
+    lines = [
+        (
+            _WHAT.get(name, f"files of {name}"),
+            f"shardplan emit plan.json --target {name} --out deploy-{name}",
+        )
+        for name in names
+    ]
+    lines += [
+        ("Prove it again", "shardplan verify plan.json"),
+        ("Simulate its requests one by one", "shardplan simulate plan.json --out simulated"),
+        ("Each kernel of each rank, for Perfetto", "shardplan trace plan.json --out trace.json"),
+        ("What each dimension is worth", "shardplan analyze trials.csv"),
+    ]
+    if not plan.pools:
+        lines.append(("Why this plan, and what would change it", "shardplan explain plan.json"))
+    pairs = [
+        part
+        for what, command in lines
+        for part in (tag("dt", what), tag("dd", tag("code", command)))
+    ]
+    return tag(
+        "section",
+        tag("h2", "Deploy it"),
+        tag(
+            "p",
+            "Run where plan.json lies. A target that cannot express the plan says why and writes"
+            " nothing.",
+        ),
+        tag("dl", *pairs, class_="commands"),
+    )

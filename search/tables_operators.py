@@ -1,0 +1,134 @@
+"""A plan of operators for people: what is split how, what moves, its costs, what to run next."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shardplan.search.report.words import count_text
+from shardplan.search.tables import add, bytes_text, new_table, seconds_text, show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shardplan.search.oplevel.plan import OperatorPlan
+
+__all__ = ["layout_text", "print_operators"]
+
+_MOST_ROWS = 12
+_MOST_WORDS = 40
+
+
+def layout_text(layout: dict[str, int | str]) -> str:
+    """`x:0 y:+`, a dim or a partial sum on each axis; whole without any."""
+    return " ".join(f"{axis}:{dim}" for axis, dim in layout.items()) or "whole"
+
+
+def print_operators(
+    plan: OperatorPlan, folder: Path, timing: dict[str, float], console: Console
+) -> None:
+    """The plan, what it costs, why it is the best, and what to run next."""
+    machine = plan.cluster
+    console.print(
+        f"{plan.graph} on {machine.device} ({machine.name}), {plan.layers} equal layers, "
+        f"{plan.parameters:,} parameters, operator by operator",
+        markup=False,
+    )
+    split = sum(one.times for one in plan.operators if one.split)
+    total = sum(one.times for one in plan.operators)
+    console.print(
+        f"plan: mesh {plan.describe()}, {split} of {total} operators split, "
+        f"{seconds_text(plan.total_s)} a run",
+        style="bold green",
+        markup=False,
+    )
+    console.print()
+    _print_costs(plan, console)
+    _print_splits(plan, console)
+    _print_moves(plan, console)
+    _print_stages(plan, console)
+    for text in plan.notes:
+        console.print(f"note: {text}", markup=False)
+    console.print(f"certificate: {certificate_text(plan)}", markup=False)
+    if plan.proof is not None:
+        verdict = "all hold" if plan.proof.passed else "FAILED"
+        console.print(f"proof: {len(plan.proof.checks)} checks of level 1, {verdict}")
+    spent = ", ".join(f"{name.removesuffix('_s')} {s:.2f} s" for name, s in timing.items())
+    console.print(f"time: {spent}", markup=False)
+    console.print()
+    _print_next(plan, folder, console)
+
+
+def certificate_text(plan: OperatorPlan) -> str:
+    """What was searched and how far the answer can be from the best."""
+    proof = plan.certificate
+    space = f"{count_text(proof.space_size)} ways to split on {proof.meshes} mesh(es)"
+    bounds = f"bound {seconds_text(proof.bound_s)}, relaxed {seconds_text(proof.lp_bound_s)}"
+    if proof.gap == 0:
+        return f"{space}; none is faster (gap 0; {bounds})"
+    return f"{space}; none is more than {proof.gap:.2%} faster ({bounds})"
+
+
+def _print_costs(plan: OperatorPlan, console: Console) -> None:
+    numbers = ("calls", "time", "share")
+    table = new_table("one run", "kind", *numbers, right=numbers)
+    rows = sorted(plan.costs, key=lambda row: -row.total_s)
+    for row in rows[:_MOST_ROWS]:
+        share = row.total_s / plan.total_s if plan.total_s else 0.0
+        add(table, row.kind, row.calls, seconds_text(row.total_s), f"{share:.0%}")
+    show(console, table)
+
+
+def _print_splits(plan: OperatorPlan, console: Console) -> None:
+    """How the operators of each kind are split, those that take longest first."""
+    seconds: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
+    for row in plan.operators:
+        words = " ".join(f"{axis}:{loop}" for axis, loop in row.split.items()) or "whole"
+        key = (row.kind, words)
+        seconds[key] += row.times * row.total_s  # type: ignore[assignment]  # seconds are floats
+        calls[key] += row.times
+    numbers = ("operators", "time")
+    table = new_table("splits, {axis: loop}", "kind", "split", *numbers, right=numbers)
+    for (kind, words), spent in seconds.most_common(_MOST_ROWS):
+        add(table, kind, words, calls[kind, words], seconds_text(spent))
+    show(console, table)
+
+
+def _print_moves(plan: OperatorPlan, console: Console) -> None:
+    if not plan.moves:
+        return
+    numbers = ("times", "message", "time")
+    names = ("tensor", "kind", "axes", "from", "to")
+    table = new_table("inserted collectives", *names, *numbers, right=numbers)
+    rows = sorted(plan.moves, key=lambda row: -row.times * row.seconds)
+    for row in rows[:_MOST_ROWS]:
+        places = (layout_text(row.before), layout_text(row.after))
+        spent = seconds_text(row.times * row.seconds)
+        name, message = row.tensor[:_MOST_WORDS], bytes_text(row.message_bytes)
+        add(table, name, row.kind, " ".join(row.axes), *places, row.times, message, spent)
+    show(console, table)
+    if len(rows) > _MOST_ROWS:
+        console.print(f"and {len(rows) - _MOST_ROWS} more in moves.csv")
+
+
+def _print_stages(plan: OperatorPlan, console: Console) -> None:
+    numbers = ("layers", "time", "held", "alive", "limit")
+    table = new_table("memory of a rank", "stage", *numbers, right=numbers)
+    for row in plan.stages:
+        held = row.parameters_bytes + row.constants_bytes + row.states_bytes
+        sizes = map(bytes_text, (held, row.activations_bytes, row.capacity_bytes))
+        add(table, row.stage, row.layers, seconds_text(row.seconds), *sizes)
+    show(console, table)
+
+
+def _print_next(plan: OperatorPlan, folder: Path, console: Console) -> None:
+    file = shlex.quote(str(folder / "plan.json"))
+    console.print("next", style="bold")
+    console.print(f"  shardplan verify {file}", markup=False, soft_wrap=True)
+    if plan.source.endswith(".onnx"):
+        out = shlex.quote(str(folder / "ranks"))
+        command = f"  shardplan emit {file} --target onnx --out {out}"
+        console.print(command, markup=False, soft_wrap=True)
