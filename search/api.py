@@ -46,6 +46,7 @@ from shardplan.search.workload import whole
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from shardplan.search.refine_simulated import Refined
     from shardplan.search.study import Place
 
 __all__ = ["SearchResult", "estimate", "search", "space_of", "subject_of"]
@@ -135,7 +136,11 @@ def _search_aggregated(
     studying = time.perf_counter()
     best, robustness = study(question, outcomes[-1], robust=robust)
     studied = time.perf_counter()
-    beside, proof, timing = show(best) if robust else shown()
+    refined = _refined(resolved, question, outcomes[-1], best)
+    simulated = time.perf_counter()
+    later = robust or (refined is not None and refined.best is not best)
+    best = best if refined is None else refined.best
+    beside, proof, timing = show(best) if later else shown()
     scorer = LayoutScorer(question, best.parallel)
     plan = build_plan(
         resolved,
@@ -150,6 +155,8 @@ def _search_aggregated(
         notes=_notes(resolved, outcomes[-1], beside),
     )
     plan = with_study(plan, robustness)
+    if refined is not None:
+        plan = refined.told(plan)
     engine = resolved.request.engine
     outcome = outcomes[-1]
     return SearchResult(
@@ -159,11 +166,23 @@ def _search_aggregated(
         timing={
             "search_s": searched - start,
             "robustness_s": studied - studying,
+            "refined_s": simulated - studied,
             **timing,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": plan.certificate.evaluated / max(searched - start, 1e-9),
         },
     )
+
+
+def _refined(
+    resolved: Resolved, question: Question, outcome: Outcome, best: Kept
+) -> Refined | None:
+    """The best strategies simulated, where that is asked for."""
+    if not resolved.request.refine_simulated:
+        return None
+    from shardplan.search.refine_simulated import refine_simulated
+
+    return refine_simulated(resolved, question, outcome, best)
 
 
 class _Shown(NamedTuple):

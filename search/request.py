@@ -73,6 +73,8 @@ class Resolved:
     """When the exact engine stops; None: when it is done."""
     reach: Reach
     """What is searched beyond the plain axes."""
+    workload_file: str | None
+    """For simulations."""
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
@@ -338,6 +340,7 @@ def _request(
         seed=asked.seed,
         trials=asked.trials,
         robust=asked.robust,
+        refine_simulated=asked.refine_simulated or 0,
         seed_trials=seed_trials,
     )
 
@@ -387,5 +390,6 @@ def resolve(asked: Asked) -> Resolved:
         notes=(*notes, *spec.extra),
         time_limit_s=time_limit_of(asked),
         reach=reach_of(asked, depths),
+        workload_file=asked.workload,
         soft_limits=soft,
     )
