@@ -50,6 +50,9 @@ from shardplan.costmodel.hardware import Cluster, Device, Fact, Tier, Topology
 from shardplan.models.errors import InputError
 
 __all__ = [
+    "CLUSTER_FIELDS",
+    "TIER_FIELDS",
+    "TIER_RANKS",
     "cluster_from_table",
     "cluster_names",
     "cluster_summary",
@@ -61,18 +64,18 @@ __all__ = [
     "resolve_cards",
 ]
 
-_CLUSTER: Mapping[str, Field] = {
+CLUSTER_FIELDS: Mapping[str, Field] = {
     "ranks_per_node": number("ranks_per_node", low=1, high=4096, whole=True),
     "nodes": number("nodes", low=1, high=2**17, whole=True),
     "max_nodes": number("max_nodes", low=1, high=2**17, whole=True),
     "rank_counts": Field(target="rank_counts", shape="counts", low=1, high=4096),
 }
-_TIER: Mapping[str, Field] = {
+TIER_FIELDS: Mapping[str, Field] = {
     "gb_per_s": number("bytes_per_s", low=1e-3, high=1e6, scale=1e9),
     "link_gb_per_s": number("link_bytes_per_s", low=1e-3, high=1e6, scale=1e9),
     "latency_us": number("latency_s", low=0, high=1e6, scale=1e-6),
 }
-_TIER_RANKS = {"ranks": number("ranks", low=2, high=2**29, whole=True)}
+TIER_RANKS: Mapping[str, Field] = {"ranks": number("ranks", low=2, high=2**29, whole=True)}
 
 
 def cluster_names() -> tuple[str, ...]:
@@ -177,8 +180,8 @@ def cluster_from_table(
 
     `where` names the file in errors; a device path is relative to `folder`.
     """
-    check_keys(table, ["name", "title", "device", *_CLUSTER], ["tiers"], where)
-    read = read_facts(table, _CLUSTER, where)
+    check_keys(table, ["name", "title", "device", *CLUSTER_FIELDS], ["tiers"], where)
+    read = read_facts(table, CLUSTER_FIELDS, where)
     values: dict[str, Any] = dict(read.values)
     default, most = values.pop("nodes"), values["max_nodes"]
     if default > most:
@@ -223,9 +226,9 @@ def _tiers(entries: object, ranks: int, facts: dict[str, Fact], where: str) -> t
     for index, entry in enumerate(entries):
         here = f"{where}: tiers[{index}]"
         table = mapping(entry, here)
-        check_keys(table, ["name", "topology", "ranks", *_TIER], [], here)
+        check_keys(table, ["name", "topology", "ranks", *TIER_FIELDS], [], here)
         everything = table["ranks"] == "all" and index == len(entries) - 1
-        read = read_facts(table, _TIER if everything else {**_TIER, **_TIER_RANKS}, here)
+        read = read_facts(table, TIER_FIELDS if everything else {**TIER_FIELDS, **TIER_RANKS}, here)
         name = label(table, "name", here)
         values: dict[str, Any] = {"ranks": ranks, **read.values}
         topology = label(table, "topology", here, get_args(Topology))

@@ -30,6 +30,8 @@ from shardplan.costmodel.errors import DataFileError
 __all__ = ["ListedCluster", "ListedNode", "parse_cluster_file", "read_cluster_file"]
 
 _TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_MOST_ID = 2**31 - 1
+_MOST_SHOWN = 80
 _COMMA = re.compile(r'("(?:\\.|[^"\\])*")|,(?=\s*[}\]])', re.DOTALL)
 
 
@@ -115,7 +117,7 @@ def _numa(data: Mapping[str, Any]) -> ListedCluster:
 
 
 def _node(node: Mapping[str, Any], dies: int) -> ListedNode:
-    items = [int(one.get("device_id", one["item_id"])) for one in node["item_list"]]
+    items = [_number(one.get("device_id", one["item_id"])) for one in node["item_list"]]
     return ListedNode(
         name=str(node["node_id"]),
         address=str(node.get("ipaddr", "")),
@@ -124,12 +126,22 @@ def _node(node: Mapping[str, Any], dies: int) -> ListedNode:
 
 
 def _server(server: Mapping[str, Any]) -> ListedNode:
-    devices = sorted(server["device"], key=lambda one: int(one["rank_id"]))
+    devices = sorted(server["device"], key=lambda one: _number(one["rank_id"]))
     return ListedNode(
         name=str(server["server_id"]),
         address=str(server.get("host_ip", "")),
-        devices=tuple(int(one["device_id"]) for one in devices),
+        devices=tuple(_number(one["device_id"]) for one in devices),
     )
+
+
+def _number(value: object) -> int:
+    """An id, which files write as a number or as a text; `ValueError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"{value!r} is no whole number"[:_MOST_SHOWN])
+    number = int(value)
+    if abs(number) > _MOST_ID:
+        raise ValueError(f"ids are at most {_MOST_ID}")
+    return number
 
 
 def _check(found: ListedCluster, where: str) -> None:

@@ -47,6 +47,7 @@ from shardplan.costmodel.errors import DataFileError
 from shardplan.costmodel.hardware import Device, Fact
 
 __all__ = [
+    "DEVICE_FIELDS",
     "device_from_table",
     "device_names",
     "device_summary",
@@ -85,7 +86,7 @@ _NEEDS = {
 _KV_DTYPES = ("bf16", "fp16", "int8", "fp8")
 _PROFILE_KEYS = ("name", "title", "base", "correction", "provenance")
 _DEVICE_LABELS = ("name", "title", "vendor")
-_DEVICE: Mapping[str, Field] = {
+DEVICE_FIELDS: Mapping[str, Field] = {
     "cube_cores": number("cube_cores", low=1, high=4096, whole=True),
     "vector_cores": number("vector_cores", low=0, high=8192, whole=True),
     "clock_mhz": number("clock_hz", low=1, high=2e4, scale=1e6),
@@ -110,6 +111,7 @@ _DEVICE: Mapping[str, Field] = {
     "kv_dtypes": words("kv_dtypes", choices=_KV_DTYPES),
     "engine_profiles": words("engine_profiles"),
 }
+"""Facts of a device file, beside its labels and `soc_versions`."""
 
 
 def device_names() -> tuple[str, ...]:
@@ -176,10 +178,10 @@ def device_from_table(
     """
     if "like" in table:
         table = _completed(table, where, folder or Path())
-    optional = [key for key, field in _DEVICE.items() if field.optional]
-    required = [*_DEVICE_LABELS, *(key for key in _DEVICE if key not in optional)]
+    optional = [key for key, field in DEVICE_FIELDS.items() if field.optional]
+    required = [*_DEVICE_LABELS, *(key for key in DEVICE_FIELDS if key not in optional)]
     check_keys(table, required, [*optional, "soc_versions"], where)
-    read = read_facts(table, _DEVICE, where)
+    read = read_facts(table, DEVICE_FIELDS, where)
     values: dict[str, Any] = dict(read.values)
     rates = {
         dtype: values.pop(target) for dtype in _RATES if (target := f"flop_per_s.{dtype}") in values
@@ -216,7 +218,7 @@ def _completed(table: Mapping[str, object], where: str, folder: Path) -> Mapping
             got=f"{where}: like={name!r}",
             hint="name the device that this one is like or based on",
         )
-    check_keys(own, ("name", "title"), [*_DEVICE, "vendor", "soc_versions"], where)
+    check_keys(own, ("name", "title"), [*DEVICE_FIELDS, "vendor", "soc_versions"], where)
     return {**base, **own}
 
 

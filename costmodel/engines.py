@@ -36,6 +36,9 @@ leave them out, the engine then has none):
     mtp_max            tokens predicted ahead in a decode step, at most, by the layer that models
                        of `mtp_architectures` (any) ship for it; 0
 
+A captured graph keeps `graph_bytes` of a rank's memory (0: not known), and `graph_sizes` are the
+batches of which the engine captures one unless told (empty: not known).
+
 Of an engine that lets prompts go first, `max_prefill_seqs` is the most prompts of one step; the
 simulator alone heeds it, the steady state computes one prompt at a time.
 
@@ -78,6 +81,7 @@ from shardplan.costmodel.hardware import Fact
 from shardplan.models.graph import Phase
 
 __all__ = [
+    "ENGINE_FIELDS",
     "FUSIONS",
     "EngineProfile",
     "engine_from_table",
@@ -178,6 +182,10 @@ class EngineProfile:
     """Most tokens that it predicts ahead with a model's own prediction layer; 0: none."""
     mtp_architectures: tuple[str, ...] = ("any",)
     """Models with which it does."""
+    graph_bytes: float = 0.0
+    """Memory of one captured graph on a rank; 0: not known."""
+    graph_sizes: tuple[int, ...] = ()
+    """Batches that it captures decode graphs of by itself, ascending; empty: not known."""
 
     def skew_s(self, phase: Phase, ranks: int) -> float:
         """What a step waits for the last of `ranks` ranks, seconds."""
@@ -225,6 +233,8 @@ _SWITCHES: Mapping[str, Field] = {
     "max_prefill_seqs": number("max_prefill_seqs", low=1, high=2**20, whole=True, optional=True),
     "mtp_max": number("mtp_max", low=0, high=64, whole=True, optional=True),
     "mtp_architectures": Field(target="mtp_architectures", shape="words", optional=True),
+    "graph_mib": number("graph_bytes", low=0, high=65536, scale=2.0**20, optional=True),
+    "graph_sizes": Field(target="graph_sizes", shape="counts", low=1, high=2**20, optional=True),
 }
 
 _ENGINE: Mapping[str, Field] = {
@@ -246,6 +256,8 @@ _ENGINE: Mapping[str, Field] = {
     "prefix_cache": flag("prefix_cache"),
     "sampling": flag("sampling"),
 }
+ENGINE_FIELDS: Mapping[str, Field] = {**_ENGINE, **_RANKS, **_SWITCHES}
+"""Facts of an engine file."""
 
 
 def engine_names() -> tuple[str, ...]:
@@ -273,7 +285,7 @@ def _shipped_engine(name: str) -> EngineProfile:
 def engine_from_table(table: Mapping[str, object], where: str) -> EngineProfile:
     """The profile that a parsed file describes; `where` names the file in errors."""
     check_keys(table, ["name", "title", *_ENGINE], [*_RANKS, *_SWITCHES], where)
-    read = read_facts(table, {**_ENGINE, **_RANKS, **_SWITCHES}, where)
+    read = read_facts(table, ENGINE_FIELDS, where)
     values: dict[str, Any] = dict(read.values)
     return EngineProfile(
         name=label(table, "name", where),

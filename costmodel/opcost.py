@@ -218,7 +218,7 @@ class _Local:
             raise self.error(
                 "matrix products are priced in a type of `kernels.precision`",
                 f"{weight.name} is {weight.dtype}",
-                "give dtype, for example dtype='bf16'",
+                "give dtype (weight_dtype of a search), for example bf16",
             )
         return _PRODUCTS[weight.dtype]
 

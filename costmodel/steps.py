@@ -95,16 +95,21 @@ def step_seconds(
     return flow_s(model, stage_times(model, stages, phase), phase, 1.0), stages
 
 
-def decode_stages(model: Pricer, given: ServingInput, sequences: Array) -> list[Parts]:
-    """A decode step of `sequences` of one microbatch at the mean context."""
-    dtype = given.weight_dtype
-    token = Load.of("decode", model.engine, tokens=sequences * given.width, weight_dtype=dtype)
+def decode_stages(
+    model: Pricer, given: ServingInput, sequences: Array, padded: Array | None = None
+) -> list[Parts]:
+    """A decode step of `sequences` of one microbatch at the mean context.
+
+    `padded`: the sequences of the graph that runs them; those beyond have no context to read.
+    """
+    dtype, rows = given.weight_dtype, sequences if padded is None else padded
+    token = Load.of("decode", model.engine, tokens=rows * given.width, weight_dtype=dtype)
     return _sum(
         model.parts("token", token),
         model.parts("attention", _cached(model, given, sequences)),
         model.parts("logits", token),
-        *_first_draft(model, given, "decode", sequences),
-        *_later_drafts(model, given, sequences),
+        *_first_draft(model, given, "decode", rows),
+        *_later_drafts(model, given, sequences, rows),
     )
 
 
@@ -118,11 +123,13 @@ def _first_draft(
     return [model.parts("draft_logits", one)]
 
 
-def _later_drafts(model: Pricer, given: ServingInput, sequences: Array) -> list[list[Parts]]:
-    """Every draft of `sequences` after the first."""
+def _later_drafts(
+    model: Pricer, given: ServingInput, sequences: Array, rows: Array
+) -> list[list[Parts]]:
+    """Every draft of `sequences` after the first; `rows`: those of the graph that runs them."""
     if np.max(as_array(given.mtp)) <= 1.0:
         return []
-    one = Load.of("decode", model.engine, tokens=sequences, weight_dtype=given.weight_dtype)
+    one = Load.of("decode", model.engine, tokens=rows, weight_dtype=given.weight_dtype)
     cached = _cached(model, given, sequences)
     after = replace(cached, new=as_array(1.0), prefix=cached.prefix + cached.new)
     return [model.parts("draft", one), model.parts("draft_attention", after)]
@@ -175,7 +182,7 @@ def _beside_stages(model: Pricer, given: ServingInput, sequences: Array) -> list
     """What only `sequences` that decode beside a prompt run; launches where there are none."""
     least = np.maximum(sequences, 1.0)
     beside = model.parts("attention", _cached(model, given, least))
-    return _where(sequences > 0.0, _sum(beside, *_later_drafts(model, given, least)))
+    return _where(sequences > 0.0, _sum(beside, *_later_drafts(model, given, least, least)))
 
 
 def chunk_stages(

@@ -22,7 +22,7 @@ from typing import Any, Never, TypedDict
 
 from shardplan.models.config import spec_from_config
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
-from shardplan.models.errors import InputError, UnknownNameError, did_you_mean
+from shardplan.models.errors import InputError, UnknownNameError, did_you_mean, printable
 from shardplan.models.frontends.registry import has_reader, read_registered
 from shardplan.models.spec import ModelSpec
 
@@ -129,7 +129,8 @@ def load_model(
     config = read_config(file)
     folder = Path(os.path.abspath(file)).parent  # links kept: caches link into hashed names
     name = Path(folder.name if file.name == "config.json" and folder.name else file.stem)
-    return spec_from_config(config, name=_printable(name), source=_printable(file))
+    shown = printable(str(name)).replace("\n", " ")
+    return spec_from_config(config, name=shown, source=_printable(file))
 
 
 def model_summary(name: str) -> ModelSummary:

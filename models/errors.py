@@ -24,7 +24,18 @@ __all__ = [
     "ShardplanError",
     "UnknownNameError",
     "did_you_mean",
+    "printable",
 ]
+
+
+def printable(text: str) -> str:
+    """A text as any terminal shows it: what would steer one, or has no bytes, is escaped."""
+    return "".join(
+        letter
+        if letter.isprintable() or letter == "\n"
+        else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

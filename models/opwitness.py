@@ -5,8 +5,9 @@ these loops and nothing else in common with a neighbour (numpy, float64, all ran
 
     reads     each dim in as many blocks as its loop has turns, a block weighed into one number;
               dims of no loop weighed whole
-    z         sum of the linear reads, times all others, summed over contracted loops; a loop that
-              must stay whole adds the sum over it to every turn
+    z         sum of the linear reads, times all others, summed over contracted loops; what a
+              product adds without them (a bias) once; a loop that must stay whole adds the sum
+              over it to every turn
     writes    z, tanh(z) where nothing is linear or contracted, spread over the block of each dim
 
 A layout that an operator does not have, a collective too few, too many, over another axis or dim,
@@ -257,13 +258,27 @@ def _computed(
         own = [name for name in dict.fromkeys(access.loops) if name]
         may = {*own, *op.contracted}
         used = [s for s, one in enumerate(op.reads) if {n for n in one.loops if n} <= may]
-        others = [s for s in used if s not in op.linear]
-        terms = [[s, *others] for s in used if s in op.linear] if op.linear else [others]
         total = np.zeros([1] * lead + [turns[name] for name in own])
-        for slots in terms:
+        for slots in _terms(op, used):
             total = total + _product(op, slots, parts, own, lead)
         found.append(total)
     return found
+
+
+def _terms(op: Operator, used: Sequence[int]) -> list[list[int]]:
+    """Reads that are multiplied, of each term of the sum: a product's bias is one of its own."""
+    summed = {s for s in used if set(op.reads[s].loops) & set(op.contracted)}
+    linear = [s for s in used if s in op.linear]
+    apart = [s for s in used if op.contracted and s not in summed]
+    if op.kind == "matmul":
+        linear = [s for s in linear if s in summed]
+    elif summed.isdisjoint(linear):
+        apart = []
+    else:
+        apart = [s for s in apart if s in linear]
+    others = [s for s in used if s not in op.linear and s not in apart]
+    terms = [[s, *others] for s in linear if s not in apart] if op.linear else [others]
+    return [*terms, *([s] for s in apart)]
 
 
 def _product(

@@ -23,10 +23,10 @@ from shardplan.search.ablation import run_ablation
 from shardplan.search.ablation_tables import to_markdown
 from shardplan.search.main import run
 from shardplan.search.plan import write_atomically
-from shardplan.search.validate import validate
-from shardplan.search.validate_out import README_MARKS, between
+from shardplan.search.validate import Report, validate
+from shardplan.search.validate_out import PAGE_MARKS, between
 from shardplan.search.validate_plot import scatter_svg
-from shardplan.search.validate_tables import summary_table
+from shardplan.search.validate_tables import SHORT, short_table, summary_table
 from shardplan.search.validate_tables import to_markdown as validation_page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,18 +34,24 @@ README = ROOT / "results" / "README.md"
 ABLATION = ROOT / "results" / "ablation" / "llama-65b.md"
 ABLATION_CLUSTERS = ("atlas-800-9000", "atlas-800t-a2")
 VALIDATION = ROOT / "results" / "validation" / "validation.md"
+CHINESE = ("对象", "数据点", "未参与拟合", "MAPE", "p90", "拟合误差")
+"""Headings of the short table in README.zh-CN.md."""
 _PROGRAM = "shardplan "
 _ACCEPT = "--accept"
 
 
-def commands() -> dict[str, list[str]]:
-    """Arguments of each `shardplan` command of README.md, by what it writes below results/."""
+def commands(folder: str = "") -> dict[str, list[str]]:
+    """Arguments of each `shardplan` command of README.md, by what it writes below results/.
+
+    `folder`: those alone that write into it.
+    """
     lines = [line.strip() for line in README.read_text(encoding="utf-8").splitlines()]
     found = [shlex.split(line)[1:] for line in lines if line.startswith(_PROGRAM)]
-    return {
+    named = {
         Path(words[words.index("--out") + 1]).relative_to("results").as_posix(): words
         for words in found
     }
+    return {path: words for path, words in named.items() if path.startswith(folder)}
 
 
 def write_ablation(page: Path) -> None:
@@ -60,7 +66,7 @@ def write_ablation(page: Path) -> None:
 def write_validation(page: Path, *, accept: bool = False) -> int:
     """The page, the picture and the baseline beside it; 1 where an error grew and is not accepted.
 
-    The table in the project's README.md follows where the page is the committed one.
+    The tables of other pages follow where the page is the committed one.
     """
     report = validate()
     kept = page.with_name("baseline.json")
@@ -76,10 +82,19 @@ def write_validation(page: Path, *, accept: bool = False) -> int:
     write_atomically(page, validation_page(report))
     write_atomically(page.with_name("scatter.svg"), scatter_svg(report.figures))
     if page == VALIDATION:
-        front = ROOT / "README.md"
-        text = front.read_text(encoding="utf-8")
-        write_atomically(front, between(text, README_MARKS, summary_table(report)))
+        for place, table in page_tables(report).items():
+            text = place.read_text(encoding="utf-8")
+            write_atomically(place, between(text, PAGE_MARKS, table))
     return 0
+
+
+def page_tables(report: Report) -> dict[Path, str]:
+    """Pages outside results/ that show errors, and the table of each."""
+    return {
+        ROOT / "docs" / "cost-model.md": summary_table(report),
+        ROOT / "README.md": short_table(report, ("what", *SHORT)),
+        ROOT / "README.zh-CN.md": short_table(report, CHINESE),
+    }
 
 
 def _quiet(words: list[str]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
 from shardplan.search.analyze import THROUGHPUT, best_first, pareto_rows, summarise, value_name
+from shardplan.search.atomic import written_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,11 +63,8 @@ def draw(path: Path, drawing: Callable[[Axes], None]) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     drawing(axes)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=_DPI, metadata={"Software": None})
-    except OSError as error:
-        raise InputError("the plot cannot be written", got=f"{path}: {error.strerror}") from None
+    with written_bytes(path) as file:
+        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
     return path
 
 

@@ -3,7 +3,8 @@
     resolve -> space -> search engine -> winner -> proof -> plan
 
 The objective `cards` searches growing card counts and stops at the first that is feasible; every
-smaller count is thereby proven infeasible.
+smaller count is thereby proven infeasible. So does `cost` at a rate; without one it searches them
+all and takes the most tokens a card.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from shardplan.models.spec import ModelSpec
 from shardplan.search.aside import aside
 from shardplan.search.beside import Beside, search_beside
 from shardplan.search.build_plan import build_plan, pareto_front, time_note
+from shardplan.search.costs import cost_of
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
@@ -38,7 +40,7 @@ from shardplan.search.request import (
     resolve,
     without_limits,
 )
-from shardplan.search.robust_plan import study, with_study
+from shardplan.search.robust_plan import refined_of, study, with_study
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
 from shardplan.search.trial_table import TrialTable
 from shardplan.search.workload import whole
@@ -46,7 +48,6 @@ from shardplan.search.workload import whole
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from shardplan.search.refine_simulated import Refined
     from shardplan.search.study import Place
 
 __all__ = ["SearchResult", "estimate", "search", "space_of", "subject_of"]
@@ -101,6 +102,33 @@ def search(
         model = load_model(model)
     question = Asked(model=model, cluster=cluster, **asked)
     resolved = resolve(question)
+    found = _searched(question, resolved, top, storage, study, resume, progress)
+    if question.sized:
+        from shardplan.search.capacity import with_capacity
+
+        found = with_capacity(
+            found,
+            question,
+            resolved,
+            lambda one: _searched(one, resolve(one), 0, None, None, False, None),
+        )
+    if question.batched:
+        from shardplan.search.batching_api import with_batching
+
+        found = with_batching(found, question, resolved)
+    return found
+
+
+def _searched(
+    question: Asked,
+    resolved: Resolved,
+    top: int,
+    storage: str | None,
+    study: str | None,
+    resume: bool,
+    progress: Progress | None,
+) -> SearchResult:
+    """The best plan of the asked way of serving."""
     place = _place(resolved, storage, study, resume)
     aggregated = functools.partial(_search_aggregated, top=top, place=place, progress=progress)
     if question.serving == "agg":
@@ -136,7 +164,7 @@ def _search_aggregated(
     studying = time.perf_counter()
     best, robustness = study(question, outcomes[-1], robust=robust)
     studied = time.perf_counter()
-    refined = _refined(resolved, question, outcomes[-1], best)
+    refined = refined_of(resolved, question, outcomes[-1], best)
     simulated = time.perf_counter()
     later = robust or (refined is not None and refined.best is not best)
     best = best if refined is None else refined.best
@@ -157,6 +185,8 @@ def _search_aggregated(
     plan = with_study(plan, robustness)
     if refined is not None:
         plan = refined.told(plan)
+    if resolved.prices is not None:
+        plan = plan.model_copy(update={"cost": cost_of(plan, resolved.prices)})
     engine = resolved.request.engine
     outcome = outcomes[-1]
     return SearchResult(
@@ -172,17 +202,6 @@ def _search_aggregated(
             "strategies_per_s": plan.certificate.evaluated / max(searched - start, 1e-9),
         },
     )
-
-
-def _refined(
-    resolved: Resolved, question: Question, outcome: Outcome, best: Kept
-) -> Refined | None:
-    """The best strategies simulated, where that is asked for."""
-    if not resolved.request.refine_simulated:
-        return None
-    from shardplan.search.refine_simulated import refine_simulated
-
-    return refine_simulated(resolved, question, outcome, best)
 
 
 class _Shown(NamedTuple):
@@ -225,6 +244,7 @@ def _question(resolved: Resolved, cards: int) -> Question:
         limits=resolved.request.limits,
         objective=resolved.request.objective,
         cards=cards,
+        spare=resolved.spare,
     )
 
 
@@ -246,7 +266,7 @@ def space_of(resolved: Resolved, cards: int) -> Space:
 def _counts(resolved: Resolved) -> list[int]:
     """Card counts to search, ascending: all of them for the objective `cards`, else the one."""
     most, cluster = resolved.request.cards, resolved.cluster
-    if resolved.request.objective != "cards":
+    if resolved.request.objective not in ("cards", "cost"):
         return [most]
     nodes = range(1, cluster.nodes + 1)
     found = {*cluster.rank_counts, *(cluster.ranks_per_node * n for n in nodes)}
@@ -292,9 +312,24 @@ def _search_counts(
         if place is not None and len(counts) > 1:
             where = place.named(f"{cards}-cards", first=cards == counts[0])
         outcomes.append(_run(resolved, question, space, where, progress, memo, left_s))
-        if outcomes[-1].best is not None:
+        if outcomes[-1].best is not None and not _every_count(resolved):
             break
+    if _every_count(resolved):  # the plan is that of the last one
+        outcomes.sort(key=_a_card)
     return outcomes
+
+
+def _every_count(resolved: Resolved) -> bool:
+    """Whether more cards may cost less: a token, where no rate is asked."""
+    rate = resolved.request.workload.request_rate
+    return resolved.request.objective == "cost" and rate is None
+
+
+def _a_card(outcome: Outcome) -> tuple[float, int]:
+    """Output tokens a second and card of the best strategy, then fewer cards; none come first."""
+    best = outcome.best
+    most = -1.0 if best is None else best.columns["output_tokens_per_s_per_card"]
+    return float(f"{most:.9g}"), 0 if best is None else -outcome.space.cards
 
 
 def _out_of_time(outcome: Outcome) -> bool:

@@ -10,7 +10,6 @@ model that is a `str` is a decoder: name other graphs by a `Path`.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -86,8 +85,7 @@ def search(
     recognised = model_or_graph(model, **reading)
     if isinstance(recognised.found, ModelSpec):
         asked = _without(asked, "add operators: this is a decoder")
-        named = model if isinstance(model, (str, os.PathLike)) else recognised.found
-        return search_deployment(named, cluster, progress=progress, **asked)
+        return search_deployment(recognised.found, cluster, progress=progress, **asked)
     return _of_operators(recognised.found, cluster, asked, reading, recognised.why)
 
 

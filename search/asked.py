@@ -9,7 +9,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.layouts import Reach
-from shardplan.search.workload import one_of, shown, whole
+from shardplan.search.workload import one_of, positive, shown, whole
 
 __all__ = [
     "DEFAULT_TRIALS",
@@ -21,7 +21,7 @@ __all__ = [
     "time_limit_of",
 ]
 
-Objective = Literal["throughput", "latency", "cards"]
+Objective = Literal["throughput", "latency", "cards", "cost"]
 SWITCHES = ("weight_prefetch", "fused_collectives")
 SearchEngine = Literal["auto", "exact", "tpe", "nsga2", "nsga3", "cmaes", "gp", "random"]
 DEFAULT_TRIALS = 200
@@ -31,6 +31,10 @@ _MOST_SEED_TRIALS = 1000
 _MOST_SIMULATED = 256
 _MOST_SEED = 2**32 - 1
 _MOST_SECONDS = 1e7
+_MOST_GRAPH_MIB = 65536.0
+_MOST_GRAPHS = 1024
+_NOT_IN_POOLS = ("robust",)
+"""What a search of pools does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,34 @@ class Asked:
     robust: bool = False
     refine_simulated: int | None = None
     """Best strategies to simulate with the workload, to choose among them."""
+    card_price: float | None = None
+    """Of an hour of a card: any currency, or its power in kW."""
+    prefill_card_price: float | None = None
+    """The same of the prefill pool's own cluster."""
+    spare: int | None = None
+    """Cards or nodes that may be lost while the rate is still served within the limits."""
+    spare_unit: str = "card"
+    """What `spare` counts: card or node."""
+    losses: bool = False
+    """What is left when a card or a node is lost (`search.capacity`)."""
+    auto_batching: bool = False
+    """Graph sizes and what the step sizes gain (`search.batching`)."""
+    lengths: str | None = None
+    """File of lengths that they are made for; with it they are made in any case."""
+    graph_mib: float | None = None
+    """Memory of a graph; None: the engine's."""
+    max_graphs: int | None = None
+    """Graphs of a phase at most; None: as many as memory and its worth allow."""
+
+    @property
+    def batched(self) -> bool:
+        """Whether graph sizes are asked for."""
+        return self.auto_batching or self.lengths is not None
+
+    @property
+    def sized(self) -> bool:
+        """Whether what is left after a loss is asked for."""
+        return self.losses or self.spare is not None
 
 
 def check_words(asked: Asked) -> None:
@@ -97,6 +129,7 @@ def check_words(asked: Asked) -> None:
             one_of(name, getattr(asked, name), ("off", "on", "auto"))
     _check_prefill(asked)
     _check_one_pool(asked)
+    _check_batching(asked)
     for name, most, good in (
         ("nodes", 2**17, 1),
         ("cards", 2**20, 8),
@@ -170,6 +203,21 @@ def time_limit_of(asked: Asked) -> float | None:
             hint="leave one of them out",
         )
     return limit
+
+
+def _check_batching(asked: Asked) -> None:
+    """Sizes of graphs are positive, and given where graphs are asked for."""
+    given = [name for name in ("graph_mib", "max_graphs") if getattr(asked, name) is not None]
+    if given and not asked.batched:
+        raise InputError(
+            "limits of graphs are those of auto batching",
+            got=", ".join(f"{name}={shown(getattr(asked, name))}" for name in given),
+            hint="add --auto-batching, or --lengths with a workload file or trace",
+        )
+    if asked.graph_mib is not None:
+        positive("graph_mib", asked.graph_mib, _MOST_GRAPH_MIB, try_="24")
+    if asked.max_graphs is not None:
+        whole("max_graphs", asked.max_graphs, _MOST_GRAPHS, try_=16)
 
 
 def _check_prefill(asked: Asked) -> None:

@@ -39,7 +39,7 @@ def analyze(
     plots: Annotated[Path | None, typer.Option("--plots", help="Folder for PNG plots.")] = None,
     json: Json = False,
 ) -> None:
-    """Best, front, worth of each dimension; groups; runs side by side or one against another."""
+    """What trials say: best, front, groups, runs side by side."""
     _check(trials, by, against, tolerance)
     from shardplan.search.runs import read_runs
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shardplan.models.errors import InputError
+from shardplan.models.errors import InputError, printable
 from shardplan.search.completion import (
     cluster_names_like,
     device_names_like,
@@ -144,8 +144,8 @@ def stdout_console() -> Console:
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
-    sys.stderr.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    """One line on stderr; what would steer a terminal is shown as text."""
+    sys.stderr.write(printable(text) + "\n")
 
 
 @contextmanager

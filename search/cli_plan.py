@@ -21,6 +21,7 @@ from shardplan.search.completion import target_names_like
 
 if TYPE_CHECKING:
     from shardplan.search.explain import Known
+    from shardplan.search.oplevel.plan import OperatorPlan
     from shardplan.search.plan import ProofInfo
 
 __all__ = ["emit", "explain", "verify"]
@@ -166,8 +167,12 @@ def explain(
     from shardplan.search.explain import explain as why
     from shardplan.search.explain import known_of
     from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
 
-    loaded = Plan.load(plan)
+    loaded = load_plan(plan)
+    if not isinstance(loaded, Plan):
+        _explain_operators(loaded, against, model, shadows=shadows, as_json=json)
+        return
     found = why(loaded, model=model, shadows=shadows)
     if against is not None:
         from shardplan.search.rival import rival_of
@@ -181,6 +186,25 @@ def explain(
     from shardplan.search.tables_explain import print_explanation
 
     print_explanation(found, stdout_console())
+
+
+def _explain_operators(
+    plan: OperatorPlan, against: str | None, model: str | None, *, shadows: bool, as_json: bool
+) -> None:
+    from shardplan.search.oplevel.explain import explain_operators
+    from shardplan.search.oplevel.proof import graph_of_plan
+
+    if against is not None:
+        raise InputError(
+            "--against names a deployment, and the plan is one of operators", got=against[:100]
+        )
+    found = explain_operators(plan, graph_of_plan(plan, model), shadows=shadows)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    from shardplan.search.tables_operators import print_why
+
+    print_why(found, stdout_console())
 
 
 def _rival(against: str, known: Known) -> dict[str, Any]:

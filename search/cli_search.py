@@ -57,7 +57,7 @@ def search(
         float | None, number("--tpot-p99-ms", "Most of its 99th percentile.")
     ] = None,
     objective: Annotated[
-        str, typer.Option("--objective", help="throughput, latency or cards.")
+        str, typer.Option("--objective", help="throughput, latency, cards or cost.")
     ] = "throughput",
     weight_dtype: Annotated[
         str,
@@ -171,6 +171,33 @@ def search(
         int | None,
         whole("--refine-simulated", "Best strategies to simulate, to choose among them."),
     ] = None,
+    card_price: Annotated[
+        float | None, number("--card-price", "Of an hour of a card; or its power in kW.")
+    ] = None,
+    prefill_card_price: Annotated[
+        float | None, number("--prefill-card-price", "The same of --prefill-cluster.")
+    ] = None,
+    spare: Annotated[
+        int | None, whole("--spare", "Cards or nodes that may be lost with --rate still served.")
+    ] = None,
+    spare_unit: Annotated[
+        str, typer.Option("--spare-unit", help="What --spare counts: card or node.")
+    ] = "card",
+    losses: Annotated[
+        bool, typer.Option("--losses", help="What is left when a card or a node is lost.")
+    ] = False,
+    auto_batching: Annotated[
+        bool,
+        typer.Option("--auto-batching", help="Graph sizes, and what the step sizes gain."),
+    ] = False,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", help="Workload TOML or trace that they are made for."),
+    ] = None,
+    graph_mib: Annotated[
+        float | None, number("--graph-mib", "Memory of a graph; the engine's.")
+    ] = None,
+    max_graphs: Annotated[int | None, whole("--max-graphs", "Graphs of a phase at most.")] = None,
     top: Annotated[int, whole("--top", "Alternatives to keep.")] = 5,
     ablation: Annotated[
         bool, typer.Option("--ablation", help="What each feature buys, in place of a plan.")

@@ -170,7 +170,7 @@ def _simulate(
             limits=asked.limits,
             acceptance=asked.acceptance,
             rows=rows,
-            timeline=timeline,
+            watch=timeline,
             progress=lambda done: show(done, demand.count or done),
             **how,
         )

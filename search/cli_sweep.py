@@ -54,6 +54,7 @@ def sweep_command(
     if not kept and plans is None:
         note(f"plans of more than {PLANS_KEPT} combinations are kept with --plans")
     _draw(found, base, folder)
+    _compare(found, base, texts, folder, as_json=as_json)
     if as_json:
         print_json(sweep_json(found))
     else:
@@ -86,6 +87,44 @@ def _draw(found: Any, base: dict[str, Any], folder: Path) -> None:
         return
     for text in (*notes, *(f"wrote {path}" for path in paths)):
         note(text)
+
+
+def _compare(
+    found: Any, base: dict[str, Any], texts: list[str], folder: Path, *, as_json: bool
+) -> None:
+    """Where both ways of serving were swept: which of them pays, as a page and a picture."""
+    from shardplan.search.crossover import crossover_of, print_crossover, to_markdown
+    from shardplan.search.crossover_plot import draw_crossover
+    from shardplan.search.plan import write_atomically
+
+    both = crossover_of(found, str(base.get("objective") or "throughput"))
+    if both is None:
+        return
+    write_atomically(folder / "crossover.md", to_markdown(both, _title(base, texts)))
+    note(f"wrote {folder / 'crossover.md'}")
+    try:
+        draw_crossover(both, folder / "crossover")
+    except InputError:  # said of the other pictures
+        pass
+    else:
+        note(f"wrote {folder / 'crossover.svg'}")
+    if not as_json:
+        print_crossover(both, stdout_console())
+
+
+def _title(base: dict[str, Any], texts: list[str]) -> str:
+    """The question that all combinations have in common."""
+    from shardplan.search.sweep_out import value_words
+
+    names = ("nodes", "cards", "prefill_cluster", "input_len", "output_len", "concurrency", "rate")
+    swept = {text.partition("=")[0].strip().removeprefix("--").replace("-", "_") for text in texts}
+    words = [f"{value_words(base['model'])} on {value_words(base['cluster'])}"]
+    words += [
+        f"{name.replace('_', '-')} {value_words(base[name])}"
+        for name in (*names, "ttft_ms", "tpot_ms")
+        if name not in swept and base[name] is not None
+    ]
+    return ", ".join(words)
 
 
 def _check_any(rows: Any) -> None:

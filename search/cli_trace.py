@@ -33,7 +33,7 @@ def trace(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Write one predicted prefill and decode step of each rank as a trace (ui.perfetto.dev)."""
+    """Write one predicted step of each rank as a trace for Perfetto."""
     from shardplan.search.plan import Plan
     from shardplan.search.predicted import predicted_steps
     from shardplan.search.trace import write_trace

@@ -3,9 +3,10 @@
     torch.compile(model, backend="shardplan", options={"model": model, "cluster": "atlas-800t-a2"})
 
 Options:
-    model      what is planned: a Hugging Face module, the name of a preset, a config.json
+    model      what is planned: a module (one that is no decoder with its `inputs`), the name of a
+               preset, a config.json, an ONNX or .pt2 file
     cluster    the machine; with the other arguments of `shardplan.search` (cards, input_len, ...)
-    plan       a `Plan`, or the path of a plan.json, in place of a search
+    plan       a plan, or the path of a plan.json, in place of a search
     report     a file that the plan is written to
     on_plan    a function that is called with the plan
     inner      who compiles: "eager" (default), another backend's name, "npu" (torchair), a callable
@@ -26,6 +27,7 @@ from shardplan.models.errors import InputError
 from shardplan.models.fx.torch_lib import torch_lib
 
 if TYPE_CHECKING:
+    from shardplan.search.oplevel.plan import OperatorPlan
     from shardplan.search.plan import Plan
 
 __all__ = ["backend", "inner_backend"]
@@ -49,14 +51,16 @@ def backend(
     return compiled
 
 
-def _plan(asked: Mapping[str, Any]) -> Plan | None:
+def _plan(asked: Mapping[str, Any]) -> Plan | OperatorPlan | None:
     """The plan that is named or searched for; None where nothing is asked."""
-    from shardplan.search.api import search
+    from shardplan.search.ask import search
+    from shardplan.search.oplevel.plan import OperatorPlan
     from shardplan.search.plan import Plan
+    from shardplan.search.plan_file import load_plan
 
     given = asked.get("plan")
     if given is not None:
-        return given if isinstance(given, Plan) else Plan.load(Path(given))
+        return given if isinstance(given, Plan | OperatorPlan) else load_plan(Path(given))
     others = {name: value for name, value in asked.items() if name not in _OWN}
     if "model" not in asked and "cluster" not in asked and not others:
         return None
@@ -68,13 +72,14 @@ def _plan(asked: Mapping[str, Any]) -> Plan | None:
             hint='give options={"model": ..., "cluster": ...}, or "plan"',
         )
     try:
-        return search(asked["model"], asked["cluster"], **others).plan
+        found: Plan | OperatorPlan = search(asked["model"], asked["cluster"], **others).plan
     except TypeError as error:
         raise InputError(
             "the options of the backend are its own and those of shardplan.search",
             got=str(error),
             hint="its own: " + ", ".join(_OWN),
         ) from None
+    return found
 
 
 def inner_backend(inner: str | Callable[..., Any]) -> Callable[..., Any]:

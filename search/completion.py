@@ -33,6 +33,10 @@ __all__ = [
 SHELLS = ("bash", "zsh", "fish")
 _ASKING = "_SHARDPLAN_COMPLETE"
 """Variable by which a shell asks for completions, as typer names it after the program."""
+_FIRST_TAB = """
+# zsh loads this file at the first Tab: that one is answered, too.
+[[ $zsh_eval_context[-1] == loadautofunc ]] && _shardplan_completion "$@"
+"""
 _OPTIONS = ("--install-completion", "--show-completion")
 
 
@@ -128,6 +132,9 @@ def _install(context: typer.Context, parameter: typer.CallbackParam, wanted: boo
     try:
         install_callback(context, parameter, shell)
     except SystemExit as done:
+        if shell == "zsh":
+            with (Path.home() / ".zfunc" / "_shardplan").open("a", encoding="utf-8") as file:
+                file.write(_FIRST_TAB)
         raise typer.Exit from done
     except OSError as error:
         raise InputError(

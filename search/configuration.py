@@ -14,6 +14,8 @@ from shardplan.models.errors import InputError
 
 __all__ = ["Configuration", "whole_number"]
 
+_MOST = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
@@ -62,10 +64,10 @@ def whole_number(name: str, value: object, *, least: int = 1) -> int:
         number = int(text)
     except ValueError:
         number = least - 1
-    if isinstance(value, bool) or number < least:
+    if isinstance(value, bool) or not least <= number <= _MOST:
         unset = text.startswith("$")
         raise InputError(
-            f"`{name}` is a whole number from {least} on",
+            f"`{name}` is a whole number from {least} to {_MOST:,}",
             got=f"{name}={text[:40]!r}",
             hint="give what the script is called with: --arguments" if unset else "",
         )

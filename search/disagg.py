@@ -32,12 +32,13 @@ from shardplan.search.disagg_bounds import (
     most_unreached,
     peak_floor,
 )
-from shardplan.search.disagg_combine import Combination, DisaggQuestion, DisaggTally
+from shardplan.search.disagg_combine import Combination, DisaggTally
 from shardplan.search.disagg_cuts import Refining, refine_cuts
 from shardplan.search.disagg_dominance import Partners
 from shardplan.search.disagg_options import Options, Priced
 from shardplan.search.disagg_pairs import Both, Found, Tables, combined, hoped
 from shardplan.search.disagg_pools import PoolPricing
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import (
     PairKey,
     PairRule,

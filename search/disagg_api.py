@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from shardplan import __version__
 from shardplan.models.errors import InfeasibleError, InputError
+from shardplan.search.costs import cost_of
 from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_beside import quantized_outcomes, time_left
 from shardplan.search.disagg_failure import nothing_disaggregated
@@ -58,6 +59,8 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
     )
     plan = with_study(plan, robustness)
     proven = time.perf_counter()
+    if resolved.prices is not None:
+        plan = plan.model_copy(update={"cost": cost_of(plan, resolved.prices)})
     return SearchResult(
         plan=plan,
         trial_table=disagg_table(outcome, outcome.kept),
@@ -73,19 +76,14 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
     )
 
 
-def _cards(plan: Plan) -> int:
-    """Cards in use."""
-    if plan.pools:
-        return sum(pool.instances * pool.strategy.ranks for pool in plan.pools)
-    return plan.strategy.ranks
-
-
 def _worth(plan: Plan) -> tuple[bool, float, float]:
-    """Larger is better: limits kept, the objective (fewer cards as less negative), throughput."""
+    """Larger is better: limits kept, the objective (less is less negative), throughput."""
     kept = any(plan.request.limits.model_dump().values())
     value = plan.performance.output_tokens_per_s
     if plan.request.objective == "cards":
-        return kept, -float(_cards(plan)), value
+        return kept, -float(plan.cards), value
+    if plan.request.objective == "cost" and plan.cost is not None:
+        return kept, -plan.cost.per_million_tokens, value
     if plan.request.objective == "latency":
         return kept, 1.0 / plan.performance.end_to_end_s, value
     return kept, value, value
@@ -112,13 +110,13 @@ def _row(
             for pool in plan.pools
         )
     objective, own = (abs(_worth(one)[1]) for one in (plan, best))
-    fewer = plan.request.objective == "cards"
+    fewer = plan.request.objective in ("cards", "cost")
     return ServingRow(
         serving=serving,  # type: ignore[arg-type]  # agg or disagg
         words=words,
         objective=objective,
         gain=own / objective if fewer else objective / own,
-        cards=_cards(plan),
+        cards=plan.cards,
         ttft_s=plan.performance.ttft_s,
         tpot_s=plan.performance.tpot_s,
     )

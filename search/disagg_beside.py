@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg import DisaggOutcome, search_disagg
-from shardplan.search.disagg_combine import Combination, DisaggQuestion
+from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_options import Options
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_request import Sides
 from shardplan.search.disagg_space import Judged, Pool
 from shardplan.search.space import Choice

@@ -32,8 +32,8 @@ from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.step_mix import computed_prompt
 from shardplan.models.parallel import Parallelism
 from shardplan.search.bounds import layer_flop_per_token, peak_flop_per_s
-from shardplan.search.disagg_combine import DisaggQuestion
 from shardplan.search.disagg_options import Options, Priced
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool
 
 __all__ = ["Floor", "floor_of", "floors", "most_later", "most_of", "most_unreached", "peak_floor"]
@@ -90,7 +90,7 @@ def peak_floor(pool: Pool, layouts: Iterable[Parallelism]) -> Floor:
 def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> Array:
     """An objective that no deployment of instances above these floors exceeds; -inf for none.
 
-    Of the objective `cards`: minus the fewest cards. The floors broadcast.
+    Of the objective `cards`: minus the fewest cards, by their price. The floors broadcast.
     """
     p, q = np.asarray(prefill.card_s), np.asarray(decode.card_s)
     demand, allowed_s = question.demand, question.limits.ttft_s or math.inf
@@ -107,12 +107,19 @@ def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> Array:
         asked = question.decode.workload.request_rate or 0.0
         able = (rate * _SLACK >= asked) & (rate > 0.0) & (first_s <= allowed_s * _SLACK)
         if question.objective == "cards":
-            found = -np.maximum(2.0, np.ceil(asked * (p + q) / _SLACK))
+            found = -_least_spent(question, asked * p, asked * q)
         elif question.objective == "latency":
             found = _SLACK / latency_s
         else:
             found = _SLACK * rate * question.decode.workload.output_len
     return np.where(able, found, -math.inf)
+
+
+def _least_spent(question: DisaggQuestion, prefill: Array, decode: Array) -> Array:
+    """The least that so many cards of both pools cost; whole cards where all cost one."""
+    least = question.spent(prefill, decode) / _SLACK
+    whole = np.ceil(least) if question.prices == (1.0, 1.0) else least
+    return np.asarray(np.maximum(sum(question.prices), whole))
 
 
 def _filled(question: DisaggQuestion, first_s: Array, busy_s: Array) -> Array:

@@ -18,63 +18,26 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.disagg import Demand, Link, Pools, Service, serve_pools, transfer_s
-from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.disagg import Pools, Service
+from shardplan.costmodel.kernels.base import Array, as_array
 from shardplan.search.disagg_options import Options
-from shardplan.search.disagg_space import Pool
+from shardplan.search.disagg_question import (
+    POOL_LIMITS,
+    DisaggQuestion,
+    broken_limits,
+    deployments,
+    most_beside,
+    objective_of,
+)
 from shardplan.search.kept import pareto_mask
-from shardplan.search.plan import Limits
 
-__all__ = [
-    "Combination",
-    "DisaggQuestion",
-    "DisaggTally",
-    "broken_limits",
-    "combine",
-    "deployments",
-    "described",
-    "most_beside",
-    "objective_of",
-]
+__all__ = ["Combination", "DisaggTally", "combine", "described"]
 
-_LIMITS = ("", "ttft", "rate")
-_ROOM = 1.0 + 4e-9
-"""A limit that is met but for rounding is met."""
 _SLACK = 1e-9
 _MOST_KEPT = 2000
 _AT_ONCE = 200_000
 Counts = NDArray[np.int64]
 Mask = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DisaggQuestion:
-    """What deployments of two pools are scored against."""
-
-    prefill: Pool
-    decode: Pool
-    shared: bool
-    """Both pools take their cards from the same ones."""
-    link: Link
-    limits: Limits
-    objective: str
-
-    @property
-    def cards(self) -> int:
-        """Cards of both pools together."""
-        return self.decode.cards + (0 if self.shared else self.prefill.cards)
-
-    @property
-    def demand(self) -> Demand:
-        """What is asked; the lowest latency of no given load is that of one request at a time."""
-        work = self.decode.workload
-        latency = self.objective == "latency"
-        alone = latency and work.concurrency is None and work.request_rate is None
-        return Demand(
-            in_flight=1.0 if alone else work.concurrency,
-            offered_per_s=work.request_rate if latency else None,
-            ttft_s=self.limits.ttft_s,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +59,7 @@ class Combination:
 
     def worth(self, objective: str) -> float:
         """Larger is better: the objective, or fewer cards."""
-        return -self.columns["cards"] if objective == "cards" else self.columns["objective"]
+        return -self.columns["spent"] if objective == "cards" else self.columns["objective"]
 
 
 @dataclass(slots=True)
@@ -120,38 +83,10 @@ class _Best(NamedTuple):
     x: Counts
     y: Counts
     objective: Array
-    used: Counts
+    used: Array
+    """Cards, by their price."""
     feasible: Mask
     tpot_s: Array
-
-
-def deployments(
-    question: DisaggQuestion,
-    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
-    x: Counts,
-    y: Counts,
-) -> tuple[Service, Pools]:
-    """x prefill and y decode instances; the pools' columns and the counts broadcast."""
-    prefill, decode = pools
-    link = question.link
-    ranks = np.minimum(x * prefill["cards"], y * decode["cards"])
-    given = Pools(
-        prefill_per_s=x * prefill["rate"],
-        busy_s=prefill["busy_s"],
-        service_s=prefill["service_s"],
-        decode_per_s=y * decode["rate"],
-        step_s=decode["step_s"],
-        later_s=decode["later_s"],
-        transfer_s=transfer_s(link, decode["bytes"] * prefill["sent"], decode["received"]),
-        transfer_per_s=ranks * link.bytes_per_s / decode["bytes"],
-    )
-    return serve_pools(given, question.demand), given
-
-
-def most_beside(question: DisaggQuestion, cards: Array, x: Counts, prefill: float) -> Counts:
-    """The most decode instances of `cards` each beside x prefill instances; they broadcast."""
-    left = question.decode.cards - (x * prefill if question.shared else 0.0 * x)
-    return np.asarray(np.floor(left / cards), dtype=np.int64)
 
 
 def _enough(question: DisaggQuestion, decode: Mapping[str, Array], rate: Array) -> Counts:
@@ -171,22 +106,6 @@ def _needed(question: DisaggQuestion, decode: Mapping[str, Array]) -> Array:
     return np.asarray(np.maximum(need, demand.in_flight / longest))
 
 
-def broken_limits(question: DisaggQuestion, service: Service) -> Counts:
-    """Index into `_LIMITS` of the limit that a deployment breaks, 0 for none."""
-    rate = question.decode.workload.request_rate or 0.0
-    ttft = question.limits.ttft_s or np.inf
-    late = service.ttft_s > ttft * _ROOM
-    few = (service.requests_per_s * _ROOM < rate) | (service.requests_per_s <= 0.0)
-    return np.where(late, 1, np.where(few, 2, 0))
-
-
-def objective_of(question: DisaggQuestion, service: Service) -> Array:
-    """What is to be large."""
-    if question.objective == "latency":
-        return np.asarray(1.0 / service.end_to_end_s)
-    return np.asarray(service.requests_per_s * question.decode.workload.output_len)
-
-
 def _counts_of(
     question: DisaggQuestion,
     prefill: Mapping[str, float],
@@ -197,20 +116,26 @@ def _counts_of(
     """(objective, cards, y, feasible) of `x` prefill instances with each option; `[x, decode]`."""
     most = most_beside(question, decode["cards"], x[:, None], prefill["cards"])
     y = np.maximum(most, 1)
+    gone = (
+        question.lost(question.prefill, prefill["cards"]),
+        question.lost(question.decode, decode["cards"]),
+    )
     if question.objective == "cards":
-        y = np.broadcast_to(_enough(question, decode, _needed(question, decode)), most.shape)
-    fits = y <= most
+        least = _enough(question, decode, _needed(question, decode)) + gone[1]
+        y = np.broadcast_to(least, most.shape)
+    fits = (y <= most) & (x[:, None] > gone[0]) & (y > gone[1])
     columns = {name: np.asarray(value) for name, value in prefill.items()}
     service, _ = deployments(question, (columns, decode), x[:, None], y)
-    broken = broken_limits(question, service)
+    broken = broken_limits(question, service, (columns, decode), x[:, None], y)
     tally.evaluated += int(fits.sum())
     objective, late = objective_of(question, service), fits & (broken == 1)
     tally.late = max(tally.late, float(objective[late].max(initial=-np.inf)))
-    for index, name in enumerate(_LIMITS[1:], start=1):
+    for index, name in enumerate(POOL_LIMITS[1:], start=1):
         tally.infeasible[name] += int((fits & (broken == index)).sum())
     if question.objective != "cards":
         y = np.minimum(y, _enough(question, decode, service.requests_per_s))
-    used = np.where(fits, x[:, None] * prefill["cards"] + y * decode["cards"], np.inf)
+    spent = question.spent(x[:, None] * as_array(prefill["cards"]), y * decode["cards"])
+    used = np.where(fits, spent, np.inf)
     return objective, used, y, fits & (broken == 0)
 
 
@@ -265,7 +190,7 @@ def _pairs(
                 x=x[row][fits],
                 y=y[row, column][fits],
                 objective=objective[row, column][fits],
-                used=used[row, column][fits].astype(np.int64),
+                used=used[row, column][fits],
                 feasible=feasible[row, column][fits],
                 tpot_s=columns["tpot_s"][fits],
             )
@@ -292,7 +217,7 @@ def combine(
     memory = np.maximum(
         prefill.columns["memory"][best.prefill], decode.columns["memory"][best.decode]
     )
-    worth = [-best.objective, best.used.astype(np.float64)]
+    worth = [-best.objective, best.used]
     if question.objective == "cards":
         worth.reverse()
     first = np.where(best.feasible, worth[0], worth[0] + np.abs(worth[0]).max() * 4.0)
@@ -319,7 +244,7 @@ def _described(
     """Every column of the chosen deployments."""
     pools = (prefill.at(best.prefill).columns, decode.at(best.decode).columns)
     service, given = deployments(question, pools, best.x, best.y)
-    broken = broken_limits(question, service)
+    broken = broken_limits(question, service, pools, best.x, best.y)
     columns = _columns(question, pools, service, given, best)
     names = tuple(columns)
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
@@ -330,7 +255,7 @@ def _described(
             decode=other,
             prefill_instances=x,
             decode_instances=y,
-            limit=_LIMITS[limit],
+            limit=POOL_LIMITS[limit],
             columns=dict(zip(names, row, strict=True)),
         )
         for (one, other, x, y, limit), row in zip(picks, rows, strict=True)
@@ -346,7 +271,7 @@ def described(
     """One deployment: an option of either pool, by their places, and the counts of instances."""
     one, two, x, y = (np.array([pick], dtype=np.int64) for pick in (*places, *counts))
     nothing = np.zeros(1)
-    best = _Best(one, two, x, y, nothing, x, nothing > 0.0, nothing)
+    best = _Best(one, two, x, y, nothing, nothing, nothing > 0.0, nothing)
     return _described(question, *options, best)[0]
 
 
@@ -386,6 +311,7 @@ def _columns(
         "transfer_used": rate / given.transfer_per_s,
         "bound": service.bound.astype(np.float64),
         "cards": used,
+        "spent": question.spent(best.x * prefill["cards"], best.y * decode["cards"]),
         "prefill_cards": best.x * prefill["cards"],
         "decode_cards": best.y * decode["cards"],
     }

@@ -27,16 +27,16 @@ from shardplan.costmodel.memo import Memo
 from shardplan.models.parallel import Parallelism
 from shardplan.search.contender import Answers, Deployed, Tuned
 from shardplan.search.disagg import DisaggOutcome
-from shardplan.search.disagg_combine import (
-    Combination,
+from shardplan.search.disagg_combine import Combination
+from shardplan.search.disagg_options import Options
+from shardplan.search.disagg_pools import Base, priced_columns, scaled_columns
+from shardplan.search.disagg_question import (
     DisaggQuestion,
     broken_limits,
     deployments,
     most_beside,
     objective_of,
 )
-from shardplan.search.disagg_options import Options
-from shardplan.search.disagg_pools import Base, priced_columns, scaled_columns
 from shardplan.search.disagg_space import Pool
 from shardplan.search.disagg_sure import Step, role_bands
 from shardplan.search.space import Choice, strategy_info
@@ -225,7 +225,8 @@ class PairContender:
         slower = factors.get(TRANSFER, np.ones(1))[:, None, None, None]
         question = replace(self.question, link=_slower(self.question.link, slower))
         service, given = deployments(question, (prefill, decode), x[:, None], y[:, None])
-        broken = broken_limits(question, service)
+        pools = prefill, decode
+        broken = broken_limits(question, service, pools, x[:, None], y[:, None])
         slow = decode["tpot_s"] > (question.limits.tpot_s or np.inf)
         limit = np.where(broken == 1, 0, np.where(slow, 1, np.where(broken > 1, 2, -1)))
         seconds = given.service_s + given.transfer_s + given.step_s + given.later_s
@@ -249,7 +250,7 @@ def pair_contenders(outcome: DisaggOutcome, most: int) -> list[PairContender]:
     tables = outcome.prefill.options, outcome.decode.options
     cards, best = outcome.question.objective == "cards", outcome.kept[0]
     for one in outcome.kept:
-        if not one.feasible or (cards and one.columns["cards"] > best.columns["cards"]):
+        if not one.feasible or (cards and one.columns["spent"] > best.columns["spent"]):
             continue
         key = tuple(
             (options.layout(place), options.choice(place))

@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
-from shardplan.search.disagg_combine import Combination, DisaggQuestion
+from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_options import Options
+from shardplan.search.disagg_question import DisaggQuestion
 
 __all__ = ["COSTS", "Partners", "beaten", "undominated", "worth_another_look"]
 
@@ -130,7 +131,7 @@ def worth_another_look(
     if best is None or not best.feasible:
         return able
     if question.objective == "cards":
-        able &= need * (each[0] + each[1]) <= best.columns["cards"] * _SLACK
+        able &= need * question.spent(*each) <= best.columns["spent"] * _SLACK
         return able
     able &= most >= best.columns["requests_per_s"]
     return able

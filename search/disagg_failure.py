@@ -124,7 +124,7 @@ def _limit(outcome: DisaggOutcome, near: Combination) -> InfeasibleError:
         pool = BOUNDS[int(columns["bound"])]
         return InfeasibleError(
             "no deployment serves the request rate",
-            got=f"rate binds, by the {pool} pool: the most is {most:.4g} requests/s, {asked:g} "
+            got=f"rate binds, by the {pool} pool: saturated at {most:.4g} requests/s, {asked:g} "
             f"asked, {asked / max(most, 1e-12):.3g} times more, on {question.cards} cards",
             hint=f"try --rate {most * 0.999:.3g}, or more cards",
         )

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.search.disagg_bounds import floor_of, most_later, most_of
-from shardplan.search.disagg_combine import Combination, DisaggQuestion, DisaggTally, combine
+from shardplan.search.disagg_combine import Combination, DisaggTally, combine
 from shardplan.search.disagg_dominance import Partners, undominated, worth_another_look
 from shardplan.search.disagg_options import Options
+from shardplan.search.disagg_question import DisaggQuestion
 
 __all__ = ["Both", "Found", "Tables", "combined", "hoped"]
 

@@ -209,7 +209,7 @@ def _quantization(
         found = outcome.best
         gain = None
         if found is not None and objective == "cards":
-            gain = best.columns["cards"] / found.columns["cards"]
+            gain = best.columns["spent"] / found.columns["spent"]
         elif found is not None:
             gain = found.columns["objective"] / best.columns["objective"]
         rows.append(

@@ -13,7 +13,7 @@ from shardplan.costmodel.disagg import link_between, unbounded_utilisation
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import Parallelism
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool, Role, instance_sizes, prefill_grid
 from shardplan.search.evaluate import Question
 from shardplan.search.legality import Subject
@@ -74,6 +74,7 @@ def resolve_sides(asked: Asked, resolved: Resolved) -> Sides:
         prefill_nodes=None,
         prefill_cards=None,
         prefill_device=None,
+        prefill_card_price=None,
     )
     own = resolve(apart)
     _check_cache(resolved, own)
@@ -114,6 +115,7 @@ def _check_cache(decode: Resolved, prefill: Resolved) -> None:
 def disagg_question(sides: Sides) -> DisaggQuestion:
     """The two pools and the link between them."""
     work, limits = sides.decode.request.workload, sides.decode.request.limits
+    prices, costs = sides.decode.prices, sides.decode.request.objective == "cost"
     slots = batch_grid(work.concurrency or _MOST_SLOTS)
     decode = _pool("decode", sides.decode, slots, sides.shared)
     grid = prefill_grid(sides.prefill.engine, _computed(sides))
@@ -124,7 +126,9 @@ def disagg_question(sides: Sides) -> DisaggQuestion:
         shared=sides.shared,
         link=link_between(*sides.fabrics, decode.cards, same=sides.shared),
         limits=limits,
-        objective=sides.decode.request.objective,
+        objective="cards" if costs else sides.decode.request.objective,
+        prices=prices.pair if costs and prices is not None else (1.0, 1.0),
+        spare=sides.decode.spare,
     )
 
 

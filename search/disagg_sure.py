@@ -26,8 +26,9 @@ from shardplan.costmodel.load import Parts
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg import DisaggOutcome
-from shardplan.search.disagg_combine import Combination, DisaggQuestion, deployments
+from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_pools import role_input, role_stages
+from shardplan.search.disagg_question import DisaggQuestion, deployments
 from shardplan.search.disagg_request import role_question
 from shardplan.search.disagg_space import Pool
 from shardplan.search.evaluate import LayoutScorer

@@ -7,7 +7,7 @@
 | entry point  | each target of `emit` and the compiler backend: that it loads      | broken      |
 | data         | every preset, device, cluster, engine, calibration and rule: read  | broken      |
 | extra        | the packages of each extra, likewise                               | absent      |
-| plug-in      | targets that other packages register                               | warning     |
+| plug-in      | targets and front ends that other packages register                | warning     |
 | place        | the working and the temporary folder: that a file can be written   | warning     |
 | tool         | programs of others on the path (`data/doctor.toml`)                | absent      |
 
@@ -32,12 +32,12 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from shardplan.search.targets import BUILT_IN, registered
+from shardplan.search.targets import OURS, registered
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-__all__ = ["Check", "State", "examine", "is_whole"]
+__all__ = ["Check", "State", "examine", "is_whole", "told_of"]
 
 State = Literal["ok", "absent", "warning", "broken"]
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def _tried(action: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def _entry_points() -> Iterator[Check]:
-    own = {f"target {name}": value for name, value in BUILT_IN.items()}
+    own = {f"target {name}": value for name, value in OURS.items()}
     own["compiler backend"] = "shardplan.search.compiler:backend"
     for name, value in own.items():
         point = metadata.EntryPoint(name=name, value=value, group=_NAME)
@@ -193,7 +193,11 @@ def _entry_points() -> Iterator[Check]:
 
 
 def _plug_ins() -> Iterator[Check]:
-    for name, point in sorted(registered().items()):
+    from shardplan.models.frontends.registry import registered as front_ends
+
+    others = {f"target {name}": point for name, point in registered().items()}
+    others |= {f"front end {name}": point for name, point in front_ends().items()}
+    for name, point in sorted(others.items()):
         fault = _tried(point.load)[1]
         state: State = "warning" if fault else "ok"
         says = f"{fault}; reinstall the package that registers it" if fault else ""
@@ -254,7 +258,7 @@ _READERS: Mapping[str, Callable[[], int]] = {
 }
 
 
-def _told(kind: str) -> dict[str, dict[str, Any]]:
+def told_of(kind: str) -> dict[str, dict[str, Any]]:
     """Entries of `data/doctor.toml` of a kind, by name."""
     text = (resources.files("shardplan.search") / "data" / "doctor.toml").read_text("utf-8")
     entries: dict[str, dict[str, Any]] = tomllib.loads(text)[kind]
@@ -262,7 +266,7 @@ def _told(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def _extras(own: metadata.Distribution) -> Iterator[Check]:
-    for name, told in _told("extras").items():
+    for name, told in told_of("extras").items():
         try:
             needed = _requirements(own, name)
         except ImportError:  # said where packaging stands among the dependencies
@@ -314,7 +318,7 @@ def _writable(place: Callable[[], Path]) -> Path:
 
 
 def _tools() -> Iterator[Check]:
-    for name, told in _told("tools").items():
+    for name, told in told_of("tools").items():
         path = shutil.which(name)
         state: State = "absent" if path is None else "ok"
         yield Check(part="tool", name=name, state=state, found=path or "", says=told["gives"])

@@ -40,6 +40,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice
+from shardplan.search.spare import Spare
 
 __all__ = ["LIMITS", "LayoutScorer", "Question", "Scores", "acceptance_of", "context_tokens"]
 
@@ -62,6 +63,14 @@ class Question:
     limits: Limits
     objective: Objective
     cards: int
+    spare: Spare | None = None
+    """What may be lost while the replicas left still serve the rate."""
+
+    def share_left(self, par: Parallelism, *, best: bool = False) -> float:
+        """Share of a layout's replicas that must do; `best`: of the best order of its ranks."""
+        if self.spare is None:
+            return 1.0
+        return self.spare.share_left(par, self.cluster.ranks_per_node, best=best)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +138,7 @@ class LayoutScorer:
 
     def __init__(self, question: Question, par: Parallelism, memo: Memo | None = None) -> None:
         self.question, self.parallel = question, par
+        self.left = question.share_left(par)
         graphs: dict[Phase, ShardedGraph] = {
             phase: apply(build_graph(question.spec, phase, mtp=par.mtp > 0), par)
             for phase in _PHASES
@@ -291,7 +301,7 @@ class LayoutScorer:
             "step": chunk < batch * (1 + self.parallel.mtp),
             "ttft": columns["ttft_s"] > (question.limits.ttft_s or math.inf),
             "tpot": columns["tpot_s"] > (question.limits.tpot_s or math.inf),
-            "rate": columns["requests_per_s"] < (work.request_rate or 0.0),
+            "rate": columns["requests_per_s"] * self.left < (work.request_rate or 0.0),
         }
         for name in _TAILS:
             most = getattr(question.limits, name) or math.inf

@@ -28,7 +28,7 @@ from shardplan.search.plan import Plan
 from shardplan.search.proof import model_of
 from shardplan.search.space import Choice, batch_grid
 
-__all__ = ["Known", "explain", "known_of"]
+__all__ = ["FASTER", "Known", "explain", "faster", "known_of"]
 
 FASTER = 1.25
 """A link that is a quarter faster, a limit that is a quarter looser."""
@@ -159,7 +159,7 @@ def _shadows(known: Known) -> Iterator[Shadow]:
     for tier in known.cluster.tiers:
         if tier.ranks > 1:
             words = f"{tier.name} links {FASTER - 1:.0%} faster"
-            yield _changed(known, words, cluster=_faster(known.cluster, tier))
+            yield _changed(known, words, cluster=faster(known.cluster, tier))
     if plan.strategy.kv_dtype in ("bf16", "fp16"):
         yield _changed(known, "an int8 KV cache", kv_dtype="int8")
     for name, limit in (("ttft", request.limits.ttft_s), ("tpot", request.limits.tpot_s)):
@@ -182,7 +182,8 @@ def _more_cards(known: Known) -> tuple[str, Any]:
     return f"{more} cards in place of {cards}", {"cards": more}
 
 
-def _faster(cluster: Cluster, tier: Tier) -> Cluster:
+def faster(cluster: Cluster, tier: Tier) -> Cluster:
+    """The cluster with links of one tier that are a quarter faster."""
     changed = replace(
         tier,
         bytes_per_s=tier.bytes_per_s * FASTER,
@@ -190,6 +191,11 @@ def _faster(cluster: Cluster, tier: Tier) -> Cluster:
     )
     tiers = tuple(changed if one is tier else one for one in cluster.tiers)
     return replace(cluster, tiers=tiers)
+
+
+def _plain(objective: str) -> str:
+    """The objective on cards that are given."""
+    return "throughput" if objective in ("cards", "cost") else objective
 
 
 def _asked(known: Known) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def _asked(known: Known) -> dict[str, Any]:
         "tpot_ms": None if limits.tpot_s is None else limits.tpot_s * 1e3,
         "ttft_p99_ms": None if limits.ttft_p99_s is None else limits.ttft_p99_s * 1e3,
         "tpot_p99_ms": None if limits.tpot_p99_s is None else limits.tpot_p99_s * 1e3,
-        "objective": "throughput" if request.objective == "cards" else request.objective,
+        "objective": _plain(request.objective),
         "weight_dtype": known.plan.strategy.weight_dtype,
         "kv_dtype": known.plan.strategy.kv_dtype,
         "attention": request.attention,

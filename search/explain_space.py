@@ -21,7 +21,7 @@ from shardplan.models.errors import InfeasibleError
 from shardplan.models.parallel import Parallelism
 from shardplan.search.api import space_of
 from shardplan.search.disagg import count_weights
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_request import disagg_question, resolve_sides
 from shardplan.search.disagg_space import PairKey, Pool, pair_key
 from shardplan.search.failure import no_legal_layout

@@ -25,7 +25,7 @@ from shardplan.costmodel.kernels.attention import kv_element_bytes
 from shardplan.costmodel.ledger import weight_element_bytes
 from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
-from shardplan.search.evaluate import LayoutScorer, Question, context_tokens
+from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, context_tokens
 from shardplan.search.kept import Kept, Outcome
 from shardplan.search.legality import rules, unsupported_format
 from shardplan.search.plan import Workload
@@ -162,6 +162,11 @@ def _floor(value: float) -> float:
     return math.floor(value * scale) / scale
 
 
+def _left(question: Question, one: Kept) -> float:
+    """Requests a second of the replicas that are left when what may be lost is."""
+    return one.columns["requests_per_s"] * question.share_left(one.parallel)
+
+
 def _reached(near: Kept, question: Question) -> list[str]:
     """An option for each limit that a strategy breaks, at the value that it reaches."""
     options = []
@@ -170,8 +175,8 @@ def _reached(near: Kept, question: Question) -> list[str]:
         allowed = getattr(question.limits, f"{name}_s")
         if allowed is not None and value > allowed:
             options.append(f"--{name.replace('_', '-')}-ms {math.ceil(value * 1e3)}")
-    rate, asked = near.columns["requests_per_s"], question.workload.request_rate
-    if asked is not None and rate < asked:
+    rate, asked = _left(question, near), question.workload.request_rate
+    if asked is not None and 0.0 < rate < asked:
         options.append(f"--rate {_floor(rate):g}")
     return options
 
@@ -188,13 +193,24 @@ def _time_message(name: str, near: Kept, question: Question) -> InfeasibleError:
     )
 
 
-def _rate_message(near: Kept, question: Question) -> InfeasibleError:
-    most, asked = near.columns["requests_per_s"], question.workload.request_rate or 0.0
+def _rate_message(question: Question, outcome: Outcome) -> InfeasibleError:
+    slow = [one for one in outcome.kept if one.limit == LIMITS.index("rate")]
+    near = max((*slow, outcome.tally.nearest["rate"]), key=lambda one: _left(question, one))
+    most, asked = _left(question, near), question.workload.request_rate or 0.0
+    spare = question.spare
+    lost = "" if spare is None else f" with {spare.words} lost"
+    if not most:
+        return InfeasibleError(
+            "nothing is left to serve the request rate",
+            got=f"rate binds: saturated at 0 requests/s{lost}, {asked:g} asked: no layout of "
+            f"{question.cards} cards has a replica that stays",
+            hint="try more cards, or a smaller --spare",
+        )
     enough = next(_counts(question.cluster, question.cards * asked / most), None)
     wider = "" if enough is None else f" or about {_cards_option(question.cluster, enough)}"
     return InfeasibleError(
         "no strategy serves the request rate",
-        got=f"rate binds: the most is {_floor(most):g} requests/s, {asked:g} asked, "
+        got=f"rate binds: saturated at {_floor(most):g} requests/s{lost}, {asked:g} asked, "
         f"on {question.cards} cards",
         hint=f"try {' '.join(_reached(near, question))}{wider}",
     )
@@ -297,7 +313,7 @@ def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -
         return no_legal_layout(outcome.space, dict(_broken(outcome)))
     nearest = outcome.tally.nearest
     if "rate" in nearest:
-        return _rate_message(nearest["rate"], question)
+        return _rate_message(question, outcome)
     for name in reversed(_TIMES):
         if name in nearest:
             return _time_message(name, nearest[name], question)

@@ -191,6 +191,7 @@ _MINDIE: Mapping[str, Callable[[Subject], bool]] = {
     "cp-mindie": lambda s: s.parallel.cp in value("cp-mindie", "sizes"),
     "cp-mindie-model": lambda s: s.parallel.cp == 1 or s.spec.mla is not None,
     "cp-mindie-device": lambda s: s.parallel.cp == 1,
+    "sp-mindie": lambda s: not s.parallel.sp,
     "mtp-mindie-device": lambda s: s.parallel.mtp == 0,
     "mtp-mindie-cp": lambda s: s.parallel.cp == 1 or s.parallel.mtp <= 1 or s.role == "prefill",
     "head-mindie": lambda s: _local(s.parallel.head_tp, s),

@@ -75,6 +75,7 @@ def lint(config: Configuration, asked: Asked, *, best: bool = True) -> LintRepor
     return _beside_best(told, case, asked) if best else told
 
 
+_MOST_SLOTS = 2**20
 _MINDIE = (
     "MindIE-LLM docs/zh/user_guide/user_manual/service_parameter_configuration.md and "
     "docs/zh/user_guide/optimization_and_tuning.md"
@@ -143,6 +144,8 @@ def _price(case: Case, scorer: LayoutScorer, found: list[Finding]) -> Kept | Non
     config, engine = case.config, case.question.engine
     seqs = config.max_num_seqs or engine.max_num_seqs
     chunk = config.max_num_batched_tokens or engine.max_num_batched_tokens
+    if seqs > _MOST_SLOTS:
+        raise InputError(f"a group holds at most {_MOST_SLOTS:,} sequences", got=f"{seqs:,}")
     found += _lengths(case, seqs, chunk)
     slots = np.arange(1.0, seqs + 1.0)
     held = scorer.memory(case.choice, slots, np.full(seqs, float(chunk)))

@@ -13,14 +13,17 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
 from shardplan.search.atomic import rounded, write_atomically
+from shardplan.search.plan_batching import Batching
+from shardplan.search.plan_capacity import Capacity
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
+from shardplan.search.plan_cost import Cost
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
 from shardplan.search.plan_robustness import PARTS, Robustness
@@ -56,6 +59,8 @@ __all__ = [
 OPERATORS = "operators"
 """`kind` of a plan of operators (`search.oplevel.plan`)."""
 MAX_PLAN_BYTES = 16 * 2**20
+_ASKED_FOR = ("batching", "capacity", "cost")
+"""Parts that only some questions ask for."""
 
 
 class ModelInfo(Part):
@@ -88,14 +93,20 @@ class ClusterInfo(Part):
     """Ranks that links other than RoCE join: a node, or a supernode; 0 where it is not known."""
 
 
+def _every_axis(order: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    if sorted(order) != sorted(AXES):
+        raise ValueError("order names every axis once")
+    return order
+
+
 class StrategyInfo(Part):
     """One point of the space."""
 
-    tp: int
-    pp: int
-    dp: int
-    ep: int
-    cp: int = 1
+    tp: int = Field(ge=1)
+    pp: int = Field(ge=1)
+    dp: int = Field(ge=1)
+    ep: int = Field(ge=1)
+    cp: int = Field(default=1, ge=1)
     sp: bool
     exchange: Literal["allgather", "alltoall"]
     stage_layers: tuple[int, ...]
@@ -112,15 +123,15 @@ class StrategyInfo(Part):
     shared_tp: int = Field(default=0, ge=0)
     head_tp: int = Field(default=0, ge=0)
     embed_tp: int = Field(default=0, ge=0)
-    order: tuple[Axis, ...] = AXES
+    order: Annotated[tuple[Axis, ...], AfterValidator(_every_axis)] = AXES
     """Axes of the rank numbers, the one with the farthest neighbours first."""
     mtp: int = Field(default=0, ge=0)
     """Tokens predicted ahead and verified in each decode step."""
     collectives: str = "auto"
     """Algorithm of the collectives between nodes."""
-    batch: int
+    batch: int = Field(ge=1)
     """Sequences that decode together in one dp group (the engine's max_num_seqs)."""
-    chunk: int
+    chunk: int = Field(ge=1)
     """Tokens of one step of one dp group (the engine's max_num_batched_tokens)."""
 
     @property
@@ -301,7 +312,20 @@ class Plan(Part):
     switches: tuple[SwitchRow, ...] = ()
     servings: tuple[ServingRow, ...] = ()
     """Aggregated and disaggregated serving side by side, where both were searched."""
+    batching: Batching | None = None
+    """Graph sizes and what the step sizes gain, where asked; left out of the file where not."""
+    cost: Cost | None = None
+    """At prices that were given; likewise."""
+    capacity: Capacity | None = None
+    """What is left when a card or a node is lost; likewise."""
     notes: tuple[str, ...]
+
+    @property
+    def cards(self) -> int:
+        """Cards in use, of all pools."""
+        if self.pools:
+            return sum(pool.instances * pool.strategy.ranks for pool in self.pools)
+        return self.strategy.ranks
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -335,7 +359,9 @@ class Plan(Part):
 
     def dumps(self) -> str:
         """The bytes of plan.json; floats have ten digits, beyond which machines differ."""
-        return json.dumps(rounded(self.model_dump(mode="json")), indent=2, sort_keys=False) + "\n"
+        unasked = {name for name in _ASKED_FOR if getattr(self, name) is None}
+        data = rounded(self.model_dump(mode="json", exclude=unasked))
+        return json.dumps(data, indent=2, sort_keys=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write plan.json, whole or not at all."""

@@ -8,9 +8,9 @@ __all__ = ["BasisShares", "Confidence", "Part", "WeakestPart"]
 
 
 class Part(BaseModel):
-    """Every part refuses keys that it does not know."""
+    """Every part refuses keys that it does not know, and numbers that are none."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BasisShares(Part):

@@ -44,7 +44,7 @@ class Limits(Part):
 class Request(Part):
     """The question, as asked, with every default filled in."""
 
-    objective: Literal["throughput", "latency", "cards"]
+    objective: Literal["throughput", "latency", "cards", "cost"]
     workload: Workload
     limits: Limits
     cards: int

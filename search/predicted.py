@@ -22,7 +22,10 @@ from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
 from shardplan.search.proof import model_of, scorer_on
 from shardplan.search.space import Choice
 
-__all__ = ["Predicted", "known_steps", "predicted_steps"]
+__all__ = ["MOST_PIECES", "Predicted", "known_steps", "predicted_steps"]
+
+MOST_PIECES = 256
+"""Pieces of a prompt whose times are told; a pipeline has no more stages than layers."""
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -40,26 +43,33 @@ class Predicted:
     """Prefill: pieces of a prompt, one after another. Decode: microbatches in flight."""
 
     @property
-    def end_s(self) -> float:
-        """When the last piece, or the first microbatch, leaves the last stage."""
-        last = self.starts_s()[-1 if self.phase == "prefill" else 0][-1]
-        return last + self.program.stages[-1].seconds
-
-    def starts_s(self) -> list[list[float]]:
-        """When each stage begins with each piece or microbatch `[pieces][stages]`, host first.
+    def _apart_s(self) -> float:
+        """Between the starts of one piece or microbatch and the next.
 
         Pieces of a prompt follow at the pace of the slowest stage and the host. Microbatches share
         a rotation evenly, which leaves each stage room for all of them.
         """
         program = self.program
-        apart_s = program.slowest_s + program.host_s
-        if self.phase == "decode":
-            apart_s = (program.rotation_s - program.host_s) / self.pieces
+        if self.phase == "prefill":
+            return program.slowest_s + program.host_s
+        return (program.rotation_s - program.host_s) / self.pieces
+
+    @property
+    def end_s(self) -> float:
+        """When the last piece, or the first microbatch, leaves the last stage."""
+        later = self.pieces - 1 if self.phase == "prefill" else 0
+        return self.program.step_s + later * self._apart_s
+
+    def starts_s(self, most: int = MOST_PIECES) -> list[list[float]]:
+        """When each stage begins with each piece or microbatch `[pieces][stages]`, host first.
+
+        At most the first `most` of them.
+        """
         rows = []
-        for piece in range(self.pieces):
-            at_s = program.host_s + piece * apart_s
+        for piece in range(min(self.pieces, most)):
+            at_s = self.program.host_s + piece * self._apart_s
             row = []
-            for stage in program.stages:
+            for stage in self.program.stages:
                 row.append(at_s)
                 at_s += stage.seconds
             rows.append(row)

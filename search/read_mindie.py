@@ -22,7 +22,12 @@ MAX_BYTES = 1 << 20
 _ALL_TO_ALL = 2
 """`ep_level` at which tokens are sent to their experts rather than gathered everywhere."""
 _MOST_BLOCK, _BLOCK_STEP = 128, 16
-_DEFAULTS = {"maxBatchSize": 200, "maxPrefillTokens": 8192, "cacheBlockSize": 128}
+_DEFAULTS = {
+    "maxBatchSize": 200,
+    "maxPrefillBatchSize": 1,
+    "maxPrefillTokens": 8192,
+    "cacheBlockSize": 128,
+}
 _Broken = tuple[str, str, str]
 
 
@@ -32,7 +37,7 @@ def read_mindie(text: str, source: str) -> Configuration:
         raise InputError("a MindIE config.json has at most 1 MiB", got=source)
     try:
         whole = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("a MindIE config.json is JSON", got=f"{source}: {error}") from None
     backend = _part(whole, "BackendConfig", source)
     deploy = _part(backend, "ModelDeployConfig", source)
@@ -70,7 +75,12 @@ def _configuration(
     moe_ep = _axis(model, "moe_ep", 1)
     options = _part({"x": model.get("models") or {}}, "x", source)
     level = max(
-        (one.get("ep_level", 1) for one in options.values() if isinstance(one, Mapping)), default=1
+        (
+            whole_number("ep_level", one.get("ep_level", 1))
+            for one in options.values()
+            if isinstance(one, Mapping)
+        ),
+        default=1,
     )
     sizes = {"world": world, "tp": tp, "dp": dp, "cp": cp, "moe_tp": moe_tp, "moe_ep": moe_ep}
     return Configuration(
@@ -80,7 +90,6 @@ def _configuration(
         tp=tp,
         dp=dp,
         cp=cp,
-        sp=_axis(model, "sp", 1) > 1,
         pp=_axis(model, "pp", 1),
         ep=moe_ep,
         exchange="alltoall" if level == _ALL_TO_ALL else "allgather",
@@ -91,7 +100,7 @@ def _configuration(
         max_model_len=whole_number("maxSeqLen", deploy.get("maxSeqLen", 2560)),
         block_size=whole_number("cacheBlockSize", schedule["cacheBlockSize"]),
         broken=tuple(_broken(sizes, deploy, schedule, backend)),
-        unread=(),
+        unread=("sp",) if _axis(model, "sp", 1) > 1 else (),  # it splits the cache, unlike ours
     )
 
 
@@ -100,7 +109,7 @@ def _mtp(model: Mapping[str, Any]) -> int:
     text = model.get("plugin_params") or "{}"
     try:
         plugin = json.loads(text) if isinstance(text, str) else text
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError("`plugin_params` is JSON in a text", got=str(text)[:60]) from None
     if not isinstance(plugin, Mapping):
         return 0
@@ -116,12 +125,16 @@ def _broken(
     backend: Mapping[str, Any],
 ) -> list[_Broken]:
     """(sentence, values, hint) of the engine's rules that do not hold."""
-    world, block = sizes["world"], int(schedule["cacheBlockSize"])
+    world = sizes["world"]
     prompts = whole_number("maxInputTokenLen", deploy.get("maxInputTokenLen", 2048))
-    step = int(schedule["maxPrefillTokens"])
-    together = int(schedule.get("maxPrefillBatchSize", 1))
+    block, step, together, most = (
+        whole_number(name, schedule[name])
+        for name in ("cacheBlockSize", "maxPrefillTokens", "maxPrefillBatchSize", "maxBatchSize")
+    )
     grid, experts = sizes["tp"] * sizes["dp"] * sizes["cp"], sizes["moe_tp"] * sizes["moe_ep"]
-    devices = [len(one) for one in backend.get("npuDeviceIds") or [] if isinstance(one, list)]
+    listed = backend.get("npuDeviceIds")
+    listed = listed if isinstance(listed, list) else []
+    devices = [len(one) for one in listed if isinstance(one, list)]
     alone = not backend.get("multiNodesInferEnabled", False)
     rules = (
         (
@@ -149,10 +162,10 @@ def _broken(
             f"try maxPrefillTokens={prompts}",
         ),
         (
-            together > int(schedule["maxBatchSize"]),
+            together > most,
             "maxPrefillBatchSize is at most maxBatchSize",
-            f"maxPrefillBatchSize={together}, maxBatchSize={schedule['maxBatchSize']}",
-            f"try maxPrefillBatchSize={schedule['maxBatchSize']}",
+            f"maxPrefillBatchSize={together}, maxBatchSize={most}",
+            f"try maxPrefillBatchSize={most}",
         ),
         (
             block > _MOST_BLOCK or block % _BLOCK_STEP != 0,

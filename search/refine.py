@@ -33,7 +33,7 @@ from shardplan.costmodel.steps import Steps
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import balanced_stages
 from shardplan.search.cuts import front, least, least_of_many
-from shardplan.search.evaluate import LayoutScorer, Question, Scores, context_tokens
+from shardplan.search.evaluate import LayoutScorer, Scores, context_tokens
 from shardplan.search.space import Choice
 from shardplan.search.stage_costs import BYTES, DECODE, MIXED, TemplateCosts
 
@@ -104,11 +104,11 @@ class Open:
             scorer.common_bytes(choice, self.batch, self.chunk),
         )
 
-    def within(self, question: Question, share: Array) -> NDArray[np.bool_]:
+    def within(self, share: Array) -> NDArray[np.bool_]:
         """Whether the limits may hold, were every time `share` of what it is."""
         columns = self.columns
         return keeps_limits(
-            question,
+            self.scorer,
             columns["ttft_s"] * share,
             columns["tpot_s"] * share,
             columns["requests_per_s"] / share,
@@ -127,7 +127,7 @@ class Open:
         scorer = self.scorer
         given = scorer.serving_input(self.choice, self.batch, self.chunk)
         timed = serve_spans(scorer.model_for(self.choice), given, step(DECODE), step(MIXED))
-        limits = keeps_limits(scorer.question, timed.ttft_s, timed.tpot_s, timed.requests_per_s)
+        limits = keeps_limits(scorer, timed.ttft_s, timed.tpot_s, timed.requests_per_s)
         bound = scorer.objective(timed.end_to_end_s, timed.requests_per_s) / _ROUNDING
         found = _only(self, np.flatnonzero((bound > best) & limits))
         if found is not None:
@@ -156,14 +156,16 @@ class Open:
 
 
 def keeps_limits(
-    question: Question, ttft_s: Array, tpot_s: Array, rate: Array
+    scorer: LayoutScorer, ttft_s: Array, tpot_s: Array, rate: Array
 ) -> NDArray[np.bool_]:
-    """Whether times and rate keep the limits of a question."""
+    """Whether times and rate keep the limits of a question, in some order of the ranks."""
+    question = scorer.question
     limits, work = question.limits, question.workload
+    left = question.share_left(scorer.parallel, best=True)
     return np.asarray(
         (ttft_s * _ROUNDING <= (limits.ttft_s or math.inf))
         & (tpot_s * _ROUNDING <= (limits.tpot_s or math.inf))
-        & (rate >= (work.request_rate or 0.0) * _ROUNDING)
+        & (rate * left >= (work.request_rate or 0.0) * _ROUNDING)
     )
 
 
@@ -192,7 +194,7 @@ def open_points(
         bound=bound.ravel()[at],
         even=balanced_stages(scorer.question.spec, scorer.parallel),
     )
-    able = found.within(scorer.question, np.broadcast_to(even, shape).ravel()[at])
+    able = found.within(np.broadcast_to(even, shape).ravel()[at])
     return _only(found, np.flatnonzero(able))
 
 

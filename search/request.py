@@ -1,12 +1,11 @@
 """From what was asked to what is searched: names resolved, defaults filled in and stated.
 
-Every default is written down as a note, so that an answer never hides what it assumed. Weights
-and cache keep the checkpoint's own types; where the device has no such type, the nearest of the
-same width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16). Switches of the engine
+Every default is written down as a note, so that an answer never hides what it assumed. Weights and
+cache keep the checkpoint's own types; where the device has no such type, the nearest of the same
+width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16). Switches of the engine
 (`shardplan.costmodel.overlap`) stay as the engine has them: off, or searched both ways where it has
-one on by itself. Weight types may be several (`|` between them), each by groups of layers
-(`shardplan.costmodel.weight_types`); the algorithm between servers is the library's own unless
-asked (`shardplan.search.algorithms`).
+one on by itself. Weight types may be several each by groups of layers; the algorithm between
+servers is the library's own unless asked.
 """
 
 from __future__ import annotations
@@ -37,17 +36,14 @@ from shardplan.search.asked import (
     seed_trials_of,
     time_limit_of,
 )
+from shardplan.search.costs import Prices, read_prices
 from shardplan.search.layouts import Reach
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
 from shardplan.search.mtp import acceptance_note, mtp_depths
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
-from shardplan.search.workload import (
-    DEFAULT_TPOT_S,
-    DEFAULT_TTFT_S,
-    read_workload,
-    shown,
-)
+from shardplan.search.spare import Spare, read_spare
+from shardplan.search.workload import DEFAULT_TPOT_S, DEFAULT_TTFT_S, read_workload, shown
 
 __all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
 
@@ -74,7 +70,10 @@ class Resolved:
     reach: Reach
     """What is searched beyond the plain axes."""
     workload_file: str | None
-    """For simulations."""
+    prices: Prices | None = None
+    """Of an hour of a card."""
+    spare: Spare | None = None
+    """What may be lost while the rate is still served."""
     soft_limits: bool
     """The limits are defaults: they are dropped, and that is said, when nothing meets them."""
 
@@ -84,7 +83,11 @@ def _soft_limits(
 ) -> tuple[Limits, bool]:
     """Limits for a question that sets no bound: throughput alone would let requests queue."""
     open_ended = work.concurrency is None and work.request_rate is None
-    if objective != "throughput" or not open_ended or any(limits.model_dump().values()):
+    if (
+        objective not in ("throughput", "cost")
+        or not open_ended
+        or any(limits.model_dump().values())
+    ):
         return limits, False
     notes.append(
         f"no limit on TTFT or TPOT was given: {DEFAULT_TTFT_S * 1e3:.0f} ms and "
@@ -379,6 +382,7 @@ def resolve(asked: Asked) -> Resolved:
     )
     beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
     seeds = seed_trials_of(asked, notes)
+    spare = read_spare(asked, work.request_rate)
     return Resolved(
         request=_request(asked, engine, cards, work, limits, settings, seeds),
         spec=spec,
@@ -391,5 +395,7 @@ def resolve(asked: Asked) -> Resolved:
         time_limit_s=time_limit_of(asked),
         reach=reach_of(asked, depths),
         workload_file=asked.workload,
+        prices=read_prices(asked, work.request_rate),
+        spare=spare,
         soft_limits=soft,
     )

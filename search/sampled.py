@@ -74,6 +74,7 @@ def excess(question: Question, one: Kept) -> tuple[float, ...]:
     limits, work, spec = question.limits, question.workload, question.spec
     columns = one.columns
     capacity = columns["memory_bytes"] + columns["memory_free_bytes"]
+    left = columns["requests_per_s"] * question.share_left(one.parallel)
     over = {
         "memory": columns["memory_bytes"] / capacity,
         "context": context_tokens(work) / (spec.max_context or float("inf")),
@@ -82,7 +83,7 @@ def excess(question: Question, one: Kept) -> tuple[float, ...]:
         "tpot": columns["tpot_s"] / (limits.tpot_s or float("inf")),
         "ttft_p99": columns.get("ttft_p99_s", 0.0) / (limits.ttft_p99_s or float("inf")),
         "tpot_p99": columns.get("tpot_p99_s", 0.0) / (limits.tpot_p99_s or float("inf")),
-        "rate": (work.request_rate or 0.0) / columns["requests_per_s"],
+        "rate": (work.request_rate or 0.0) / left if left else float("inf"),
     }
     return tuple(max(1.0 - 1.0 / over[name], 0.0) if over[name] > 1.0 else 0.0 for name in LIMITS)
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from shardplan.models.errors import InputError
 from shardplan.search.kept import Kept
+from shardplan.search.optimizer_state import read_states_plainly
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -92,6 +93,7 @@ def make_sampler(engine: SampledEngine, seed: int) -> BaseSampler:
                 import cmaes  # type: ignore[import-untyped]  # noqa: F401  # Optuna loads it late
             except ImportError:
                 raise _lacks("cmaes", "cmaes", "cmaes") from None
+            read_states_plainly()
             return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         if engine == "gp":
             if find_spec("torch") is None:  # not imported: torch takes seconds to load

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.disagg import Link, link_between
@@ -22,8 +22,7 @@ from shardplan.costmodel.simulate.prices import StepTypes
 from shardplan.costmodel.simulate.record import Limits, Mark, Recorder, saturation
 from shardplan.costmodel.simulate.request import Asked, Request
 from shardplan.costmodel.simulate.router import Router
-from shardplan.costmodel.simulate.timeline import Timeline
-from shardplan.costmodel.simulate.unit import Unit
+from shardplan.costmodel.simulate.unit import Lane, Unit
 from shardplan.costmodel.simulate.workload import Demand, requests
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
@@ -32,10 +31,20 @@ from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
 from shardplan.search.proof import model_of, scorer_of
 from shardplan.search.space import Choice
 
-__all__ = ["Simulated", "instance_of", "simulate_plan"]
+__all__ = ["Simulated", "Watch", "instance_of", "simulate_plan"]
 
 _TOLD = 1000
 _MOST_MARKS = 1024
+
+
+class Watch(Protocol):
+    """Is told a run as it happens: a `Timeline`, or counts of it."""
+
+    def step(self, unit: Unit, lane: Lane) -> None:
+        """A step, or decode steps in a row, that ends."""
+
+    def request(self, request: Request) -> None:
+        """A request that has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +195,7 @@ def simulate_plan(
     warmup: int = 0,
     acceptance: float | None = None,
     rows: Callable[[Request], None] | None = None,
-    timeline: Timeline | None = None,
+    watch: Watch | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Simulated:
     """Serve the demand with the plan.
@@ -204,8 +213,8 @@ def simulate_plan(
     def told(request: Request) -> None:
         if rows is not None:
             rows(request)
-        if timeline is not None:
-            timeline.request(request)
+        if watch is not None:
+            watch.request(request)
         if progress is not None and simulation.done % _TOLD == 0:
             progress(simulation.done)
 
@@ -220,7 +229,7 @@ def simulate_plan(
         limits=limits,
         warmup=warmup,
         rows=told,
-        steps=None if timeline is None else timeline.step,
+        steps=None if watch is None else watch.step,
     )
     simulation = Simulation(
         coming(),

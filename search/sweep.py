@@ -110,7 +110,7 @@ def _plan_row(task: Task, axes: Sequence[Axis], plan: Plan) -> dict[str, Any]:
     fullest = max(plan.memory, key=lambda row: row.total_bytes)
     return {
         **_row(task, axes, "ok", "", ""),
-        "ranks": plan.strategy.ranks,
+        "ranks": plan.cards,
         **{_column(name, axes): value for name, value in plan.strategy.model_dump().items()},
         **{_column(name, axes): value for name, value in does.model_dump().items()},
         "memory_bytes": fullest.total_bytes,

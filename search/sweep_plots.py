@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
+from shardplan.search.atomic import written_bytes
 from shardplan.search.sweep import Sweep
 from shardplan.search.sweep_out import layout_words, value_words
 from shardplan.search.sweep_values import Axis
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MOST_PLOTS", "draw_sweep"]
+__all__ = ["MOST_PLOTS", "draw_sweep", "new_figure", "save_figure"]
 
 MOST_PLOTS = 12
 """Pairs of heat maps of one sweep."""
@@ -77,7 +78,7 @@ def draw_sweep(
         return [], ["nothing is drawn of a single combination"]
     if len(wide) == 1:
         figure = _line(sweep.rows, wide[0], metric, title)
-        return _save(figure, out_dir / f"sweep_{wide[0].name}"), []
+        return save_figure(figure, out_dir / f"sweep_{wide[0].name}"), []
     first, second, *others = sorted(wide, key=lambda axis: -len(axis.values))
     planes = list(itertools.product(*(axis.values for axis in others)))
     notes = []
@@ -92,7 +93,7 @@ def draw_sweep(
             rows, first, second, metric, ", ".join([*([title] if title else []), *words])
         )
         tail = f"_{place + 1}" if others else ""
-        paths += _save(figure, out_dir / f"sweep_{first.name}_{second.name}{tail}")
+        paths += save_figure(figure, out_dir / f"sweep_{first.name}_{second.name}{tail}")
     return paths, notes
 
 
@@ -105,7 +106,7 @@ def _metric(sweep: Sweep, objective: str) -> _Metric:
     }.get(objective, _Metric("output_tokens_per_s", "output tokens/s"))
 
 
-def _new(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure drawn without a display and without matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -115,18 +116,15 @@ def _new(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """PNG and SVG, the same bytes each time."""
     import matplotlib as mpl
 
     paths = [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[0], dpi=_DPI, metadata={"Software": None})
-        with mpl.rc_context({"svg.hashsalt": "shardplan"}):
-            figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
-    except OSError as error:
-        raise InputError("the plot cannot be written", got=f"{stem}: {error.strerror}") from None
+    with written_bytes(paths[0]) as file:
+        figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+    with mpl.rc_context({"svg.hashsalt": "shardplan"}), written_bytes(paths[1]) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return paths
 
 
@@ -147,7 +145,7 @@ def _why(row: Row) -> str:
 
 def _line(rows: Sequence[Row], axis: Axis, metric: _Metric, title: str) -> Figure:
     """Values in the order given, as far apart as their places: words and powers read alike."""
-    figure = _new(max(7.0, 1.1 * len(rows)), 4.6)
+    figure = new_figure(max(7.0, 1.1 * len(rows)), 4.6)
     axes: Axes = figure.add_subplot()
     good = [(at, metric.of(row)) for at, row in enumerate(rows) if row["status"] == "ok"]
     top = max((value for _, value in good), default=1.0)
@@ -182,7 +180,7 @@ def _maps(rows: Sequence[Row], x: Axis, y: Axis, metric: _Metric, title: str) ->
     """What the best plan reaches (left) and which layout it is (right)."""
     cells = {(x.values.index(row[x.name]), y.values.index(row[y.name])): row for row in rows}
     width = max(4.0, 1.05 * len(x.values)) + 1.2
-    figure = _new(2.0 * width, max(2.6, 0.62 * len(y.values) + 1.7))
+    figure = new_figure(2.0 * width, max(2.6, 0.62 * len(y.values) + 1.7))
     left, right = figure.subplots(1, 2)
     _reached(left, cells, metric, figure)
     _chosen(right, cells)

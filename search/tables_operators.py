@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,16 @@ from shardplan.search.tables import add, bytes_text, new_table, seconds_text, sh
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from shardplan.search.oplevel.plan import OperatorPlan
+    from shardplan.search.oplevel.explain import OperatorExplanation
+    from shardplan.search.oplevel.plan import KindRow, OperatorPlan
 
-__all__ = ["layout_text", "print_operators"]
+__all__ = ["print_operators", "print_why"]
 
 _MOST_ROWS = 12
 _MOST_WORDS = 40
 
 
-def layout_text(layout: dict[str, int | str]) -> str:
+def _layout_text(layout: dict[str, int | str]) -> str:
     """`x:0 y:+`, a dim or a partial sum on each axis; whole without any."""
     return " ".join(f"{axis}:{dim}" for axis, dim in layout.items()) or "whole"
 
@@ -45,7 +47,7 @@ def print_operators(
         markup=False,
     )
     console.print()
-    _print_costs(plan, console)
+    _print_costs(plan.costs, plan.total_s, console)
     _print_splits(plan, console)
     _print_moves(plan, console)
     _print_stages(plan, console)
@@ -61,6 +63,26 @@ def print_operators(
     _print_next(plan, folder, console)
 
 
+def print_why(found: OperatorExplanation, console: Console) -> None:
+    """Memory, where the time goes, what other splits and machines give."""
+    console.print(f"{found.graph} on {found.cluster}", markup=False)
+    mesh = " ".join(f"{axis}{size}" for axis, size in found.mesh.items())
+    words = f"mesh {mesh}, {found.stages} stage(s), {seconds_text(found.total_s)} a run"
+    console.print(f"plan: {words}", style="bold green", markup=False)
+    used = found.memory_bytes / found.capacity_bytes
+    sizes = f"{bytes_text(found.memory_bytes)} of {bytes_text(found.capacity_bytes)}"
+    console.print(f"memory of the fullest rank: {sizes} ({used:.0%})", markup=False)
+    console.print()
+    _print_costs(found.costs, found.total_s, console)
+    if found.changes:
+        table = new_table("were one thing different", "change", "run", "", "", right=("run",))
+        for one in found.changes:
+            spent = "-" if one.total_s is None else seconds_text(one.total_s)
+            more = "" if one.ratio is None else f"{one.ratio - 1.0:+.1%}"
+            add(table, one.change, spent, more, one.note)
+        show(console, table)
+
+
 def certificate_text(plan: OperatorPlan) -> str:
     """What was searched and how far the answer can be from the best."""
     proof = plan.certificate
@@ -71,12 +93,12 @@ def certificate_text(plan: OperatorPlan) -> str:
     return f"{space}; none is more than {proof.gap:.2%} faster ({bounds})"
 
 
-def _print_costs(plan: OperatorPlan, console: Console) -> None:
+def _print_costs(costs: Sequence[KindRow], total_s: float, console: Console) -> None:
     numbers = ("calls", "time", "share")
     table = new_table("one run", "kind", *numbers, right=numbers)
-    rows = sorted(plan.costs, key=lambda row: -row.total_s)
+    rows = sorted(costs, key=lambda row: -row.total_s)
     for row in rows[:_MOST_ROWS]:
-        share = row.total_s / plan.total_s if plan.total_s else 0.0
+        share = row.total_s / total_s if total_s else 0.0
         add(table, row.kind, row.calls, seconds_text(row.total_s), f"{share:.0%}")
     show(console, table)
 
@@ -105,7 +127,7 @@ def _print_moves(plan: OperatorPlan, console: Console) -> None:
     table = new_table("inserted collectives", *names, *numbers, right=numbers)
     rows = sorted(plan.moves, key=lambda row: -row.times * row.seconds)
     for row in rows[:_MOST_ROWS]:
-        places = (layout_text(row.before), layout_text(row.after))
+        places = (_layout_text(row.before), _layout_text(row.after))
         spent = seconds_text(row.times * row.seconds)
         name, message = row.tensor[:_MOST_WORDS], bytes_text(row.message_bytes)
         add(table, name, row.kind, " ".join(row.axes), *places, row.times, message, spent)

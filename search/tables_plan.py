@@ -18,6 +18,8 @@ from shardplan.search.tables import (
     show,
     time_table,
 )
+from shardplan.search.tables_batching import print_batching
+from shardplan.search.tables_capacity import print_capacity, print_cost
 from shardplan.search.tables_disagg import instances_words, print_pools, print_servings
 from shardplan.search.tables_robust import print_robustness
 
@@ -179,6 +181,9 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
     _print_alternatives(plan, console)
     _print_quantization(plan, console)
     _print_switches(plan, console)
+    print_batching(plan, console)
+    print_cost(plan, console)
+    print_capacity(plan, console)
     print_servings(plan, console)
     verdict = "all hold" if plan.proof.passed else "FAILED"
     console.print(f"certificate: {certificate_sentence(plan.certificate)}", markup=False)

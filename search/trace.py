@@ -28,7 +28,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.models.ranks import coordinates
 from shardplan.search.atomic import written_atomically
 from shardplan.search.plan import Plan
-from shardplan.search.predicted import Predicted
+from shardplan.search.predicted import MOST_PIECES, Predicted
 
 __all__ = ["ALL", "AUTO", "MOST_EVENTS", "ranks_of", "write_trace"]
 
@@ -143,6 +143,8 @@ def _said(plan: Plan, timed: list[_Timed], chosen: list[list[int]]) -> dict[str,
         said[f"{phase}_step_s"] = one.step.program.step_s
         said[f"{phase}_ranks"] = count
         said[f"{phase}_ranks_written"] = len(ranks)
+        if one.step.pieces > MOST_PIECES:
+            said[f"{phase}_pieces"] = f"the first {MOST_PIECES} of {one.step.pieces}"
         if len(ranks) < count:
             said[f"{phase}_note"] = "ranks of a stage run the same kernels at the same time"
         if one.step.instances > 1:

@@ -259,9 +259,9 @@ def _read_csv(path: Path) -> DataFrame:
             encoding="utf-8",
             chunksize=CHUNK_ROWS,
         )
-        with chunks:
+        with chunks, np.errstate(invalid="raise"):  # a whole number that is none
             return joined([typed(chunk) for chunk in chunks])
-    except (ValueError, OverflowError):  # pandas' parser and decoding errors are ValueErrors
+    except (ValueError, ArithmeticError):  # pandas' parser and decoding errors are ValueErrors
         from shardplan.search.trial_faults import first_fault
 
         raise first_fault(path) from None

@@ -16,10 +16,10 @@ from shardplan.search.validate_tables import figures_csv, to_markdown
 if TYPE_CHECKING:
     from shardplan.search.validate import Report
 
-__all__ = ["README_MARKS", "between", "write_report"]
+__all__ = ["PAGE_MARKS", "between", "write_report"]
 
-README_MARKS = ("<!-- validation -->", "<!-- end of validation -->")
-"""Lines of README.md between which the table stands."""
+PAGE_MARKS = ("<!-- validation -->", "<!-- end of validation -->")
+"""Lines of a page between which a table of errors stands."""
 
 
 def write_report(report: Report, folder: Path) -> None:

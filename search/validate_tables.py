@@ -10,6 +10,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from shardplan.costmodel.catalog import cluster_names, load_cluster
+from shardplan.costmodel.devices import device_names, load_device
 from shardplan.costmodel.validation import Figure, GroupErrors
 from shardplan.search.tables import add, new_table, rate_text, seconds_text, show
 
@@ -19,7 +21,15 @@ if TYPE_CHECKING:
 
     from shardplan.search.validate import Report
 
-__all__ = ["figures_csv", "print_report", "summary_table", "to_markdown", "worst_figures"]
+__all__ = [
+    "SHORT",
+    "figures_csv",
+    "print_report",
+    "short_table",
+    "summary_table",
+    "to_markdown",
+    "worst_figures",
+]
 
 MOST_WORST = 10
 MOST_SHOWN = 15
@@ -54,6 +64,8 @@ _COLUMNS = (
     "reason",
     "source",
 )
+SHORT = ("figures", "held out", "MAPE", "p90", "of fit")
+"""Numbers of the short table."""
 LEGEND = (
     "Error of a figure: predicted / measured - 1. MAPE, median and p90 are of its size; bias is "
     "the median with its sign: above zero, times are predicted too long and rates too high. "
@@ -174,7 +186,7 @@ def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def summary_table(report: Report) -> str:
-    """Families, with the worst group of each: the table of README.md."""
+    """Families, with the worst group of each."""
     banded = _banded(report)
     rows: list[list[str]] = []
     for one in report.families:
@@ -187,6 +199,21 @@ def summary_table(report: Report) -> str:
     extra = ["inside"] if banded else []
     headings = ["what", *numbers, *extra, "worst group: MAPE"]
     return _markdown(headings, rows)
+
+
+def short_table(report: Report, headings: Sequence[str]) -> str:
+    """Families of Ascend machines: name and the numbers of `SHORT`; `headings` in any language."""
+    machines = [
+        *(device.name for device in map(load_device, device_names()) if device.vendor == "ascend"),
+        *(one.name for one in map(load_cluster, cluster_names()) if one.device.vendor == "ascend"),
+    ]
+    rows = []
+    for one in report.families:
+        if one.name.split()[0] in machines:
+            cells = dict(zip(_NUMBERS, _cells(one, banded=False), strict=True))
+            rows.append([one.name, *(cells[name] for name in SHORT)])
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in ([*headings], rule, *rows))
 
 
 def to_markdown(report: Report) -> str:

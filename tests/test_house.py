@@ -12,7 +12,7 @@ import pytest
 from shardplan.costmodel.calibration import calibration_names, load_calibration
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (".ci", "costmodel", "models", "results", "search", "src", "tests")
+FOLDERS = (".ci", "costmodel", "docs", "models", "results", "search", "src", "tests")
 TEXT = {"", ".css", ".csv", ".html", ".js", ".json", ".md", ".toml", ".py"}
 MAX_LINES = 400
 HEAVY = {"matplotlib", "optuna", "pandas", "rich", "scipy"}

@@ -193,7 +193,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert about["Version"] == shardplan.__version__
     assert about["License-Expression"] == "Apache-2.0"
     assert about["Requires-Python"] == ">=3.11"
-    assert set(about.get_all("Provides-Extra", [])) == {"torch", "onnx", "plots", "dev"}
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert set(about.get_all("Provides-Extra", [])) == {*extras}
     assert "[console_scripts]\nshardplan = shardplan.search.main:main\n" in points
     assert wheel.name == f"shardplan-{shardplan.__version__}-py3-none-any.whl"
 

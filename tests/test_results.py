@@ -35,7 +35,8 @@ def load_script() -> ModuleType:
 
 
 SCRIPT = load_script()
-PLANS = [RESULTS / path for path in SCRIPT.commands()]
+PLANS = [RESULTS / path for path in SCRIPT.commands("plans/")]
+SWEEPS = [RESULTS / path for path in SCRIPT.commands("serving/")]
 
 
 def same(found: Any, kept: Any, where: str) -> None:
@@ -135,6 +136,29 @@ def test_every_plan_is_whole(folder: Path) -> None:
     assert len(read_trials(folder / "trials.csv")) >= len(read_trials(folder / "pareto.csv")) > 0
     assert plan.model.name in (folder / "report.html").read_text(encoding="utf-8")
     assert plan.dumps() == (folder / "plan.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", SWEEPS, ids=lambda folder: folder.name)
+def test_every_crossover_is_that_of_its_sweep(folder: Path) -> None:
+    """Gains of the page from the rows of the table beside it, and every combination is there."""
+    rows = list(csv.DictReader((folder / "sweep.csv").open(encoding="utf-8", newline="")))
+    names = list(rows[0])[1 : list(rows[0]).index("status")]
+    found = {
+        (row["serving"], *(row[name] for name in names)): float(row["objective"])
+        for row in rows
+        if row["status"] == "ok"
+    }
+    page = (folder / "crossover.md").read_text("utf-8").splitlines()
+    last = list(dict.fromkeys(row[names[-1]] for row in rows))
+    lines = [line.strip("| ").split(" | ") for line in page if line.startswith("|")][2:]
+    told = 0
+    for line in lines:
+        fixed = line[: len(names) - 1]
+        for value, gain in zip(last, line[len(fixed) :], strict=False):
+            own = found["disagg", *fixed, value] / found["agg", *fixed, value]
+            assert gain == f"{own:.2f}"
+            told += 1
+    assert told * 2 == len(rows)
 
 
 def test_readme_names_every_result() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,8 +15,8 @@ from shardplan.costmodel.calibration import Calibration, load_calibration
 from shardplan.costmodel.kernels import base
 from shardplan.costmodel.validation import unguarded, worse
 from shardplan.search.validate import Report, validate
-from shardplan.search.validate_out import README_MARKS
-from shardplan.search.validate_tables import summary_table
+from shardplan.search.validate_out import PAGE_MARKS
+from shardplan.search.validate_tables import SHORT, summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = json.loads((ROOT / "results" / "validation" / "baseline.json").read_text("utf-8"))
@@ -57,9 +58,33 @@ def test_the_guard_sees_a_changed_coefficient(monkeypatch: pytest.MonkeyPatch) -
     assert all(line.startswith("910b2 matmul bf16: ") for line in lines)
 
 
-def test_the_readme_shows_the_table_of_the_page() -> None:
+def _shown(page: str) -> list[str]:
+    """Lines of the table that a page shows between its marks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return text.partition(PAGE_MARKS[0])[2].partition(PAGE_MARKS[1])[0].strip().splitlines()
+
+
+def test_the_cost_model_shows_the_table_of_the_page() -> None:
     """Between its marks, word by word: it cannot go stale alone."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition(README_MARKS[0])[2].partition(README_MARKS[1])[0].strip()
-    assert shown.splitlines()[0] == summary_table(today()).splitlines()[0]
-    assert shown in PAGE
+    shown = _shown("docs/cost-model.md")
+    assert shown[0] == summary_table(today()).splitlines()[0]
+    assert "\n".join(shown) in PAGE
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_a_readme_shows_figures_of_the_page(page: str) -> None:
+    """Its table is shorter: some numbers of Ascend families."""
+    families = PAGE.partition("## By family")[2].partition("## By group")[0].strip().splitlines()
+    head, *full = [line.strip("| ").split(" | ") for line in families]
+    places = [0, *(head.index(name) for name in SHORT)]
+    shown = [line.strip("| ").split(" | ") for line in _shown(page)[2:]]
+    assert shown
+    assert [row for row in shown if row not in [[one[n] for n in places] for one in full[1:]]] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_every_error_that_a_readme_tells_is_one_of_the_page(page: str) -> None:
+    """Its sentences too: a tenth of a per cent that the page lacks is stale."""
+    told = re.findall(r"\d+\.\d%", (ROOT / page).read_text(encoding="utf-8"))
+    assert told
+    assert [one for one in told if one not in PAGE] == []

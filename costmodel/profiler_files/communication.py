@@ -25,6 +25,7 @@ from typing import Any
 from shardplan.costmodel.profiler_files.kernel_table import NO_RANKS, NOT_PRICED
 from shardplan.costmodel.profiler_files.measurement import (
     MIN_ROWS,
+    MOST_SIZE,
     Measurement,
     ReadOptions,
     Tally,
@@ -144,8 +145,10 @@ def _sent_bytes(entry: Any, path: Path, line: int) -> float:
         if link == "SDMA" and any(other in links for other in ("HCCS", "PCIE", "SIO")):
             continue
         size = info.get("Transit Size(MB)", 0.0) if isinstance(info, dict) else 0.0
-        if isinstance(size, bool) or not isinstance(size, int | float) or not size >= 0.0:
+        if isinstance(size, bool) or not isinstance(size, int | float):
             raise refuse("`Transit Size(MB)` must be a number", path, line, str(size)[:40])
+        if not 0.0 <= size <= MOST_SIZE / _MEGA:
+            raise refuse("`Transit Size(MB)` must be a size", path, line, str(size)[:40])
         total += float(size) * _MEGA
     return total
 

@@ -35,7 +35,7 @@ _KINDS = {
     "all_to_all": "all_to_all",
 }
 _TEST = re.compile("|".join(_KINDS))
-_RANKS = re.compile(r"(?:^|\s)(?:-n|-np|-p|--npus)\s+(\d+)")
+_RANKS = re.compile(r"(?:^|\s)(?:-n|-np|-p|--npus)\s+([0-9]{1,6})(?!\d)")
 _HEAD = re.compile(r"data_size.*aveg_time.*alg_bandwidth", re.IGNORECASE)
 _SPLIT = re.compile(r"[|\s]+")
 _MICRO = 1e-6
@@ -104,9 +104,7 @@ def _ranks(path: Path, lines: Sequence[str], options: ReadOptions) -> int:
 def _row(cells: Sequence[str], path: Path, line: int) -> tuple[float, float]:
     if len(cells) < _CELLS:
         raise refuse("a row needs size, time and bandwidth (the file may be truncated)", path, line)
-    size = float(cells[0])
-    if size <= 0.0:
-        raise refuse("`data_size` must be above 0", path, line, cells[0])
+    size = positive_seconds(cells[0], 1.0, path, line, "data_size")
     seconds = positive_seconds(cells[1], _MICRO, path, line, "aveg_time")
     rate = positive_seconds(cells[2], _GIGA, path, line, "alg_bandwidth")
     if len(cells) > _CELLS and cells[3].lower() not in ("success", "null"):

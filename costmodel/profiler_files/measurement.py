@@ -23,6 +23,7 @@ from typing import Literal
 from shardplan.costmodel.errors import DataFileError
 
 __all__ = [
+    "MOST_SIZE",
     "Measurement",
     "ReadFile",
     "ReadOptions",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 MIN_ROWS = 2
+MOST_SIZE = 2**53
+"""Largest size, of elements or bytes, that is taken: whole numbers up to it are floats, too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +162,9 @@ def decoded_lines(path: Path, data: bytes) -> list[str]:
 def positive_seconds(text: str, scale: float, path: Path, line: int, column: str) -> float:
     """A duration in seconds; zero, negative and non-numeric ones are refused with the line."""
     try:
-        value = float(text.strip())
+        value = float(text.strip()) * scale
     except ValueError:
         raise refuse(f"`{column}` must be a number", path, line, repr(text[:40])) from None
     if not math.isfinite(value) or value <= 0.0:
         raise refuse(f"`{column}` must be above 0", path, line, text.strip()[:40])
-    return value * scale
+    return value

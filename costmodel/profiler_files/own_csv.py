@@ -19,6 +19,7 @@ from typing import Literal
 from shardplan.costmodel.profiler_files.kernel_table import NOT_PRICED, table_rows
 from shardplan.costmodel.profiler_files.measurement import (
     MIN_ROWS,
+    MOST_SIZE,
     Measurement,
     ReadOptions,
     Tally,
@@ -162,7 +163,7 @@ def _size(cells: Mapping[str, str], name: str, path: Path, line: int) -> float:
         value = 0.0
     if name == "kv_heads" and value == 0.0:
         return _size(cells, "heads", path, line)
-    if not value >= 1.0 or value != int(value):
+    if not 1.0 <= value <= MOST_SIZE or value != int(value):
         raise refuse(
             "a size must be a whole number of 1 or more",
             path,

@@ -12,13 +12,17 @@ and the side that is k (padded to a whole fractal) tells the other, n.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from shardplan.costmodel.profiler_files.measurement import MOST_SIZE
 
 __all__ = ["Product", "grouped_product_of", "parse_list", "parse_shapes", "product_of"]
 
 Shape = tuple[int, ...]
 _MATRIX, _STACK, _NZ, _NZ_STACK = 2, 3, 4, 5
+_SIZE = re.compile(r"[0-9]{1,16}")
 _BLOCK = 32
 """The larger side of a fractal; a side is padded by less."""
 
@@ -39,16 +43,19 @@ def parse_list(cell: str) -> list[str]:
 
 
 def parse_shapes(cell: str) -> list[Shape] | None:
-    """Dims of each operand, () for a scalar or an absent one; None where they are not numbers."""
+    """Dims of each operand, () for a scalar or an absent one; None where they are no sizes."""
     out: list[Shape] = []
     for part in parse_list(cell):
         if part in ("", "N/A"):
             out.append(())
             continue
         sizes = part.split(",")
-        if not all(size.strip().isdigit() for size in sizes):
+        if not all(_SIZE.fullmatch(size.strip()) for size in sizes):
             return None
-        out.append(tuple(int(size) for size in sizes))
+        shape = tuple(int(size) for size in sizes)
+        if math.prod(shape) > MOST_SIZE:
+            return None
+        out.append(shape)
     return out
 
 
@@ -80,6 +87,8 @@ def product_of(x: Shape, weight: Shape, output: Shape | None) -> Product | None:
     rows, k = math.prod(x[:-1]), x[-1]
     if output:
         rows = math.prod(output[:-1])
+        if not rows:
+            return None
         k, rest = divmod(math.prod(x), rows)
         if rest:
             return None

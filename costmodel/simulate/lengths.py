@@ -25,6 +25,7 @@ _MOST = 2**24
 _DRAWS = 65536
 _HINT = "write 512, { mean = 1024, cv = 1.0 } or { edges = [1, 512, 2048], weights = [3, 1] }"
 Tokens = NDArray[np.int64]
+Shares = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,10 @@ class Fixed:
         """So many lengths `[count]`."""
         return np.full(count, self.tokens, dtype=np.int64)
 
+    def below(self, tokens: Tokens) -> Shares:
+        """Share of lengths that are at most so many tokens, of the same shape."""
+        return (tokens >= self.tokens).astype(np.float64)
+
 
 @dataclass(frozen=True, slots=True)
 class Lognormal:
@@ -58,6 +63,18 @@ class Lognormal:
         centre = math.log(self.mean) - square / 2.0
         drawn = np.rint(luck.lognormal(centre, math.sqrt(square), count))
         return np.clip(drawn, self.least, self.most).astype(np.int64)
+
+    def below(self, tokens: Tokens) -> Shares:
+        """Share of lengths that are at most so many tokens, of the same shape."""
+        square = math.log1p(self.variation**2)
+        centre, spread = math.log(self.mean) - square / 2.0, math.sqrt(square)
+        away = np.log(np.maximum(tokens, 0) + 0.5) - centre
+        if spread:
+            scaled = (away / (spread * math.sqrt(2.0))).ravel().tolist()
+            found = np.array([0.5 + 0.5 * math.erf(one) for one in scaled]).reshape(away.shape)
+        else:
+            found = (away >= 0.0).astype(np.float64)
+        return np.where(tokens < self.least, 0.0, np.where(tokens >= self.most, 1.0, found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +95,11 @@ class Histogram:
         bins = luck.choice(len(shares), count, p=shares)
         edges = np.asarray(self.edges, dtype=np.int64)
         return luck.integers(edges[bins], edges[bins + 1], dtype=np.int64)
+
+    def below(self, tokens: Tokens) -> Shares:
+        """Share of lengths that are at most so many tokens, of the same shape."""
+        sums = np.cumsum([0.0, *self.weights])
+        return np.asarray(np.interp(tokens + 1.0, self.edges, sums / sums[-1]))
 
 
 Lengths = Fixed | Lognormal | Histogram

@@ -16,6 +16,7 @@ import gzip
 import io
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -105,7 +106,7 @@ def _opened(path: Path) -> Iterator[IO[str]]:
         raw = cast("IO[bytes]", gzip.open(path)) if packed else path.open("rb")  # noqa: SIM115
         with raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as text:
             yield text
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError("the trace cannot be read", got=f"{path}: {reason}") from None
     except UnicodeDecodeError:

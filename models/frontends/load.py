@@ -130,7 +130,7 @@ def _configured(subject: Any, config: Any) -> ModelSpec | None:
 
 def _of_onnx(path: Path, sizes: Mapping[str, int]) -> Recognised:
     from shardplan.models.frontends.onnx_file import open_onnx
-    from shardplan.models.frontends.onnx_graph import graph_of
+    from shardplan.models.frontends.onnx_graph import graph_of, read_onnx
     from shardplan.models.frontends.onnx_model import usual_sizes
 
     file = open_onnx(path)
@@ -138,4 +138,4 @@ def _of_onnx(path: Path, sizes: Mapping[str, int]) -> Recognised:
     recognised = _recognised(graph_of(file, known).graph)
     if not recognised.why or known == dict(sizes):
         return recognised
-    return recognised._replace(found=graph_of(file, sizes).graph)
+    return recognised._replace(found=read_onnx(path, sizes).graph)  # a walk keeps its sizes

@@ -123,7 +123,7 @@ def _inputs(found: Walked, sizes: Mapping[str, int]) -> None:
                 raise InputError(
                     "every symbolic dim needs a size",
                     got=f"file={file.path.name}, input={one.name}, dim={symbol}",
-                    hint=f"give sizes={{{symbol!r}: ...}}, elements",
+                    hint=f"give sizes={{{symbol!r}: ...}}, elements, or --sizes {symbol}=...",
                 )
             dim.dim_value = sizes[symbol]
         _note(found, one.name, one.type)

@@ -34,6 +34,7 @@ __all__ = [
     "has_reader",
     "holds_graph",
     "read_registered",
+    "registered",
 ]
 
 Reader = Callable[[Path, Mapping[str, int]], "OpGraph | ModelSpec"]
@@ -72,7 +73,7 @@ def read_registered(path: Path, sizes: Mapping[str, int] | None = None) -> OpGra
         raise InputError(
             "a model file has an ending that a front end reads",
             got=f"file={path}",
-            hint="endings: " + ", ".join(sorted({*BUILT_IN, *_registered()})),
+            hint="endings: " + ", ".join(sorted({*BUILT_IN, *registered()})),
         )
     try:
         reader: Reader = entry.load()
@@ -96,7 +97,7 @@ def _fault(entry: EntryPoint, path: Path, what: str) -> InputError:
     )
 
 
-def _registered() -> dict[str, EntryPoint]:
+def registered() -> dict[str, EntryPoint]:
     """Front ends of other packages by ending."""
     from importlib.metadata import entry_points
 
@@ -108,4 +109,4 @@ def _entry(path: Path) -> EntryPoint | None:
     ending = path.suffix.lower()
     if not _ENDING.fullmatch(ending) or ending[1:] in BUILT_IN:
         return None
-    return _registered().get(ending[1:])
+    return registered().get(ending[1:])

@@ -76,8 +76,9 @@ def capture(
 ) -> Capture:
     """The export behind `read_torch`, with the same arguments."""
     torch = torch_lib()
-    _check_sizes(batch=batch, tokens=tokens, **(sizes or {}))
     ids = {"batch": batch, "tokens": tokens}
+    for named in (ids, sizes or {}):
+        _check_sizes(named)
     if isinstance(subject, (str, os.PathLike)):
         path = Path(subject)
         return capture_program(
@@ -96,7 +97,7 @@ def capture(
     )
 
 
-def _check_sizes(**sizes: int) -> None:
+def _check_sizes(sizes: Mapping[str, int]) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError("sizes are whole numbers from 1 on", got=f"{name}={size!r}")

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError, LayoutError
 from shardplan.models.frontends.onnx_graph import OnnxGraph, Strategy
 from shardplan.models.onnxout.laid import Placed, lay, shard
@@ -81,12 +82,7 @@ def annotate(
         for name, layout in layouts.items():
             _write_spec(entry, name, layout, source.walked.shapes[name], mesh, place)
     check_annotations(proto, source.walked.shapes)
-    try:
-        path.write_bytes(proto.SerializeToString())
-    except OSError as error:
-        raise InputError(
-            f"the file cannot be written: {error.strerror}", got=f"file={path}"
-        ) from None
+    write_atomically(path, proto.SerializeToString())
 
 
 def read_annotations(source: OnnxGraph) -> tuple[Mesh, dict[str, dict[str, str]], list[int]]:

@@ -9,12 +9,12 @@ and outputs lie.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from shardplan.models.atomic import write_atomically, written_bytes
 from shardplan.models.errors import InputError
 from shardplan.models.frontends.onnx_lib import need_onnx
 from shardplan.models.frontends.onnx_skim import KEPT_BYTES
@@ -32,9 +32,9 @@ _ALIGNED = 4096
 Step = Placed | Move
 
 
-def rank_file(rank: int) -> str:
-    """Name of the model of one rank."""
-    return f"rank{rank:04d}.onnx"
+def rank_file(rank: int, ending: str = ".onnx") -> str:
+    """Name of the model of one rank, or with `.bin` of the file of its large weights."""
+    return f"rank{rank:04d}{ending}"
 
 
 def write_ranks(laid: Laid, folder: Path) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def _write(laid: Laid, folder: Path) -> dict[str, Any]:
         for rank in range(laid.mesh.ranks):
             number = stage * laid.mesh.ranks + rank
             path = folder / rank_file(number)
-            with path.with_suffix(".bin").open("wb") as data:
+            with written_bytes(path.with_suffix(".bin")) as data:
                 proto = _model(laid, stage, rank, steps, takes, gives, data)
             if not path.with_suffix(".bin").stat().st_size:
                 path.with_suffix(".bin").unlink()
-            path.write_bytes(proto.SerializeToString())
+            write_atomically(path, proto.SerializeToString())
             entries.append(
                 {
                     "rank": number,
@@ -86,7 +86,7 @@ def _write(laid: Laid, folder: Path) -> dict[str, Any]:
         "ranks": entries,
     }
     text = json.dumps(told, indent=2, sort_keys=True)
-    (folder / "ranks.json").write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / "ranks.json", text + "\n")
     return told
 
 
@@ -149,7 +149,8 @@ def _model(
     made = {name for node in build.nodes for name in node.output}
     read = dict.fromkeys(n for node in build.nodes for n in node.input if n)
     outside = [n for n in read if n not in made and n not in takes and n not in build.constants]
-    tensors = [_cut(laid, name, rank, data) for name in outside]
+    beside = rank_file(stage * laid.mesh.ranks + rank, ".bin")
+    tensors = [_cut(laid, name, rank, data, beside) for name in outside]
     tensors += [onnx.numpy_helper.from_array(v, n) for n, v in build.constants.items()]
     graph = onnx.helper.make_graph(
         build.nodes,
@@ -192,7 +193,7 @@ def _region(laid: Laid, layout: Layout, shape: tuple[int, ...], rank: int) -> tu
     return tuple(found)
 
 
-def _cut(laid: Laid, name: str, rank: int, data: BinaryIO) -> TensorProto:
+def _cut(laid: Laid, name: str, rank: int, data: BinaryIO, beside: str) -> TensorProto:
     """One rank's part of a weight or constant; a large one goes to the file of the data."""
     onnx = need_onnx()
     walked = laid.source.walked
@@ -206,13 +207,8 @@ def _cut(laid: Laid, name: str, rank: int, data: BinaryIO) -> TensorProto:
         return tensor
     data.write(b"\0" * (-data.tell() % _ALIGNED))
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, told in _place(data, part.nbytes):
+    places = {"location": beside, "offset": str(data.tell()), "length": str(part.nbytes)}
+    for key, told in places.items():
         tensor.external_data.add(key=key, value=told)
     part.tofile(data)
     return tensor
-
-
-def _place(data: BinaryIO, length: int) -> Iterator[tuple[str, str]]:
-    yield "location", Path(data.name).name
-    yield "offset", str(data.tell())
-    yield "length", str(length)

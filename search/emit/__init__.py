@@ -27,6 +27,7 @@ from pathlib import Path
 
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
 from shardplan.search.emit.common import check_plan
+from shardplan.search.emit.nearest import with_nearest
 from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.plan import OPERATORS, Plan, write_atomically
 from shardplan.search.targets import (
@@ -44,6 +45,8 @@ Content = str | bytes | Path
 Emitter = Callable[..., Mapping[str, Content]]
 
 _STAGING = "staging"
+_SERVING = frozenset(("docker-compose", "k8s", "mindie", "ray", "sglang", "vllm-ascend"))
+"""Targets that are quick to ask whether they take another strategy of the plan."""
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}")
 
@@ -68,12 +71,24 @@ def emit(
         check_plan(plan)
     _check_options(emitter, target, options)
     if _STAGING not in inspect.signature(emitter).parameters:
-        texts = _checked(emitter(plan, **options), target)
+        texts = _texts(emitter, target, plan, options)
         return _write(texts, Path(out), force=force)
     _check_folder(Path(out), force=force)
     with _staging(Path(out)) as folder:
         texts = _checked(emitter(plan, **{_STAGING: folder}, **options), target)
         return _write(texts, Path(out), force=force)
+
+
+def _texts(
+    emitter: Emitter, target: str, plan: Plan | OperatorPlan, options: Mapping[str, object]
+) -> Mapping[str, Content]:
+    """The checked files of a target; its refusal names the nearest strategy that it takes."""
+    try:
+        return _checked(emitter(plan, **options), target)
+    except InputError as error:
+        if target in _SERVING and isinstance(plan, Plan):
+            raise with_nearest(error, plan, emitter, options) from None
+        raise
 
 
 @contextlib.contextmanager

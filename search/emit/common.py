@@ -22,13 +22,15 @@ from typing import Any
 from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.config_fields import plain
 from shardplan.models.errors import InputError
-from shardplan.search.algorithms import supported
+from shardplan.models.parallel import AXES
 from shardplan.search.families import device_family
 from shardplan.search.plan import Plan
 
 __all__ = [
+    "MAX_RANKS",
     "Raw",
     "Slot",
+    "algorithm_variable",
     "check_algorithm",
     "check_plan",
     "command_line",
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 _MAX_NAME = 64
-_MAX_RANKS = 2**16
+MAX_RANKS = 2**16
 _FOLDER = re.compile(r"/[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)*")
 
 
@@ -85,9 +87,9 @@ def check_plan(plan: Plan) -> None:
     small = [f"{name}={size}" for name, size in sizes.items() if size < 1]
     if small:
         raise InputError("a size in a plan is 1 or more", got=", ".join(small))
-    if way.ranks > min(cluster.ranks, _MAX_RANKS):
+    if way.ranks > min(cluster.ranks, MAX_RANKS):
         raise InputError(
-            f"a strategy fits its cluster, and has at most {_MAX_RANKS} ranks",
+            f"a strategy fits its cluster, and has at most {MAX_RANKS} ranks",
             got=f"ranks={way.ranks}, cluster={cluster.ranks}",
             hint="search again on this cluster",
         )
@@ -96,10 +98,27 @@ def check_plan(plan: Plan) -> None:
             "stage_layers holds one positive count a stage",
             got=f"stage_layers={way.stage_layers}, pp={way.pp}",
         )
-    numbers = [plan.performance.concurrency, cluster.hbm_bytes]
-    numbers += [row.capacity_bytes for row in plan.memory]
+    if sorted(way.order) != sorted(AXES):
+        raise InputError("order names every axis once", got=f"order={'>'.join(way.order)}")
+    _check_numbers(plan)
+
+
+def _check_numbers(plan: Plan) -> None:
+    """`InputError` for rates and memory sizes that are none, or beyond the card."""
+    does, card = plan.performance, plan.cluster.hbm_bytes
+    numbers = [does.concurrency, does.output_tokens_per_s, card]
     if not all(math.isfinite(number) and number > 0 for number in numbers):
-        raise InputError("concurrency and memory sizes in a plan are positive", got=str(numbers))
+        raise InputError(
+            "concurrency, rates and memory sizes in a plan are positive", got=str(numbers)
+        )
+    for row in plan.memory:
+        parts = [number for number in row.model_dump().values() if isinstance(number, float)]
+        if not all(math.isfinite(part) for part in parts) or not 0 < row.capacity_bytes <= card:
+            raise InputError(
+                "memory rows in a plan hold bytes, the capacity at most the card's",
+                got=f"stage={row.stage}, capacity_bytes={row.capacity_bytes:g}, card={card:g}",
+                hint="make the plan anew with `shardplan search`",
+            )
 
 
 def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
@@ -109,6 +128,10 @@ def refuse(target: str, rule: str, *, got: str, hint: str) -> InputError:
 
 def check_algorithm(target: str, plan: Plan) -> None:
     """`InputError` for an algorithm between servers that HCCL has not on the plan's device."""
+    if plan.strategy.collectives == AUTO:
+        return
+    from shardplan.search.algorithms import supported  # it prices collectives: numpy
+
     known = (AUTO, *supported(plan.cluster.soc_versions))
     if plan.strategy.collectives not in known:
         raise refuse(
@@ -117,6 +140,15 @@ def check_algorithm(target: str, plan: Plan) -> None:
             got=f"collectives={printable(plan.strategy.collectives)}",
             hint="try " + ", ".join(known),
         )
+
+
+def algorithm_variable(plan: Plan) -> dict[str, str]:
+    """The variable that picks the algorithm between servers; empty where HCCL chooses."""
+    if plan.strategy.collectives == AUTO:
+        return {}
+    from shardplan.search.algorithms import hccl_algo
+
+    return {"HCCL_ALGO": hccl_algo(plan.strategy.collectives)}
 
 
 def family_of(plan: Plan, target: str, families: Sequence[str], hint: str) -> str:

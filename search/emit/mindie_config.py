@@ -17,10 +17,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.modules import module_ranks
-from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
+    algorithm_variable,
     check_algorithm,
     family_of,
     model_name,
@@ -100,6 +99,7 @@ def _layout_rules(plan: Plan, family: str, role: Role) -> list[tuple[str, bool, 
         ("cp-mindie", way.cp not in value("cp-mindie", "sizes"), f"cp={way.cp}", "try cp=2"),
         ("cp-mindie-model", way.cp > 1 and not latent, f"cp={way.cp}", "try cp=1"),
         ("cp-mindie-device", way.cp > 1 and old, f"cp={way.cp}", "try cp=1"),
+        ("sp-mindie", way.sp, "sp=True", "search with --engine-profile mindie"),
         ("mtp-mindie-device", way.mtp > 0 and old, f"mtp={way.mtp}", "try mtp=0"),
         (
             "mtp-mindie-cp",
@@ -136,12 +136,6 @@ def _own_rules(plan: Plan, family: str, role: Role) -> list[tuple[str, bool, str
     name = printable(plan.model.architecture)
     most = facts["slots"].get(family, 0)
     return [
-        (
-            "its sequence parallelism splits the cache, not the tokens between products",
-            way.sp,
-            "sp=True",
-            "set sp to false in plan.json and prove it with `shardplan verify`",
-        ),
         (
             "its attention is always fused",
             way.attention == "naive",
@@ -283,6 +277,4 @@ def environment(plan: Plan) -> dict[str, str]:
     if plan.memory:
         share = min(row.capacity_bytes for row in plan.memory) / plan.cluster.hbm_bytes
         wanted["NPU_MEMORY_FRACTION"] = f"{math.floor(share * 1e4 + 1e-6) / 1e4:g}"
-    if way.collectives != AUTO:
-        wanted["HCCL_ALGO"] = hccl_algo(way.collectives)
-    return wanted
+    return wanted | algorithm_variable(plan)

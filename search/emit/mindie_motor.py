@@ -154,14 +154,19 @@ def _tls() -> dict[str, Any]:
 def _controller(plan: Plan, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Limits of the plan in milliseconds; Motor's own where it has none."""
     facts, limits = table("mindie")["motor"], plan.request.limits
-    ttft, tpot = limits.ttft_s, limits.tpot_s
     several = any(pods > 1 for pods, _ in sizes)
     return {
         "deploy_mode": "pd_separate",
-        "digs_prefill_slo": max(round(ttft * 1e3), 1) if ttft else facts["digs_prefill_slo_ms"],
-        "digs_decode_slo": max(round(tpot * 1e3), 1) if tpot else facts["digs_decode_slo_ms"],
+        "digs_prefill_slo": _limit_ms(limits.ttft_s, facts["digs_prefill_slo_ms"]),
+        "digs_decode_slo": _limit_ms(limits.tpot_s, facts["digs_decode_slo_ms"]),
         "multi_node_infer_config": {"multi_node_infer_enable": several},
     }
+
+
+def _limit_ms(limit_s: float | None, usual_ms: int) -> int:
+    if limit_s is None or not math.isfinite(limit_s):
+        return usual_ms
+    return max(round(limit_s * 1e3), 1)
 
 
 def _role(pool: Pool, one: Plan, folder: str, size: tuple[int, int]) -> dict[str, Any]:

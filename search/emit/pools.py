@@ -6,7 +6,8 @@ are whole nodes, so none crosses a border. An instance is one server.
 
 from __future__ import annotations
 
-from shardplan.search.emit.common import Slot, check_plan, refuse
+from shardplan.models.errors import InputError
+from shardplan.search.emit.common import MAX_RANKS, Slot, check_plan, refuse
 from shardplan.search.emit.vllm_layout import Launch, Split, split_servers
 from shardplan.search.plan import Plan, Pool
 
@@ -33,6 +34,15 @@ def check_pools(target: str, plan: Plan) -> None:
             got=", ".join(pool.role for pool in plan.pools),
             hint="search again with --serving disagg",
         )
+    for pool in plan.pools:
+        used = pool.instances * pool.strategy.ranks
+        if used > min(pool.cluster.ranks, MAX_RANKS):
+            raise InputError(
+                f"the instances of a pool fit its cluster, and have at most {MAX_RANKS} ranks",
+                got=f"{pool.role}: {pool.instances} of {pool.strategy.ranks} ranks, "
+                f"cluster={pool.cluster.ranks}",
+                hint="search again on this cluster",
+            )
     prefill, decode = (pool.strategy for pool in plan.pools)
     if (prefill.mtp > 0) != (decode.mtp > 0):
         raise refuse(

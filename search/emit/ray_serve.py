@@ -78,7 +78,7 @@ def _check(kind: Servers) -> None:
             _TARGET,
             "a replica is one data-parallel group",
             got=f"dp={way.dp}, ep={way.ep}, tp={way.tp}",
-            hint=f"try ep=1{f' or ep={way.tp}' if way.tp > 1 else ''}, or {other}",
+            hint=f"try {' or '.join(dict.fromkeys(('ep=1', f'ep={way.tp}')))}, or {other}",
         )
     if kind.launches[0].nodes > 1:
         raise refuse(

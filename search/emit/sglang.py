@@ -22,12 +22,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
 from shardplan.models.modules import MODULES, module_ranks
-from shardplan.search.algorithms import hccl_algo
 from shardplan.search.emit.common import (
     Raw,
+    algorithm_variable,
     check_algorithm,
     command_line,
     family_of,
@@ -222,8 +221,7 @@ def _environment(plan: Plan) -> list[str]:
     wanted.append(("HCCL_BUFFSIZE", str(buffers["sent" if _sent(plan) else "plain"])))
     if _sent(plan):
         wanted.append((facts["dispatch"]["variable"], str(way.batch * (1 + way.mtp))))
-    if way.collectives != AUTO:
-        wanted.append(("HCCL_ALGO", hccl_algo(way.collectives)))
+    wanted += algorithm_variable(plan).items()
     return [f'export {name}="${{{name}:-{value}}}"' for name, value in wanted]
 
 
@@ -294,7 +292,7 @@ def _sizes(plan: Plan, split: Split) -> list[Flag]:
         flags.append(("--disable-radix-cache", None))
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--disable-decode-cuda-graph", None)]
-    sizes = " ".join(str(size) for size in capture_sizes(way.batch))
+    sizes = " ".join(str(size) for size in capture_sizes(plan))
     return [*flags, ("--cuda-graph-bs-decode", Raw(sizes))]
 
 

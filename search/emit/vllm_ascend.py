@@ -17,6 +17,7 @@ models and runners), unfused attention, dtypes without a scheme.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from shardplan.search.emit.common import (
     Raw,
@@ -34,8 +35,10 @@ from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launch
 from shardplan.search.emit.vllm_modules import module_rules
 from shardplan.search.emit.vllm_readme import balancer, readme, url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
-from shardplan.search.legality import Role
 from shardplan.search.plan import Plan
+
+if TYPE_CHECKING:
+    from shardplan.search.rulebook import Role
 
 __all__ = ["checked_family", "files", "script"]
 

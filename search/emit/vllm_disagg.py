@@ -90,14 +90,14 @@ def sides_of(plan: Plan) -> list[Side]:
         )
     _check_pair(*(pool.strategy for pool in plan.pools))
     splits = [one_server(_TARGET, one) for one in plans]
-    per_node = plan.pools[0].cluster.ranks_per_node
-    if per_node not in _ports():
-        raise refuse(
-            _TARGET,
-            "the connector's ports are documented for nodes of 8 and 16 NPUs",
-            got=f"ranks_per_node={per_node}",
-            hint="plan for a server of 8 or 16",
-        )
+    for pool in plan.pools:
+        if pool.cluster.ranks_per_node not in _ports():
+            raise refuse(
+                _TARGET,
+                "the connector's ports are documented for nodes of 8 and 16 NPUs",
+                got=f"{pool.role}: ranks_per_node={pool.cluster.ranks_per_node}",
+                hint="plan for a server of 8 or 16",
+            )
     return [
         Side(
             pool=pool,

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import math
 
-from shardplan.costmodel.kernels.algorithms import AUTO
 from shardplan.models.errors import InputError
-from shardplan.search.algorithms import hccl_algo
-from shardplan.search.emit.common import Raw, model_name, round_up, table
+from shardplan.search.emit.common import Raw, algorithm_variable, model_name, round_up, table
 from shardplan.search.emit.vllm_layout import Launch, Split
 from shardplan.search.emit.vllm_modules import module_sizes
 from shardplan.search.emit.vllm_schemes import Checkpoint
@@ -45,8 +43,7 @@ def environment(plan: Plan, family: str, split: Split) -> list[tuple[str, str]]:
     buffers = facts["hccl_buffsize_mib"]
     wanted.append(("HCCL_BUFFSIZE", str(buffers["experts" if split.experts else "plain"])))
     way = plan.strategy
-    if way.collectives != AUTO:
-        wanted.append(("HCCL_ALGO", hccl_algo(way.collectives)))
+    wanted += algorithm_variable(plan).items()
     if way.pp > 1 and way.stage_layers:
         layers = ",".join(str(count) for count in way.stage_layers)
         wanted.append(("VLLM_PP_LAYER_PARTITION", layers))
@@ -115,9 +112,12 @@ def longest_request(plan: Plan, block: int) -> int:
     return min(longest, plan.model.max_context) if plan.model.max_context else longest
 
 
-def capture_sizes(batch: int) -> list[int]:
-    """Batches of decode graphs: powers of two, and the largest."""
-    return sorted({2**i for i in range(batch.bit_length()) if 2**i < batch} | {batch})
+def capture_sizes(plan: Plan) -> list[int]:
+    """Batches of decode graphs, ascending: the plan's, else powers of two, and the largest."""
+    batch, sized = plan.strategy.batch, plan.batching
+    if sized is not None and sized.decode is not None:
+        return sorted({*(size for size in sized.decode.sizes if size < batch), batch})
+    return sorted({*(2**i for i in range(batch.bit_length()) if 2**i < batch), batch})
 
 
 def _sizes(plan: Plan) -> list[Flag]:
@@ -187,6 +187,6 @@ def _graphs(plan: Plan, family: str) -> list[Flag]:
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
     step, each = way.tp if way.sp else 1, 1 + way.mtp
-    rounded = sorted({round_up(size * each, step) for size in capture_sizes(way.batch)})
+    rounded = sorted({round_up(size * each, step) for size in capture_sizes(plan)})
     config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
     return [*flags, ("--compilation-config", json.dumps(config))]

@@ -109,9 +109,9 @@ class _Model:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
 
-        rows, columns, factors = self.entries
+        places = np.array(self.entries[:2], np.int32)  # HiGHS of scipy 1.11 takes no others
         shape = (len(self.low), len(self.cost))
-        matrix = csr_array((factors, (rows, columns)), shape=shape)
+        matrix = csr_array((self.entries[2], tuple(places)), shape=shape)
         upper = np.ones(len(self.cost))
         upper[self.unbounded] = np.inf
         limit = np.inf if time_limit_s is None else time_limit_s

@@ -36,6 +36,7 @@ Column names are those of phase op of `shardplan estimate`, so that a CSV can be
 from __future__ import annotations
 
 import itertools
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -79,6 +80,8 @@ _SIZES_OF: Mapping[str, tuple[str, ...]] = {
 CACHE_POSITIONS = 1024
 """Positions that a cache has at least where keys are written into it."""
 OPERATORS = tuple(name for name in _SIZES_OF if name not in COLLECTIVES)
+_MOST_SIZE = 2**40
+_MOST_POINTS = 100_000
 _ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "int8": 1}
 _OTHER_KEYS = {"dtype", "backend", "shapes", "shape", "limit_flop", "limit_bytes"}
 
@@ -189,7 +192,7 @@ def load_grid(name: str) -> tuple[Point, ...]:
     """
     try:
         table = tomllib.loads(_grid_text(name))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not TOML, a number too long, nested too deep
         raise InputError("a grid is a TOML file", got=f"{name}: {error}") from None
     found: dict[Point, None] = {}
     for op, entries in table.items():
@@ -205,8 +208,8 @@ def load_grid(name: str) -> tuple[Point, ...]:
 
 def _list(where: str, value: Any, kind: type) -> list[Any]:
     good = isinstance(value, list) and all(type(item) is kind for item in value) and value
-    if not good or (kind is int and min(value) < 1):
-        what = "whole numbers above 0" if kind is int else "names"
+    if not good or (kind is int and not 1 <= min(value) <= max(value) <= _MOST_SIZE):
+        what = f"whole numbers above 0, at most {_MOST_SIZE}" if kind is int else "names"
         raise InputError(
             f"a grid's `{where.rsplit('.', maxsplit=1)[-1]}` is a list of {what}", got=f"in {where}"
         )
@@ -224,12 +227,20 @@ def _expand(op: str, entry: Mapping[str, Any], known: tuple[str, ...]) -> Iterat
     if missing or bool(joint) != ("shape" in entry):
         lacking = ", ".join(missing) or "shapes and shape belong together"
         raise InputError(f"[[{op}]] of a grid lacks a key", got=lacking)
-    rows = [_list(f"{op}.shape", row, int) for row in entry["shape"]] if joint else [[]]
+    shapes = entry["shape"] if joint else [[]]
+    if not isinstance(shapes, list):
+        raise InputError(f"`shape` of [[{op}]] is a list of lists", got=f"{shapes!r}"[:80])
+    rows = [_list(f"{op}.shape", row, int) for row in shapes] if joint else [[]]
     if any(len(row) != len(joint) for row in rows):
         raise InputError(f"each `shape` of [[{op}]] has the sizes of `shapes`", got=f"{joint}")
     lists = [_list(f"{op}.{name}", entry[name], int) for name in single]
     dtypes = _list(f"{op}.dtype", entry["dtype"], str)
     backends = _list(f"{op}.backend", entry.get("backend", [""]), str)
+    count = math.prod(map(len, (dtypes, backends, rows, *lists)))
+    if count > _MOST_POINTS:
+        raise InputError(
+            f"an entry of a grid stands for at most {_MOST_POINTS} points", got=f"[[{op}]]: {count}"
+        )
     for dtype, backend, row, *sizes in itertools.product(dtypes, backends, rows, *lists):
         values = dict(zip([*joint, *single], [*row, *sizes], strict=True))
         point = replace(Point(op=op, dtype=dtype, backend=backend), **values)

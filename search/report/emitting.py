@@ -8,14 +8,18 @@ from shardplan.search.report.markup import Html, tag
 
 __all__ = ["next_section"]
 
-_SERVING = ("vllm-ascend", "sglang")
-"""Targets that serve pools, too."""
+_SERVING = ("vllm-ascend", "mindie", "sglang", "k8s", "docker-compose", "ray")
+"""Targets that serve, pools too."""
 _WHAT = {
     "atc": "CANN's compiler: build scripts, parallel_option.json, rank tables",
+    "docker-compose": "Docker: a Compose file by node with its scripts",
     "jax": "jax: a PartitionSpec for each weight, and the mesh",
+    "k8s": "Kubernetes: deployments, services, a ConfigMap of the scripts",
     "megatron": "Megatron-LM: its arguments",
+    "mindie": "MindIE: configuration and start script by node, rank tables",
     "mindspore": "MindSpore: the strategy file that slices a checkpoint",
-    "sglang": "SGLang: start scripts by node",
+    "ray": "Ray Serve: serve.yaml with servers as replicas",
+    "sglang": "SGLang: start scripts by node, router",
     "torch": "PyTorch: DTensor styles by module, and the device mesh",
     "vllm-ascend": "vLLM on Ascend: start scripts by node, balancer, load test",
 }

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
 from shardplan.search.predicted import Predicted
+from shardplan.search.report.batching import batching_section
 from shardplan.search.report.block import block_section
 from shardplan.search.report.breakdown import breakdown_section
+from shardplan.search.report.capacity import capacity_section
 from shardplan.search.report.cluster import cluster_section
 from shardplan.search.report.emitting import next_section
 from shardplan.search.report.how_sure import confidence_section
@@ -35,6 +37,7 @@ from shardplan.search.report.words import (
     strategy_sentences,
     time,
 )
+from shardplan.search.tables_capacity import cost_words
 from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_MOST_CHECKS = 8
 _PROOFS = {
     0: "Level 0: shapes, ownership of every weight, bytes and collectives.",
     1: "Level 1: the sharded graph, shrunk with its ratios kept, computes what the whole one does.",
@@ -94,6 +98,8 @@ def _sections(
     yield "switches", "Switches", switches_section(plan)
     yield "robustness", "Robustness", robustness_section(plan)
     yield "confidence", "Confidence", confidence_section(plan)
+    yield "batching", "Graph sizes", batching_section(plan)
+    yield "capacity", "Losses", capacity_section(plan)
     yield "proof", "Proof", _proof_section(plan)
     yield "deploy", "Deploy", next_section(plan)
     yield "notes", "Notes", _notes_section(plan)
@@ -186,12 +192,14 @@ def _facts(plan: Plan) -> Html:
     machine = f"{nodes} of {cluster.ranks_per_node} {cluster.device}"
     if plan.pools:
         machine += f"; {sum(pool.instances * pool.strategy.ranks for pool in plan.pools):,} used"
-    pairs = (
+    pairs: tuple[tuple[str, str], ...] = (
         ("Workload", ", ".join(load)),
         ("Model", f"{model.architecture}, {model.layers:,} layers, {parameters}"),
         ("Machine", f"{machine}, {cluster.hbm_bytes / 2**30:,.0f} GiB each"),
         ("Engine", f"{plan.request.engine_profile}, objective {plan.request.objective}"),
     )
+    if plan.cost is not None:
+        pairs += (("Cost", cost_words(plan.cost)),)
     return _pairs(pairs)
 
 
@@ -231,21 +239,26 @@ def _values(values: list[object]) -> str:
 
 
 def _proof_section(plan: Plan) -> Html:
+    """What failed in the open; what passed too, unless it is a long list."""
     proof = plan.proof
-    marks = [("\N{CHECK MARK}", "good", text) for text in proof.checks]
-    marks += [("\N{MULTIPLICATION X}", "bad", text) for text in proof.failures]
-    items = [
-        tag("li", tag("span", mark, class_=f"mark {style}", aria_hidden="true"), text)
-        for mark, style, text in marks
-    ]
+    failed = [_check("\N{MULTIPLICATION X}", "bad", text) for text in proof.failures]
+    passed = [_check("\N{CHECK MARK}", "good", text) for text in proof.checks]
     verdict = "Passed." if proof.passed else "Failed: do not deploy this plan."
     level = _PROOFS.get(proof.level, f"Level {proof.level}.")
+    checks = tag("ul", *passed, class_="checks")
+    if len(passed) > _MOST_CHECKS:
+        checks = tag("details", tag("summary", f"The {len(passed)} checks that passed"), checks)
     return tag(
         "section",
         tag("h2", "What was proven"),
         tag("p", f"{level} {verdict}"),
-        tag("ul", *items, class_="checks"),
+        tag("ul", *failed, class_="checks") if failed else "",
+        checks if passed else "",
     )
+
+
+def _check(mark: str, style: str, text: str) -> Html:
+    return tag("li", tag("span", mark, class_=f"mark {style}", aria_hidden="true"), text)
 
 
 def _notes_section(plan: Plan) -> Html:

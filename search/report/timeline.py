@@ -97,7 +97,7 @@ def _stages(step: Predicted) -> Html:
         drawn = min(step.pieces, _MOST_PIECES)
         end_s = program.step_s + (drawn - 1) * (program.slowest_s + program.host_s)
     rows = []
-    starts = step.starts_s()[: _MOST_PIECES if step.phase == "prefill" else None]
+    starts = step.starts_s(_MOST_PIECES) if step.phase == "prefill" else step.starts_s()
     for stage in program.stages:
         slices: list[Slice] = []
         for piece, times in enumerate(starts):

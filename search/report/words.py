@@ -28,6 +28,7 @@ _OBJECTIVES = {
     "throughput": "the highest throughput",
     "latency": "the lowest latency",
     "cards": "the fewest cards",
+    "cost": "the least cost a token",
 }
 _MODEL_FILES = (".json", ".onnx")
 _MOST_IN_FULL = 10**12

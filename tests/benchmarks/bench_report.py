@@ -4,7 +4,9 @@
         [--trials 100000] [--rows 1000000]
 
 Reports are written in this process, from trials in memory to the file: of the committed plans, with
-a table of the tests' toy space. `shardplan analyze` and `trace` run as cold processes.
+a table of the tests' toy space. `shardplan analyze` and `trace` run as cold processes. All of it is
+one thread: CPU seconds are what a core takes that nothing else wants, so the targets are held
+against them.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from measuring import (  # type: ignore[import-not-found]  # beside this script
     MIB,
     against,
     best_process,
-    best_seconds,
     machine,
     table,
 )
@@ -45,18 +47,26 @@ def reports(folder: Path, trials: int, runs: int) -> list[list[str]]:
     rows = []
     for file in sorted(PLANS.glob("*/plan.json")):
         plan = Plan.load(file)
-        wall_s = best_seconds(lambda plan=plan: write_report(plan, held, path), runs)
+        wall_s, cpu_s = min(_timed(plan, held, path) for _ in range(runs))
         size = path.stat().st_size
         rows.append(
             [
                 file.parent.name,
                 f"{wall_s:.2f}",
-                against(wall_s, MOST_S, "1 s"),
+                f"{cpu_s:.2f}",
+                against(cpu_s, MOST_S, "1 s"),
                 f"{size / 1e3:,.0f}",
                 against(size, MOST_BYTES, "2 MB"),
             ]
         )
     return rows
+
+
+def _timed(plan: Plan, held: TrialTable, path: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of one report."""
+    begin = time.perf_counter(), time.process_time()
+    write_report(plan, held, path)
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
 
 def tables(folder: Path, rows: int, runs: int) -> list[list[str]]:
@@ -114,17 +124,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     asked = parser.parse_args()
     lines = ["# Speed and size of reports, traces and tables of trials", ""]
-    lines += [f"{machine()}; best of {asked.runs} runs.", ""]
+    lines += [f"{machine()}; best of {asked.runs} runs. CPU seconds are those of one thread.", ""]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines += [f"`report.html` of a plan and {asked.trials:,} trials, written from memory:", ""]
-        head = ("plan", "wall s", "target", "kB", "target")
+        head = ["plan", "wall s", "CPU s", "target", "kB", "target"]
         lines += table(head, reports(folder, asked.trials, asked.runs))
         lines += ["", f"`shardplan analyze`, cold, on a CSV of {asked.rows:,} rows:", ""]
-        head = ("what", "wall s", "CPU s", "peak MiB", "target")
+        head = ["what", "wall s", "CPU s", "peak MiB", "target"]
         lines += table(head, tables(folder, asked.rows, asked.runs))
         lines += ["", "`shardplan trace`, cold:", ""]
-        head = ("plan", "wall s", "CPU s", "events", "MB")
+        head = ["plan", "wall s", "CPU s", "events", "MB"]
         lines += table(head, traces(folder, asked.runs))
     lines += ["", "Regenerate: `python tests/benchmarks/bench_report.py`", ""]
     write_atomically(asked.out, "\n".join(lines))

@@ -12,7 +12,7 @@ from shardplan.costmodel.disagg import link_between
 from shardplan.costmodel.engines import load_engine
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool, Role, instance_layouts
 from shardplan.search.layouts import Reach
 from shardplan.search.legality import Subject

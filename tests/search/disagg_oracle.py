@@ -23,7 +23,7 @@ from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
 from shardplan.models.parallel import AXES, Axis, Exchange, Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Workload
@@ -60,6 +60,8 @@ class Deployment:
 
     objective: float
     cards: int
+    spent: float
+    """Cards by their price."""
     rate: float
     ttft_s: float
     tpot_s: float
@@ -338,9 +340,25 @@ def _deployment(
     return Deployment(
         objective=1 / (ttft + later) if latency else rate * work.output_len,
         cards=x * p.ranks + y * d.ranks,
+        spent=x * p.ranks * question.prices[0] + y * d.ranks * question.prices[1],
         rate=rate,
         ttft_s=ttft,
         tpot_s=other.tpot_s,
+    )
+
+
+def _survives(question: DisaggQuestion, one: _Prefill, other: _Decode, x: int, y: int) -> bool:
+    """Whether the limits hold with what may be lost lost of either role, one after the other."""
+    if question.spare is None:
+        return True
+    lost = []
+    for pool, par in ((question.prefill, one.parallel), (question.decode, other.parallel)):
+        node = pool.cluster.ranks_per_node // par.ranks
+        each = max(node, 1) if question.spare.unit == "node" else 1
+        lost.append(each * question.spare.count)
+    left = (x - lost[0], y), (x, y - lost[1])
+    return all(
+        min(pair) > 0 and _deployment(question, one, other, *pair) is not None for pair in left
     )
 
 
@@ -361,7 +379,7 @@ def every_deployment(question: DisaggQuestion) -> Iterator[Deployment]:
                 continue
             for x, y in _counts(question, one.parallel.ranks, other.parallel.ranks):
                 found = _deployment(question, one, other, x, y)
-                if found is not None:
+                if found is not None and _survives(question, one, other, x, y):
                     yield found
 
 
@@ -371,8 +389,8 @@ def best_deployment(question: DisaggQuestion) -> Deployment | None:
     for one in every_deployment(question):
         if question.objective == "cards":
             better = best is None or (
-                one.cards < best.cards
-                or (one.cards == best.cards and one.objective > best.objective)
+                one.spent < best.spent
+                or (one.spent == best.spent and one.objective > best.objective)
             )
         else:
             better = best is None or one.objective > best.objective

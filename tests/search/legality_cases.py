@@ -235,6 +235,7 @@ LAYOUTS: dict[str, Case] = {
     "cp-mindie-device": case(
         {"cluster": OLD}, {"cluster": A3}, parallel=P(cp=2), spec=latent(), engine=MINDIE
     ),
+    "sp-mindie": layout(P(tp=4, sp=True), P(tp=4), spec=BOTH, engine=MINDIE),
     "mtp-mindie-device": case(
         {"cluster": DUO}, {"cluster": A2}, spec=deep(latent()), parallel=P(mtp=1), engine=MINDIE
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise, permutations
+from itertools import combinations, pairwise, permutations, product
 from typing import Any
 
 import numpy as np
@@ -163,11 +163,12 @@ def _vllm_starts(question: Question, par: Parallelism) -> bool:
 
 
 def _mindie_starts(question: Question, par: Parallelism) -> bool:
-    """MindIE has one stage, and splits the experts of latent-attention models alone."""
+    """MindIE has one stage, whole tokens, and splits the experts of latent attention alone."""
     if question.engine.name != "mindie":
         return True
     whole = par.exchange == "allgather" or par.ep % par.tp == 0
-    return par.pp == 1 and whole and (par.ep == 1 or question.spec.mla is not None)
+    plain = par.pp == 1 and not par.sp
+    return plain and whole and (par.ep == 1 or question.spec.mla is not None)
 
 
 def _allowed(question: Question, par: Parallelism, choice: Choice) -> bool:
@@ -188,7 +189,9 @@ def _allowed(question: Question, par: Parallelism, choice: Choice) -> bool:
     return question.spec.moe is not None or par.sp or fused
 
 
-def _holds(question: Question, columns: dict[str, float], tokens: int, chunk: int) -> bool:
+def _holds(
+    question: Question, par: Parallelism, columns: dict[str, float], tokens: int, chunk: int
+) -> bool:
     """Whether one strategy, whose slots decode `tokens` a step, satisfies every limit."""
     work, limits = question.workload, question.limits
     most = question.engine.memory_fraction * question.cluster.device.hbm_bytes
@@ -200,9 +203,26 @@ def _holds(question: Question, columns: dict[str, float], tokens: int, chunk: in
             chunk >= tokens,
             limits.ttft_s is None or columns["ttft_s"] <= limits.ttft_s,
             limits.tpot_s is None or columns["tpot_s"] <= limits.tpot_s,
-            work.request_rate is None or columns["requests_per_s"] >= work.request_rate,
+            work.request_rate is None
+            or columns["requests_per_s"] * _left(question, par) >= work.request_rate,
         )
     )
+
+
+def _left(question: Question, par: Parallelism) -> float:
+    """Share of the replicas that is left of a layout, ranks walked one by one."""
+    spare = question.spare
+    if spare is None:
+        return 1.0
+    order = ("dp", "pp", "cp", "tp") if par.order == AXES else par.order
+    many = par.dp // max(par.ep // (par.tp * par.cp), 1) or 1
+    on_node: dict[int, set[int]] = {}
+    for rank, place in enumerate(product(*(range(getattr(par, axis)) for axis in order))):
+        group = place[order.index("dp")]
+        replica = group * many // par.dp
+        on_node.setdefault(rank // question.cluster.ranks_per_node, set()).add(replica)
+    each = max(map(len, on_node.values())) if spare.unit == "node" else 1
+    return max(many - each * spare.count, 0) / many
 
 
 def _numbered(question: Question, par: Parallelism) -> Iterator[Parallelism]:
@@ -259,7 +279,7 @@ def brute_force(case: Case) -> list[Found]:
                             chunk=chunk,
                             objective=value,
                             memory_bytes=columns["memory_bytes"],
-                            feasible=_holds(question, columns, batch * (1 + par.mtp), chunk),
+                            feasible=_holds(question, par, columns, batch * (1 + par.mtp), chunk),
                         )
                     )
     return found

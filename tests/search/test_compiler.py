@@ -19,6 +19,9 @@ from shardplan.search.apply_plan import (
     place_of_rank,
 )
 from shardplan.search.plan import Plan
+from shardplan.search.plan_file import load_plan
+from shardplan.search.report import write_report
+from shardplan.search.trial_table import TrialTable
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,6 +127,26 @@ def test_a_module_is_planned_by_its_configuration() -> None:
     assert _plan(model).model.architecture == "LlamaForCausalLM"
     with pytest.raises(InputError, match="Linear"):
         spec_of_module(torch.nn.Linear(2, 2))
+
+
+def test_a_module_that_is_no_decoder_is_planned_by_operators(tmp_path: Path) -> None:
+    """Found, reported, and read again in place of a search."""
+    module = torch.nn.Sequential(
+        torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)
+    )
+    told: list[Any] = []
+    asked = {
+        "model": module, "inputs": (torch.zeros(4, 64),), "cluster": "atlas-800t-a2",
+        "mesh": (2,), "weight_dtype": "bf16", "report": tmp_path / "plan.json",
+        "on_plan": told.append, "inner": lambda graph, _: graph,
+    }  # fmt: skip
+    assert str(backend("graph", (), options=asked)) == "graph"
+    assert told[0].dumps() == (tmp_path / "plan.json").read_text(encoding="utf-8")
+    again = {name: asked[name] for name in ("on_plan", "inner")}
+    backend("graph", (), options={**again, "plan": tmp_path / "plan.json"})
+    assert told[1] == load_plan(tmp_path / "plan.json")
+    with pytest.raises(InputError, match="plan of a deployment"):
+        write_report(told[0], TrialTable({}), tmp_path / "report.html")
 
 
 def test_ranks_are_numbered_as_the_plan_orders_its_axes() -> None:

@@ -75,7 +75,7 @@ def tab(shell: str, line: str) -> list[str]:
         ("shardplan search --model qwen3-8b --cluster atlas-800t", ["atlas-800t-a2"]),
         ("shardplan estimate --device 910b", ["910b1", "910b2", "910b3", "910b4"]),
         ("shardplan estimate --engine-profile mi", ["mindie"]),
-        ("shardplan emit plan.json --target v", ["vllm-ascend"]),
+        ("shardplan emit plan.json --target m", ["megatron", "mindie", "mindspore"]),
         ("shardplan clusters cloud", ["cloudmatrix-384"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -160,7 +160,9 @@ def test_the_script_is_put_where_the_shell_reads_it(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(["--install-completion", shell]) == 0
     assert str(tmp_path / file) in capsys.readouterr().out
-    assert "_SHARDPLAN_COMPLETE" in (tmp_path / file).read_text(encoding="utf-8")
+    script = (tmp_path / file).read_text(encoding="utf-8")
+    assert "_SHARDPLAN_COMPLETE" in script
+    assert ("loadautofunc ]] && _shardplan_completion" in script) is (shell == "zsh")
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")
     monkeypatch.setenv("HOME", str(blocked / "home"))

@@ -18,9 +18,10 @@ from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg import search_disagg
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import prefill_grid
 from shardplan.search.legality import Subject, first_broken_pair_rule
+from shardplan.search.spare import Spare
 
 
 def _agrees(question: DisaggQuestion) -> None:
@@ -32,7 +33,7 @@ def _agrees(question: DisaggQuestion) -> None:
     assert min(tally.pruned_by.values(), default=0) >= 0
     best = best_deployment(question)
     cards = question.objective == "cards"
-    own = -math.inf if best is None else -float(best.cards) if cards else best.objective
+    own = -math.inf if best is None else -best.spent if cards else best.objective
     found = -math.inf if outcome.best is None else outcome.best.worth(question.objective)
     if not outcome.complete:
         assert found <= own or found == pytest.approx(own, rel=1e-7)
@@ -44,7 +45,7 @@ def _agrees(question: DisaggQuestion) -> None:
         return
     assert outcome.best.columns["objective"] == pytest.approx(best.objective, rel=1e-7)
     if cards:
-        assert outcome.best.columns["cards"] == best.cards
+        assert outcome.best.columns["spent"] == best.spent
 
 
 @settings(max_examples=6)
@@ -58,6 +59,46 @@ def test_the_best_is_brute_forces_best(question: DisaggQuestion) -> None:
 @given(disagg_cases())
 def test_the_best_is_brute_forces_best_on_many_questions(question: DisaggQuestion) -> None:
     _agrees(question)
+
+
+def _may_lose(
+    question: DisaggQuestion, spare: Spare | None, rate: float, prices: tuple[float, float]
+) -> DisaggQuestion:
+    """The cheapest cards for a rate with so much lost."""
+    pools = (
+        replace(
+            pool,
+            workload=pool.workload.model_copy(update={"request_rate": rate, "concurrency": None}),
+        )
+        for pool in (question.prefill, question.decode)
+    )
+    prefill, decode = pools
+    return replace(
+        question, prefill=prefill, decode=decode, objective="cards", spare=spare, prices=prices
+    )
+
+
+SPARES = st.none() | st.builds(
+    Spare, count=st.sampled_from([1, 1, 2]), unit=st.sampled_from(["card", "node"])
+)
+PRICES = st.sampled_from([(1.0, 1.0), (1.0, 4.0), (2.5, 0.5)])
+
+
+@settings(max_examples=6)
+@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]), PRICES)
+def test_headroom_is_that_of_brute_force(
+    question: DisaggQuestion, spare: Spare | None, rate: float, prices: tuple[float, float]
+) -> None:
+    _agrees(_may_lose(question, spare, rate, prices))
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]), PRICES)
+def test_headroom_is_that_of_brute_force_on_many_questions(
+    question: DisaggQuestion, spare: Spare | None, rate: float, prices: tuple[float, float]
+) -> None:
+    _agrees(_may_lose(question, spare, rate, prices))
 
 
 def _is_true_when_cut_short(question: DisaggQuestion, ticks: int) -> None:

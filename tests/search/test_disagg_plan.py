@@ -330,6 +330,17 @@ def test_every_instance_is_a_server_of_its_own(found: SearchResult, tmp_path: Pa
     assert set(ports) <= set(words)
 
 
+@pytest.mark.parametrize("target", ["docker-compose", "k8s", "mindie", "sglang", "vllm-ascend"])
+def test_more_instances_than_cards_are_refused(
+    found: SearchResult, tmp_path: Path, target: str
+) -> None:
+    """A plan.json from anywhere may say a thousand million."""
+    prefill, decode = found.plan.pools
+    many = prefill.model_copy(update={"instances": 10**9})
+    with pytest.raises(InputError, match="instances of a pool fit its cluster"):
+        emit(found.plan.model_copy(update={"pools": (many, decode)}), target, tmp_path / "out")
+
+
 def test_targets_that_cannot_express_pools_say_so(
     found: SearchResult, mixed: SearchResult, tmp_path: Path
 ) -> None:

@@ -20,9 +20,9 @@ import shardplan
 from shardplan.costmodel.cost_groups import HOST, IN_NODE, TRANSFER, ScaledModel
 from shardplan.costmodel.load import Parts
 from shardplan.search.disagg import DisaggOutcome, search_disagg
-from shardplan.search.disagg_combine import DisaggQuestion
 from shardplan.search.disagg_contenders import LIMITS, PairContender, pair_contenders
 from shardplan.search.disagg_pools import Base
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_request import disagg_question, resolve_sides
 from shardplan.search.disagg_robust import study_pools
 from shardplan.search.report.page import page

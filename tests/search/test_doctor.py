@@ -48,7 +48,13 @@ def _install(monkeypatch: pytest.MonkeyPatch, requires: list[str], python: str =
 
 @pytest.fixture(autouse=True)
 def _whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation of today's metadata, whose extras are not imported: torch takes seconds."""
     _install(monkeypatch, _requires())
+    real = doctor.told_of
+    unloaded = {name: {**told, "imports": []} for name, told in real("extras").items()}
+    monkeypatch.setattr(
+        doctor, "told_of", lambda kind: unloaded if kind == "extras" else real(kind)
+    )
 
 
 def found(name: str, part: str = "") -> Check:
@@ -69,7 +75,7 @@ def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
         row = rows["package", one.name]
         assert (row["state"], row["found"]) == ("ok", metadata.version(one.name))
         assert row["needed"] == str(one.specifier)
-    for name in targets.BUILT_IN:
+    for name in targets.OURS:
         assert rows["entry point", f"target {name}"]["state"] == "ok"
     for name in ("models", "devices", "clusters", "engine profiles", "calibrations", "rules"):
         assert int(rows["data", name]["found"]) > 0
@@ -173,9 +179,9 @@ def test_extras_that_are_absent_or_unwell(monkeypatch: pytest.MonkeyPatch) -> No
     _install(monkeypatch, [*PROJECT["dependencies"], *lines])
     error = OSError("libonnx.so: undefined symbol")
     monkeypatch.setattr(importlib, "import_module", _refuse("numpy", error))
-    told = doctor._told("extras")
+    told = doctor.told_of("extras")
     told["onnx"]["imports"] = ["numpy"]
-    monkeypatch.setattr(doctor, "_told", lambda kind: told if kind == "extras" else {})
+    monkeypatch.setattr(doctor, "told_of", lambda kind: told if kind == "extras" else {})
     rows = {one.name: one for one in examine() if one.part == "extra"}
     assert rows["plots"].state == "absent"
     assert rows["plots"].says == f"{plots}; pip install 'shardplan[plots]'"
@@ -184,6 +190,18 @@ def test_extras_that_are_absent_or_unwell(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows["dev"].state == "absent"
     assert rows["dev"].found == f"pytest {metadata.version('pytest')}, without 4 packages"
     assert {one.state for one in rows.values()} <= {"ok", "absent", "warning"}
+
+
+@pytest.mark.slow
+def test_what_an_extra_brings_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each module that the data file names can be, where the extra is installed."""
+    monkeypatch.undo()
+    _install(monkeypatch, _requires())
+    rows = {one.name: one for one in examine() if one.part == "extra"}
+    assert {one.state for one in rows.values()} <= {"ok", "absent"}
+    for name, told in doctor.told_of("extras").items():
+        lines = PROJECT["optional-dependencies"][name]
+        assert {*told["imports"]} <= {Requirement(line).name for line in lines}
 
 
 def test_without_packaging_the_rest_is_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,12 +215,14 @@ def test_without_packaging_the_rest_is_still_told(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_plug_in_that_does_not_load_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is another package's."""
-    point = EntryPoint(name="toy", value="no.such.module:files", group=targets.GROUP)
-    monkeypatch.setattr(targets, "entry_points", lambda group: EntryPoints([point]))
-    row = found("toy", "plug-in")
-    assert row.state == "warning"
-    assert "ModuleNotFoundError" in row.says
+    """It is another package's: a target or a front end."""
+    point = EntryPoint(name="toy", value="no.such.module:files", group="any")
+    for module in (targets, metadata):
+        monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([point]))
+    for name in ("target toy", "front end toy"):
+        row = found(name, "plug-in")
+        assert row.state == "warning"
+        assert "ModuleNotFoundError" in row.says
     assert is_whole(examine())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import tomllib
@@ -18,6 +19,7 @@ from shardplan.models.errors import InputError, UnknownNameError
 from shardplan.search import targets as module
 from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS, emit, target_names
 from shardplan.search.emit.common import table
+from shardplan.search.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,6 +154,34 @@ def test_a_hostile_name_stays_text_in_every_target(tmp_path: Path, target: str) 
             assert "$(touch" not in text
 
 
+@pytest.mark.parametrize("target", ["k8s", "mindie", "ray", "sglang", "vllm-ascend"])
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("cluster", {"hbm_bytes": 1e-300}),
+        ("cluster", {"hbm_bytes": float("nan")}),
+        ("performance", {"output_tokens_per_s": 0.0}),
+        ("memory", {"capacity_bytes": float("inf")}),
+        ("memory", {"activations_bytes": float("nan")}),
+        ("strategy", {"order": ("tp", "tp", "pp")}),
+    ],
+)
+def test_numbers_that_no_search_gives_are_refused(
+    tmp_path: Path, target: str, part: str, change: dict[str, Any]
+) -> None:
+    """Of a plan.json written by hand: one clear line, nothing half-written."""
+    plan = emit_plan()
+    found = getattr(plan, part)
+    made = (
+        tuple(row.model_copy(update=change) for row in found)
+        if part == "memory"
+        else found.model_copy(update=change)
+    )
+    with pytest.raises(InputError):
+        emit(plan.model_copy(update={part: made}), target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "sizes", [{"tp": 0}, {"dp": -1}, {"batch": 0}, {"dp": 10**9}, {"pp": 2, "stage_layers": (80,)}]
 )
@@ -160,8 +190,12 @@ def test_a_plan_with_impossible_sizes_is_refused(
     tmp_path: Path, target: str, sizes: dict[str, Any]
 ) -> None:
     """A plan.json edited by hand ends in one clear line."""
+    data = json.loads(emit_plan().dumps())
+    data["strategy"].update(sizes)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(InputError):
-        emit(emit_plan(**sizes), target, tmp_path)
+        emit(Plan.load(file), target, tmp_path / "out")
 
 
 def test_the_installed_package_registers_the_built_in_targets() -> None:

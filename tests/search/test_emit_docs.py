@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.search.emit_cases import emit_plan
 
-from shardplan.search.emit import BUILT_IN, GROUP
+from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS
 from shardplan.search.emit.atc import files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_the_page_and_readme_name_every_target() -> None:
     """And the help of the command."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     help_text = (ROOT / "search" / "cli_plan.py").read_text(encoding="utf-8")
-    for name in BUILT_IN:
+    for name in {**BUILT_IN, **OF_GRAPHS}:
         assert f"| `{name}`" in TEXT
         assert name in readme
         assert name in help_text

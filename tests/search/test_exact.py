@@ -37,6 +37,7 @@ from shardplan.search.evaluate import LIMITS, LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.kept import Kept, pareto_mask
 from shardplan.search.space import Choice, Space
+from shardplan.search.spare import Spare
 
 
 def _agrees(case: Case) -> None:
@@ -86,6 +87,30 @@ def test_the_best_is_brute_forces_best(case: Case) -> None:
 @given(cases())
 def test_the_best_is_brute_forces_best_on_many_questions(case: Case) -> None:
     _agrees(case)
+
+
+def _may_lose(case: Case, spare: Spare, rate: float) -> Case:
+    """The same over a rate, with so much lost."""
+    work = case.question.workload.model_copy(update={"request_rate": rate})
+    return replace(case, question=replace(case.question, workload=work, spare=spare))
+
+
+SPARES = st.builds(Spare, count=st.sampled_from([1, 1, 2]), unit=st.sampled_from(["card", "node"]))
+
+
+@settings(max_examples=10)
+@given(cases(), SPARES, st.sampled_from([1e-3, 5.0, 300.0]))
+def test_headroom_is_that_of_brute_force(case: Case, spare: Spare, rate: float) -> None:
+    _agrees(_may_lose(case, spare, rate))
+
+
+@pytest.mark.slow
+@settings(max_examples=120)
+@given(cases(), SPARES, st.sampled_from([1e-3, 5.0, 300.0]))
+def test_headroom_is_that_of_brute_force_on_many_questions(
+    case: Case, spare: Spare, rate: float
+) -> None:
+    _agrees(_may_lose(case, spare, rate))
 
 
 @settings(max_examples=20)

@@ -16,7 +16,7 @@ from tests.search.oracle import dense, small_case, sparse
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.api import search
 from shardplan.search.disagg import search_disagg
-from shardplan.search.disagg_combine import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.explain_space import count_pools, explain_space
 from shardplan.search.legality import (
     Subject,

@@ -9,7 +9,7 @@ from tests.search.plan_factory import make_plan
 
 from shardplan.models.errors import InputError
 from shardplan.search.plan import Plan
-from shardplan.search.predicted import Predicted, known_steps, predicted_steps
+from shardplan.search.predicted import MOST_PIECES, Predicted, known_steps, predicted_steps
 
 PLANS = Path(__file__).resolve().parent.parent.parent / "results" / "plans"
 FOLDERS = sorted(one.parent for one in PLANS.glob("*/plan.json"))
@@ -56,6 +56,17 @@ def make_plan_of_stages() -> Predicted:
     plan = Plan.load(PLANS / "llama-65b_atlas-800t-a2" / "plan.json")
     way = plan.strategy.model_copy(update={"tp": 4, "pp": 2, "stage_layers": (41, 39)})
     return known_steps(plan.model_copy(update={"strategy": way}))[1]
+
+
+def test_a_prompt_of_many_pieces_ends_with_the_last_of_them() -> None:
+    """Times of the first ones alone are told; the end counts all."""
+    plan = Plan.load(PLANS / "llama-65b_atlas-800t-a2" / "plan.json")
+    work = plan.request.workload.model_copy(update={"input_len": 10**12})
+    asked = plan.request.model_copy(update={"workload": work})
+    way = plan.strategy.model_copy(update={"chunk": 1024})
+    step = known_steps(plan.model_copy(update={"request": asked, "strategy": way}))[0]
+    assert len(step.starts_s()) == MOST_PIECES
+    assert step.end_s == pytest.approx(-(-(10**12) // 1024) * step.program.step_s)
 
 
 def test_a_plan_from_files_needs_them() -> None:

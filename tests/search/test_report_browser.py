@@ -191,9 +191,15 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_it_prints(browser: Browser, pages: dict[str, Path]) -> None:
-    """As a PDF; links and hints for a screen are left out."""
-    browser.open(pages[NAMES[1]])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_prints(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    """On A4 with its margins (182 mm wide) nothing is cut off; links for a screen are left out.
+
+    Dark screens print on white paper.
+    """
+    browser.open(pages[name], width=688, dark=True)
     browser.ask("Emulation.setEmulatedMedia", media="print")
+    assert browser.run("document.documentElement.scrollWidth") <= 688
     assert browser.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert len(browser.ask("Page.printToPDF")["data"]) > 50_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from time import process_time
 
 import pytest
 from tests.search.plan_factory import make_plan, make_strategy, make_trials
@@ -11,7 +12,11 @@ from tests.search.test_report import HOSTILE, _Reader
 
 from shardplan.search.emit import BUILT_IN
 from shardplan.search.plan import Plan
+from shardplan.search.plan_batching import Batching, GraphSizes, OtherSizes, SettingRow
+from shardplan.search.plan_capacity import Capacity, LossRow, Replanned
+from shardplan.search.plan_cost import Cost
 from shardplan.search.predicted import known_steps
+from shardplan.search.report import write_report
 from shardplan.search.report.cluster import MOST_RANKS, cluster_section
 from shardplan.search.report.emitting import next_section
 from shardplan.search.report.lanes import Lane, Slice, lanes
@@ -116,6 +121,16 @@ def test_a_pipeline_is_drawn_with_its_microbatches() -> None:
     assert "A prompt of one piece through 16 stages" in prefill
 
 
+def test_a_report_of_many_trials_is_written_in_a_second(tmp_path: Path) -> None:
+    """Of 100,000, with all its pictures: at most a second of a core and two megabytes."""
+    trials = TrialTable.of(make_trials(100_000))
+    for plan in (TP8, POOLS):
+        begin_s = process_time()
+        write_report(plan, trials, tmp_path / "report.html")
+        assert process_time() - begin_s <= 1.0
+        assert (tmp_path / "report.html").stat().st_size <= 2e6
+
+
 def test_a_plan_whose_parts_are_not_at_hand_has_no_timeline() -> None:
     """The toy model has a preset's name and other sizes."""
     assert _timeline(make_plan()) == ""
@@ -171,6 +186,95 @@ def test_the_bands_are_drawn() -> None:
     flips = sum((row.slower is not None) + (row.faster is not None) for row in told.groups)
     assert section.count("<circle") == flips
     assert f"{percent(told.level)} band of the group" in section
+
+
+def _asked() -> Plan:
+    """A plan with graph sizes, losses and prices, as its options ask for them."""
+    decode = GraphSizes(
+        phase="decode",
+        unit="sequences",
+        sizes=(1, 8, 70),
+        expected_s=0.058,
+        unpadded_s=0.057,
+        padding=0.021,
+        step=1,
+        most=100,
+        bound="price",
+        price_s=1e-6,
+        loads="70 slots",
+        others=(OtherSizes(name="powers <of> two", count=8, expected_s=0.0638, padding=0.1),),
+    )
+    prefill = decode.model_copy(
+        update={"phase": "prefill", "unit": "tokens", "sizes": (1024,), "others": ()}
+    )
+    setting = SettingRow(
+        setting="max_num_seqs", value=70, default=256, objective=None, gain=None, limit="memory"
+    )
+    batching = Batching(
+        lengths=None,
+        graph_bytes=24 * 2.0**20,
+        graph_bytes_kind="assumed",
+        graph_bytes_source="a guess",
+        prefill=prefill,
+        decode=decode,
+        settings=(setting, setting.model_copy(update={"gain": 1.2, "limit": ""})),
+        notes=("a note",),
+    )
+    again = Replanned(
+        cards=4, words="tp4", requests_per_s=1.0, holds=False, ttft_s=None, tpot_s=None
+    )
+    capacity = Capacity(
+        requests_per_s=2.0,
+        spare=0,
+        spare_unit="card",
+        replicas=1,
+        cards=8,
+        headroom=1.375,
+        losses=(
+            LossRow(
+                lost="nothing",
+                replicas_left=1,
+                requests_per_s=2.75,
+                holds=True,
+                ttft_s=0.2,
+                tpot_s=0.09,
+                again=None,
+            ),
+            LossRow(
+                lost="1 card",
+                replicas_left=0,
+                requests_per_s=0.0,
+                holds=False,
+                ttft_s=None,
+                tpot_s=None,
+                again=again,
+            ),
+        ),
+    )
+    cost = Cost(card_price=2.5, per_hour=20.0, per_million_tokens=7.89, per_million_tokens_full=5.0)
+    return TP8.model_copy(update={"batching": batching, "capacity": capacity, "cost": cost})
+
+
+def test_what_was_asked_besides_is_shown() -> None:
+    """Graph sizes with what others would take, losses against the rate, prices; else nothing."""
+    text = _Reader(page(_asked(), make_trials(20))).text
+    for told in (
+        "Decode: 3 graphs, sequences",
+        "Prefill: 1 graph, tokens",
+        "powers <of> two 8 63.8 ms 10 % +1",
+        "max_num_seqs 70 256 breaks memory",
+        "max_num_seqs 70 256 +20 %",
+        "a note",
+        "Lost: 1 card",
+        "nothing is left",
+        "planned again on 4 cards (tp4): saturated at 1",
+        "20 an hour, 7.89 a million output tokens",
+    ):
+        assert told in text, told
+    bare = _Reader(page(TP8, make_trials(20))).text
+    assert "Graph sizes" not in bare
+    assert "What may be lost" not in bare
+    assert "an hour" not in bare
 
 
 @pytest.mark.parametrize("plan", [TP8, POOLS], ids=["one pool", "two pools"])

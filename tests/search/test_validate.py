@@ -17,7 +17,7 @@ from shardplan.search.estimate import Prices, estimate_one, price_columns
 from shardplan.search.main import run
 from shardplan.search.validate import Report, read_figures, validate
 from shardplan.search.validate_fit import unseen_median
-from shardplan.search.validate_out import README_MARKS, between, write_report
+from shardplan.search.validate_out import PAGE_MARKS, between, write_report
 from shardplan.search.validate_plot import KINDS, kind_of, scatter_svg
 from shardplan.search.validate_tables import worst_figures
 
@@ -282,9 +282,9 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_table_goes_between_its_marks() -> None:
     """What is around stays; a page without marks is refused."""
-    text = f"head\n{README_MARKS[0]}\nold\n{README_MARKS[1]}\ntail\n"
-    found = between(text, README_MARKS, "| new |\n")
-    assert found == f"head\n{README_MARKS[0]}\n\n| new |\n\n{README_MARKS[1]}\ntail\n"
-    assert between(found, README_MARKS, "| new |") == found
+    text = f"head\n{PAGE_MARKS[0]}\nold\n{PAGE_MARKS[1]}\ntail\n"
+    found = between(text, PAGE_MARKS, "| new |\n")
+    assert found == f"head\n{PAGE_MARKS[0]}\n\n| new |\n\n{PAGE_MARKS[1]}\ntail\n"
+    assert between(found, PAGE_MARKS, "| new |") == found
     with pytest.raises(InputError, match="no place"):
-        between("head", README_MARKS, "new")
+        between("head", PAGE_MARKS, "new")

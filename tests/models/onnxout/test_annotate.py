@@ -58,8 +58,8 @@ def test_annotations_of_a_decoder_read_back_are_the_strategy(kind: str, tmp_path
 
 def test_a_file_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     graph = read_onnx(cases.matmul2(tmp_path / "m.onnx"))
-    with pytest.raises(InputError, match=r"cannot be written.*file="):
-        annotate(graph, {}, mesh(2), tmp_path / "none" / "a.onnx")
+    with pytest.raises(InputError, match=r"cannot be written"):
+        annotate(graph, {}, mesh(2), tmp_path / "m.onnx" / "a.onnx")
 
 
 def test_weights_outside_stay_where_they_are(tmp_path: Path) -> None:

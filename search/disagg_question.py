@@ -1,0 +1,138 @@
+"""What deployments of two pools are scored against, and how one does: limits, losses, objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardplan.costmodel.disagg import Demand, Link, Pools, Service, serve_pools, transfer_s
+from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
+from shardplan.search.disagg_space import Pool
+from shardplan.search.plan import Limits
+from shardplan.search.spare import Spare, instances_lost
+
+__all__ = [
+    "POOL_LIMITS",
+    "DisaggQuestion",
+    "broken_limits",
+    "deployments",
+    "most_beside",
+    "objective_of",
+]
+
+POOL_LIMITS = ("", "ttft", "rate")
+_ROOM = 1.0 + 4e-9
+"""A limit that is met but for rounding is met."""
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisaggQuestion:
+    """What deployments of two pools are scored against."""
+
+    prefill: Pool
+    decode: Pool
+    shared: bool
+    """Both pools take their cards from the same ones."""
+    link: Link
+    limits: Limits
+    objective: str
+    prices: tuple[float, float] = (1.0, 1.0)
+    """Of a prefill and of a decode card: the fewest cards are those that cost least."""
+    spare: Spare | None = None
+    """What may be lost while the instances left still serve the rate."""
+
+    def spent(self, prefill: Array, decode: Array) -> Array:
+        """Cards of both pools by their price."""
+        return np.asarray(self.prices[0] * prefill + self.prices[1] * decode)
+
+    def lost(self, pool: Pool, cards: ArrayLike) -> Counts:
+        """Instances of a role that may be lost, of instances of so many cards."""
+        ranks = as_array(cards)
+        if self.spare is None:
+            return np.zeros(ranks.shape, dtype=np.int64)
+        lost = instances_lost(ranks, pool.cluster.ranks_per_node, self.spare)
+        return np.asarray(lost, dtype=np.int64)
+
+    @property
+    def cards(self) -> int:
+        """Cards of both pools together."""
+        return self.decode.cards + (0 if self.shared else self.prefill.cards)
+
+    @property
+    def demand(self) -> Demand:
+        """What is asked; the lowest latency of no given load is that of one request at a time."""
+        work = self.decode.workload
+        latency = self.objective == "latency"
+        alone = latency and work.concurrency is None and work.request_rate is None
+        return Demand(
+            in_flight=1.0 if alone else work.concurrency,
+            offered_per_s=work.request_rate if latency else None,
+            ttft_s=self.limits.ttft_s,
+        )
+
+
+def deployments(
+    question: DisaggQuestion,
+    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
+    x: Counts,
+    y: Counts,
+) -> tuple[Service, Pools]:
+    """x prefill and y decode instances; the pools' columns and the counts broadcast."""
+    prefill, decode = pools
+    link = question.link
+    ranks = np.minimum(x * prefill["cards"], y * decode["cards"])
+    given = Pools(
+        prefill_per_s=x * prefill["rate"],
+        busy_s=prefill["busy_s"],
+        service_s=prefill["service_s"],
+        decode_per_s=y * decode["rate"],
+        step_s=decode["step_s"],
+        later_s=decode["later_s"],
+        transfer_s=transfer_s(link, decode["bytes"] * prefill["sent"], decode["received"]),
+        transfer_per_s=ranks * link.bytes_per_s / decode["bytes"],
+    )
+    return serve_pools(given, question.demand), given
+
+
+def most_beside(question: DisaggQuestion, cards: Array, x: Counts, prefill: float) -> Counts:
+    """The most decode instances of `cards` each beside x prefill instances; they broadcast."""
+    left = question.decode.cards - (x * prefill if question.shared else 0.0 * x)
+    return np.asarray(np.floor(left / cards), dtype=np.int64)
+
+
+def _broken(question: DisaggQuestion, service: Service) -> Counts:
+    """Index into `POOL_LIMITS` of the limit that a deployment breaks, 0 for none."""
+    rate = question.decode.workload.request_rate or 0.0
+    ttft = question.limits.ttft_s or np.inf
+    late = service.ttft_s > ttft * _ROOM
+    few = (service.requests_per_s * _ROOM < rate) | (service.requests_per_s <= 0.0)
+    return np.where(late, 1, np.where(few, 2, 0))
+
+
+def broken_limits(
+    question: DisaggQuestion,
+    service: Service,
+    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
+    x: Counts,
+    y: Counts,
+) -> Counts:
+    """The same, of what is left when what may be lost of either role is."""
+    if question.spare is None:
+        return _broken(question, service)
+    sides = (question.prefill, question.decode), pools, (x, y)
+    left = [
+        np.maximum(count - question.lost(pool, columns["cards"]), 1)
+        for pool, columns, count in zip(*sides, strict=True)
+    ]
+    return _broken(question, deployments(question, pools, left[0], left[1])[0])
+
+
+def objective_of(question: DisaggQuestion, service: Service) -> Array:
+    """What is to be large."""
+    if question.objective == "latency":
+        return np.asarray(1.0 / service.end_to_end_s)
+    return np.asarray(service.requests_per_s * question.decode.workload.output_len)

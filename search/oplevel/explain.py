@@ -1,0 +1,155 @@
+"""Why a plan of operators: its memory, where its time goes, what other splits and machines give.
+
+Each other plan is one of the same graph by the same code: a search with one thing changed, or the
+price of a split that is known (none, Megatron's columns and rows). So a row tells what the best
+plan would then be, exactly, by this cost model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from shardplan.costmodel.catalog import load_cluster
+from shardplan.costmodel.hardware import Cluster
+from shardplan.models.errors import InfeasibleError, InputError
+from shardplan.models.onnxout.choose import megatron_strategy
+from shardplan.models.opfold import first_alike, unfolded
+from shardplan.models.opgraph import OpGraph
+from shardplan.search.explain import FASTER, faster
+from shardplan.search.oplevel.api import price_operators, search_operators
+from shardplan.search.oplevel.plan import KindRow, OperatorPlan
+from shardplan.search.oplevel.program import check_same, mesh_of
+from shardplan.search.plan_confidence import Part
+
+__all__ = ["OperatorChange", "OperatorExplanation", "explain_operators"]
+
+_MOST_KINDS = 3
+"""Kinds of operators whose split is told by what it would cost to have none."""
+
+
+class OperatorChange(Part):
+    """The best plan, or a known split, were one thing different."""
+
+    change: str
+    total_s: float | None
+    """None where nothing fits: `note` says why."""
+    ratio: float | None
+    """Of the plan's seconds."""
+    note: str = ""
+
+
+class OperatorExplanation(Part):
+    """Why this plan."""
+
+    graph: str
+    cluster: str
+    mesh: dict[str, int]
+    stages: int
+    total_s: float
+    memory_bytes: float
+    """Of the fullest rank."""
+    capacity_bytes: float
+    costs: tuple[KindRow, ...]
+    changes: tuple[OperatorChange, ...]
+
+
+def explain_operators(
+    plan: OperatorPlan, graph: OpGraph, *, shadows: bool = True
+) -> OperatorExplanation:
+    """Why this plan. `InputError` for another graph, or a cluster that is not found by name."""
+    check_same(plan, graph)
+    fullest = max(plan.stages, key=lambda one: one.total_bytes / one.capacity_bytes)
+    return OperatorExplanation(
+        graph=plan.graph,
+        cluster=plan.cluster.name,
+        mesh=plan.mesh,
+        stages=len(plan.stages),
+        total_s=plan.total_s,
+        memory_bytes=fullest.total_bytes,
+        capacity_bytes=fullest.capacity_bytes,
+        costs=tuple(sorted(plan.costs, key=lambda row: -row.total_s)),
+        changes=tuple(_Changes(plan, graph).all()) if shadows else (),
+    )
+
+
+class _Changes:
+    def __init__(self, plan: OperatorPlan, graph: OpGraph) -> None:
+        self.plan, self.graph = plan, graph
+        machine = plan.cluster
+        self.cluster = load_cluster(machine.name, nodes=machine.nodes, device=machine.device)
+
+    def all(self) -> Iterator[OperatorChange]:
+        """One change after another."""
+        plan = self.plan
+        yield self.known("no operator is split", {})
+        for axis, size in plan.mesh.items():
+            if size > 1:
+                yield self.known(f"products by columns and rows over {axis}", self.megatron(axis))
+        for kind in self.split_kinds():
+            forbid = {**plan.request.forbid, kind: tuple(plan.mesh)}
+            yield self.searched(f"every {kind} whole", forbid=forbid)
+        fullest = max(one.total_bytes / one.capacity_bytes for one in plan.stages)
+        if plan.total_s and fullest * FASTER > 1.0:
+            limit = FASTER * plan.stages[0].capacity_bytes
+            yield self.searched(f"{FASTER - 1:.0%} more memory", memory_bytes=limit)
+        for tier in self.cluster.tiers:
+            if tier.ranks > 1:
+                words = f"{tier.name} links {FASTER - 1:.0%} faster"
+                yield self.searched(words, cluster=faster(self.cluster, tier))
+
+    def split_kinds(self) -> list[str]:
+        """Kinds of operators that are split, those that take longest first."""
+        spent: Counter[str] = Counter()
+        for row in self.plan.operators:
+            if row.split:
+                spent[row.kind] += round(row.times * row.total_s * 1e12)
+        return [kind for kind, _ in spent.most_common(_MOST_KINDS)]
+
+    def megatron(self, axis: str) -> dict[str, dict[str, str]]:
+        """Megatron's split over one axis, of the first of equal layers."""
+        whole = unfolded(self.graph)
+        first = first_alike(whole)
+        split = megatron_strategy(whole, mesh_of(self.plan), axis)
+        return {name: chosen for name, chosen in split.items() if first[name] == name}
+
+    def known(self, words: str, split: dict[str, dict[str, str]]) -> OperatorChange:
+        """A split that is given."""
+        request = self.plan.request
+        try:
+            found = price_operators(
+                self.graph, self.cluster, self.plan.mesh, split, stages=len(self.plan.stages),
+                dtype=self.plan.dtype, pins=request.pins,
+            )  # fmt: skip
+        except InputError as error:  # pins that the split breaks
+            return OperatorChange(change=words, total_s=None, ratio=None, note=str(error))
+        fullest = max(one.total_bytes for one in found.stages)
+        over = fullest - self.plan.stages[0].capacity_bytes
+        note = f"{over / 2**20:,.1f} MiB more than a rank has" if over > 0 else ""
+        return self.told(words, found, note)
+
+    def searched(self, words: str, **changed: Any) -> OperatorChange:
+        """The plan's question with one thing changed."""
+        request = self.plan.request
+        cluster: Cluster = changed.pop("cluster", self.cluster)
+        asked = {
+            "memory_bytes": request.memory_bytes,
+            "forbid": request.forbid,
+            "pins": request.pins,
+            "time_limit_s": request.time_limit_s,
+            **changed,
+        }
+        try:
+            found = search_operators(
+                self.graph, cluster, self.plan.mesh, stages=len(self.plan.stages),
+                dtype=self.plan.dtype, **asked,
+            )  # fmt: skip
+        except (InputError, InfeasibleError) as error:
+            return OperatorChange(change=words, total_s=None, ratio=None, note=str(error))
+        return self.told(words, found, "")
+
+    def told(self, words: str, found: OperatorPlan, note: str) -> OperatorChange:
+        """What a change gives."""
+        ratio = found.total_s / self.plan.total_s if self.plan.total_s else None
+        return OperatorChange(change=words, total_s=found.total_s, ratio=ratio, note=note)
