@@ -1,11 +1,10 @@
 """From what was asked to what is searched: names resolved, defaults filled in and stated.
 
-Every default is written down as a note, so that an answer never hides what it assumed. Weights and
-cache keep the checkpoint's own types; where the device has no such type, the nearest of the same
-width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16). Switches of the engine
-(`shardplan.costmodel.overlap`) stay as the engine has them: off, or searched both ways where it has
-one on by itself. Weight types may be several each by groups of layers; the algorithm between
-servers is the library's own unless asked.
+Every default is written down as a note. Weights and cache keep the checkpoint's own types; where
+the device has no such type, the nearest of the same width is taken and said (fp8 -> w8a8 int8, bf16
+-> fp16). Switches of the engine (`shardplan.costmodel.overlap`) stay as the engine has them: off,
+or searched both ways where it has one on by itself. Weight types may be several each by groups of
+layers; the algorithm between servers is the library's own unless asked.
 """
 
 from __future__ import annotations
