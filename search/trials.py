@@ -338,7 +338,9 @@ def require_columns(columns: Iterable[object], what: str) -> None:
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
-    return InputError("the trial table cannot be read", got=f"{path}: {error.strerror}")
+    """A file that cannot be read, in words; not every library fills in `strerror`."""
+    why = error.strerror or (str(error).splitlines() or ["it is damaged"])[0][:200]
+    return InputError("the trial table cannot be read", got=f"{path}: {why}")
 
 
 def _require_readable(path: Path) -> None:

@@ -58,7 +58,7 @@ def parquet_parts(path: Path) -> Iterator[Columns]:
                 row += batch.num_rows
     except OSError as error:
         raise unreadable(path, error) from None
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise InputError("a .parquet file is in that format", got=f"{path}: {first}") from None
 

@@ -55,8 +55,7 @@ def _block(page: str, kind: str) -> str:
 
 def test_the_pages_have_commands() -> None:
     """So that a page written otherwise does not pass unseen."""
-    found = {page.name: commands(page) for page in PAGES}
-    assert len(found["README.md"]) > 20
+    assert len(commands(PAGES[0])) > 20
 
 
 @pytest.mark.slow

@@ -56,9 +56,9 @@ def page(runs: int) -> str:
         "",
         f"{where}; best of {runs} runs.",
         "",
-        "`shardplan emit results/plans/NAME/plan.json --target TARGET --out DIR`, a cold process of "
-        "one thread: CPU seconds are what it takes on a core of its own, wall seconds what it took "
-        "under that load.",
+        "`shardplan emit results/plans/NAME/plan.json --target TARGET --out DIR`, a cold process "
+        "of one thread: CPU seconds are what it takes on a core of its own, wall seconds what it "
+        "took under that load.",
         "",
         *table(head, rows),
         "",

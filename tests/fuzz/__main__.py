@@ -1,8 +1,9 @@
 """All readers under both drivers: `python -m tests.fuzz --out results/fuzz`, from the root.
 
 Writes `fuzz.md` (counts, machine, command) and, for every finding, the input under `findings/`. A
-few thousand inputs at a time run in a process of their own, one process at a time. Exit code 1
-where there are findings. `--driver atheris` needs the package atheris (`pip install atheris`).
+few thousand inputs at a time run in a process of their own, one process at a time. A run that was
+ended goes on into the same folder (`counts.json` says how far it came). Exit code 1 where there
+are findings. `--driver atheris` needs the package atheris (`pip install atheris`).
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.fuzz.drive import DRIVERS, Report
+from tests.fuzz.drive import DRIVERS, Report, drive
 from tests.fuzz.judge import MOST_BYTES, MOST_S
 from tests.fuzz.targets import TARGETS, Target
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BATCH = 2500
 """Most inputs of one process: what hypothesis and shardplan's caches remember stays small."""
+_COUNTS = "counts.json"
 _SHARED = ("hypothesis", "atheris", "torch", "onnx", "numpy")
 
 
@@ -60,41 +63,64 @@ def shares(targets: Sequence[Target], inputs: int) -> dict[str, int]:
 
 
 def _batches(count: int, start: int) -> Iterator[tuple[int, int]]:
-    """(inputs, seed) of each process."""
-    for number, begin in enumerate(range(0, count, _BATCH)):
-        yield min(_BATCH, count - begin), start + 1000 * number
+    """(inputs, seed) of each process; `start` inputs were judged before."""
+    for begin in range(start, count, _BATCH):
+        yield min(_BATCH, count - begin), begin
 
 
 def run_batch(name: str, driver: str, inputs: int, start: int, kept: Path) -> Report:
     """One process; inputs that make findings are copied to `kept`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        words = [sys.executable, "-m", "tests.fuzz.drive", name, driver, str(inputs), str(start)]
-        path = os.pathsep.join([str(_ROOT / "src"), str(_ROOT), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [*words, place],
-            cwd=_ROOT,
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        start_one = _started if driver == "atheris" else _forked
+        code = start_one(name, driver, inputs, start, folder)
         report = _report_of(folder, name, driver)
-        if done.returncode or report is None:
+        if code or report is None:
             report = report or Report(target=name, driver=driver)
             held = next((folder / "run").glob("a/b/c/model*"), None)
             file = f"{name.replace(' ', '-')}-ended-{driver}-{start}"
             _keep(kept, file, b"" if held is None else held.read_bytes())
-            text = done.stderr[-2000:]
-            where = f"the process ended with {done.returncode}"
-            report.findings.append(
-                {"kind": "end", "where": where, "text": text, "file": file, "inputs": "1"}
-            )
+            text = (folder / "said").read_text(encoding="utf-8", errors="replace")[-2000:]
+            found = {"kind": "end", "where": f"the process ended with {code}", "text": text}
+            report.findings.append({**found, "file": file, "inputs": "1"})
         for one in (folder / "findings").glob("*"):
             _keep(kept, one.name, one.read_bytes())
         return report
+
+
+def _started(name: str, driver: str, inputs: int, start: int, folder: Path) -> int:
+    """A new interpreter: modules are instrumented as they load. Its exit code."""
+    words = [sys.executable, "-m", "tests.fuzz.drive", name, driver, str(inputs), str(start)]
+    path = os.pathsep.join([str(_ROOT / "src"), str(_ROOT), os.environ.get("PYTHONPATH", "")])
+    with (folder / "said").open("wb") as said:
+        return subprocess.run(
+            [*words, str(folder)],
+            cwd=_ROOT,
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            check=False,
+        ).returncode
+
+
+def _forked(name: str, driver: str, inputs: int, start: int, folder: Path) -> int:
+    """A copy of this process, which has loaded everything. Its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 1
+    try:
+        said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
+        for number, file in enumerate((os.open(os.devnull, os.O_RDONLY), said, said)):
+            os.dup2(file, number)
+        drive(name, driver, inputs, start, folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _report_of(folder: Path, name: str, driver: str) -> Report | None:
@@ -115,6 +141,7 @@ def _joined(reports: Sequence[Report]) -> Report:
         whole.inputs += one.inputs
         whole.accepted += one.accepted
         whole.refused += one.refused
+        whole.seconds += one.seconds
         whole.slowest_s = max(whole.slowest_s, one.slowest_s)
         whole.peak_bytes = max(whole.peak_bytes, one.peak_bytes)
         for found in one.findings:
@@ -123,9 +150,10 @@ def _joined(reports: Sequence[Report]) -> Report:
     return whole
 
 
-def page(reports: Sequence[Report], command: str, seconds: float) -> str:
+def page(reports: Sequence[Report], command: str) -> str:
     """The results as Markdown."""
     inputs, found = sum(one.inputs for one in reports), sum(len(one.findings) for one in reports)
+    seconds = sum(one.seconds for one in reports)
     packages = ", ".join(f"{name} {version(name)}" for name in _installed(_SHARED))
     lines = [
         "# Fuzzed inputs",
@@ -167,18 +195,35 @@ def main(words: Sequence[str]) -> int:
     targets = [one for one in chosen if not one.extra or _installed([one.extra])]
     kept, begin = asked.out / "findings", time.monotonic()
     command = f"python -m tests.fuzz {shlex.join(words)}".strip()
-    shutil.rmtree(kept, ignore_errors=True)
     asked.out.mkdir(parents=True, exist_ok=True)
-    reports: list[Report] = []
-    for name, count in shares(targets, asked.inputs // len(drivers)).items():
-        for driver in drivers:
-            batches = _batches(count, asked.seed)
-            reports.append(_joined([run_batch(name, driver, *one, kept) for one in batches]))
-            last = reports[-1]
-            print(f"{name}, {driver}: {last.inputs} inputs, {len(last.findings)} findings")
-            text = page(reports, command, time.monotonic() - begin)  # so far: a run can be ended
-            (asked.out / "fuzz.md").write_text(text, encoding="utf-8")
-    return 1 if any(one.findings for one in reports) else 0
+    done = _before(asked.out / _COUNTS)
+    for driver in drivers:
+        for name, count in shares(targets, asked.inputs // len(drivers)).items():
+            own = done.setdefault((name, driver), Report(target=name, driver=driver))
+            for inputs, start in _batches(count, own.inputs):
+                ran = run_batch(name, driver, inputs, start + asked.seed * asked.inputs, kept)
+                done[(name, driver)] = own = _joined([own, ran])
+                own.seconds += time.monotonic() - begin
+                begin = time.monotonic()
+                _write(asked.out, list(done.values()), command)
+            print(f"{name}, {driver}: {own.inputs} inputs, {len(own.findings)} findings")
+    return 1 if any(one.findings for one in done.values()) else 0
+
+
+def _before(counts: Path) -> dict[tuple[str, str], Report]:
+    """What earlier runs into the same folder have counted."""
+    if not counts.exists():
+        return {}
+    found = [Report(**one) for one in json.loads(counts.read_bytes())]
+    return {(one.target, one.driver): one for one in found}
+
+
+def _write(out: Path, reports: Sequence[Report], command: str) -> None:
+    """Counts so far: a run can be ended and gone on with."""
+    ordered = sorted(reports, key=lambda one: (list(TARGETS).index(one.target), one.driver))
+    counts = json.dumps([asdict(one) for one in ordered], indent=1)
+    (out / _COUNTS).write_text(counts + "\n", encoding="utf-8")
+    (out / "fuzz.md").write_text(page(ordered, command), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Report:
     refused: int = 0
     slowest_s: float = 0.0
     peak_bytes: int = 0
+    seconds: float = 0.0
+    """Of the wall clock."""
     findings: list[dict[str, str]] = field(default_factory=list)
     """One for each place: kind, where, text, file of the first input, number of inputs."""
 

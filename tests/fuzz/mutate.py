@@ -7,6 +7,7 @@ read as its kind it edits as bytes.
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
 import gzip
@@ -102,7 +103,7 @@ def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 def edit_tree(value: Any, others: Sequence[Any], chance: Random) -> Any:
     """A few values of a tree of dicts and lists replaced, removed, doubled, renamed, nested."""
     if not isinstance(value, dict | list) or not value or chance.random() < 0.02:
-        return chance.choice(VALUES)
+        return copy.deepcopy(chance.choice(VALUES))
     for _ in range(chance.choice(_EDITS)):
         places = _places(value, [])
         if not places:
@@ -137,7 +138,7 @@ def _edit_place(holder: Any, key: Any, trees: Sequence[Any], chance: Random) -> 
         case 7 if isinstance(holder[key], int | float):
             holder[key] = str(holder[key])
         case _:
-            holder[key] = chance.choice(VALUES)
+            holder[key] = copy.deepcopy(chance.choice(VALUES))
 
 
 def edit_text(text: str, chance: Random) -> str:

@@ -349,17 +349,14 @@ def _deployment(
 
 def _survives(question: DisaggQuestion, one: _Prefill, other: _Decode, x: int, y: int) -> bool:
     """Whether the limits hold with what may be lost lost of either role, one after the other."""
-    if question.spare is None:
+    spare, lost = question.spare, []
+    if spare is None:
         return True
-    lost = []
     for pool, par in ((question.prefill, one.parallel), (question.decode, other.parallel)):
-        node = pool.cluster.ranks_per_node // par.ranks
-        each = max(node, 1) if question.spare.unit == "node" else 1
-        lost.append(each * question.spare.count)
+        node = max(pool.cluster.ranks_per_node // par.ranks, 1)
+        lost.append((node if spare.unit == "node" else 1) * spare.count)
     left = (x - lost[0], y), (x, y - lost[1])
-    return all(
-        min(pair) > 0 and _deployment(question, one, other, *pair) is not None for pair in left
-    )
+    return all(min(two) > 0 and _deployment(question, one, other, *two) for two in left)
 
 
 def _counts(question: DisaggQuestion, one: int, other: int) -> Iterator[tuple[int, int]]:
@@ -384,19 +381,12 @@ def every_deployment(question: DisaggQuestion) -> Iterator[Deployment]:
 
 
 def best_deployment(question: DisaggQuestion) -> Deployment | None:
-    """The largest objective, or the fewest cards and then the largest objective."""
-    best = None
-    for one in every_deployment(question):
-        if question.objective == "cards":
-            better = best is None or (
-                one.spent < best.spent
-                or (one.spent == best.spent and one.objective > best.objective)
-            )
-        else:
-            better = best is None or one.objective > best.objective
-        if better:
-            best = one
-    return best
+    """The largest objective, or the least spent on cards and then the largest objective."""
+
+    def worth(one: Deployment) -> tuple[float, float]:
+        return (-one.spent if question.objective == "cards" else 0.0), one.objective
+
+    return max(every_deployment(question), key=worth, default=None)
 
 
 def space_size(question: DisaggQuestion) -> int:

@@ -84,6 +84,21 @@ def test_files_that_are_none_are_told(tmp_path: Path, capsys: pytest.CaptureFixt
         assert len(told.splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_a_damaged_file_is_told_in_words(tmp_path: Path) -> None:
+    """Wherever a byte is wrong: in the pages, or in the description at the end."""
+    path = _written(tmp_path / "t.parquet", make_trials(60))
+    whole = path.read_bytes()
+    for place in range(100, len(whole), max(len(whole) // 400, 1)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        told = ""
+        try:
+            read_trials(path)
+        except InputError as error:
+            told = str(error)
+        assert "None" not in told
+
+
 def test_without_pyarrow_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
