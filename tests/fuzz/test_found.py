@@ -131,3 +131,22 @@ def test_what_was_found_is_left_out(name: str, data: bytes, tmp_path: Path) -> N
     """A file of a profiler holds many kernels: one that is odd is told, not fatal."""
     judge = Judge(TARGETS[name], tmp_path)
     assert judge.judge(data) is None
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size", "rope_theta"])
+@pytest.mark.parametrize("number", ["1e400", "-0", "-0.0", "NaN", "Infinity", "true", '"8"', LONG])
+def test_a_number_that_is_none_is_refused(key: str, number: str, tmp_path: Path) -> None:
+    """Of a configuration: without end, negative, no number, a switch, a text, too long."""
+    config = json.loads(seeds.configs()[0])
+    text = json.dumps({**config, key: "@"}).replace('"@"', number)
+    judge = Judge(TARGETS["config.json"], tmp_path)
+    assert judge.judge(text.encode()) is None
+    assert judge.counts == {"accepted": 0, "refused": 1}
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "max_position_embeddings"])
+def test_a_size_of_thirty_digits_is_refused(key: str, tmp_path: Path) -> None:
+    """Before anything is built of it."""
+    judge = Judge(TARGETS["config.json"], tmp_path)
+    assert judge.judge(_changed(seeds.configs()[0], key, value=10**30)) is None
+    assert judge.counts == {"accepted": 0, "refused": 1}
