@@ -20,7 +20,16 @@ from shardplan.costmodel.memo import Points
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
-__all__ = ["Pace", "Span", "Timed", "flow_s", "serve_spans", "stage_times", "timed"]
+__all__ = [
+    "Pace",
+    "Span",
+    "Timed",
+    "flow_s",
+    "rotate_s",
+    "serve_spans",
+    "stage_times",
+    "timed",
+]
 
 
 class Span(NamedTuple):
@@ -52,7 +61,7 @@ def flow_s(model: Pricer, step: Span, phase: Phase, chunks: ArrayLike) -> Array:
     return step.total_s + (pieces - 1.0) * step.slowest_s + model.host_s(phase) * pieces
 
 
-def _rotate(model: Pricer, step: Span, phase: Phase) -> Array:
+def rotate_s(model: Pricer, step: Span, phase: Phase) -> Array:
     """Seconds of one token of every slot when p microbatches share p stages."""
     return np.maximum(step.total_s, step.slowest_s * model.stages) + model.host_s(phase)
 
@@ -69,11 +78,11 @@ class Pace(NamedTuple):
     """Decode steps in an average step; none where nothing is decoded."""
 
 
-def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array, locked: Array) -> Pace:
+def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array) -> Pace:
     """Prompts share steps with decoding requests, of all groups that step together."""
     prefill_s = shares.pieces * mixed_s
     own = np.minimum(shares.mixed + shares.pieces / (shares.pieces + later), 1.0)
-    pure = (1.0 - shares.mixed) * (1.0 - own) ** (locked - 1.0)
+    pure = (1.0 - shares.mixed) * (1.0 - own) ** (shares.together - 1.0)
     step_s = (1.0 - pure) * mixed_s + pure * decode_s
     service_s = shares.prompt / shares.room * mixed_s
     wait_s = _wait(service_s, prefill_s - service_s + later * step_s, shares.slots)
@@ -82,8 +91,8 @@ def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array, lock
 
 def _prompts_first(shares: Shares, later: Array, decode_s: Array, prefill_s: Array) -> Pace:
     """A prompt stops decoding until it is done."""
-    others_s = (shares.slots - 1.0) * prefill_s
-    wait_s = others_s / np.maximum(2.0 * later, 1.0)
+    others_s = shares.met * prefill_s
+    wait_s = (shares.slots - 1.0) * prefill_s / np.maximum(2.0 * later, 1.0)
     met = (others_s - wait_s) / (np.maximum(later, 1.0) * prefill_s) * shares.pieces
     mixed, pure = np.where(later > 0.0, met, 1.0), np.where(later > 0.0, 1.0, 0.0)
     step_s = mixed * (prefill_s / shares.pieces) + pure * decode_s
@@ -103,14 +112,14 @@ class Timed(NamedTuple):
 
 
 def timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixed: Span) -> Timed:
-    decode_s, mixed_s = _rotate(model, decode, "decode"), _rotate(model, mixed, "prefill")
+    decode_s, mixed_s = rotate_s(model, decode, "decode"), rotate_s(model, mixed, "prefill")
     later = given.decode_steps
     if model.engine.prefill_first:
         pace = _prompts_first(
             shares, later, decode_s, flow_s(model, mixed, "prefill", shares.pieces)
         )
     else:
-        pace = _chunked(shares, later, decode_s, mixed_s, as_array(model.locked))
+        pace = _chunked(shares, later, decode_s, mixed_s)
     front_s = model.engine.request_host_s
     latency = front_s + pace.wait_s + pace.prefill_s + later * pace.step_s
     each = shares.slots * shares.apart / latency
@@ -131,7 +140,7 @@ def serve_spans(model: Pricer, given: ServingInput, decode: Span, mixed: Span) -
 
     TTFT, TPOT and latency grow with every span, and by a factor where all do.
     """
-    shares = step_shares(given, model.engine.prefill_first, model.stages)
+    shares = step_shares(given, model.engine.prefill_first, model.stages, model.locked)
     return timed(model, given, shares, decode, mixed)
 
 

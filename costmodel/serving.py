@@ -13,11 +13,14 @@ With k = 0 (nothing predicted) E = 1 and n = O - 1. Chunked prefill, prefill mix
     q  = the same with b - 1 for b: those of the other slots, which a request meets
     d  = r n                              sequences decoding in an average step
     e  = q n                              those that decode beside a prompt
-    s  = ceil(I / (c - (1 + k) e))        steps that prefill one prompt
+    x  = I / (c - (1 + k) e)              steps that a prompt fills
+    s  = ceil(x) / (1 + q (ceil(x) - x)) where x > 1, else 1       steps that prefill one prompt:
+                                          the rest of one shares its step with the next
     u  = min(c - (1 + k) e, max(I / s, q I))      prompt tokens of a step that has any
     f  = min(1, q I / u)                  share of a request's steps that carry prompt tokens
-    h  = 1 - (1 - f) (1 - F)^(g - 1)      the same of g groups that share experts: a prompt of
-         F = min(1, f + s / (s + n))      another makes the step of all a mixed one; to the others
+    h  = 1 - (1 - f) (1 - F)^(g - 1)      the same of g schedules that wait for one another (groups
+         F = min(1, f + s / (s + n))      that share experts, times microbatches): a prompt of
+                                          another makes the step of all a mixed one; to the others
                                           a request's own prompt counts, too
     t  = h mixed(e, u) + (1 - h) decode(d)             mean step
     TTFT = front + wait + s mixed                  front: the engine's `request_host_s`
@@ -34,13 +37,16 @@ Prefill first (an engine that stops decoding for a prompt): requests end where d
 a prompt waits for half of those that came at the same step, and a request meets every other
 prompt once, while it waits or while it decodes:
     wait = (b - 1) prefill(I) / max(2 n, 1)
-    t    = decode(b) + ((b - 1) prefill(I) - wait) / n        TPOT as above
+    t    = decode(b) + (m prefill(I) - wait) / n              TPOT as above
+with m = b - 1 stops of decoding. Those of g groups that share experts stop all g, and the prompts
+that come with one step stop it once: m = n E[the most of any group], each Poisson of mean b / n.
 
 A step that predicts ahead also runs the prediction layer k times: once over all its tokens, prompt
 tokens with them, and k - 1 times over one token of each sequence that decodes.
 
 A pipeline of p stages runs p microbatches at once, each scheduled by itself with b / p slots and c
-tokens a step (at most as many microbatches as slots): the formulas hold with b / p for b, their
+tokens a step (at most as many microbatches as slots): the formulas hold with b / p for b and
+g p for g (a step with prompts of one microbatch holds up the others at every stage), their
 rate p times over, and a step takes max(sum of stages, p * slowest stage). Where prompts come first,
 a prompt of several chunks flows through all stages with (chunks - 1) bubbles of the slowest.
 Ranks that share a context (c) split a prompt's tokens and each compute the decoding ones, so that a
@@ -116,7 +122,7 @@ def replay(model: Pricer, given: ServingInput, served: Serving, weigh: Weighed) 
 
     `weigh` is told, before each part of them, how often an average step runs it.
     """
-    mix = Mix(step_shares(given, model.engine.prefill_first, model.stages))
+    mix = Mix(step_shares(given, model.engine.prefill_first, model.stages, model.locked))
     beside = served.mixed_share * (np.ceil(mix.shares.beside) > 0.0)
     often = {"decode": served.pure_share, "mixed": served.mixed_share, "beside": beside}
     steps_of(model, given, mix, lambda part: weigh(often[part]))

@@ -17,6 +17,9 @@ from shardplan.costmodel.memo import FEW_POINTS
 
 __all__ = ["ServingInput", "Shares", "computed_prompt", "step_shares", "tokens_per_step"]
 
+_MOST_AT_ONCE = 48
+"""Prompts of a group that begin with one step: the mean of the most of groups counts no more."""
+
 
 def tokens_per_step(depth: ArrayLike, acceptance: ArrayLike) -> Array:
     """Mean tokens that a sequence gains in a decode step: 1 + a + a^2 + ... + a^k.
@@ -106,6 +109,10 @@ class Shares:
     piece: Array
     mixed: Array
     prompt: Array
+    together: Array
+    """Schedules whose steps hold one another up: groups that share experts, times microbatches."""
+    met: Array
+    """Stops of decoding for prompts that a request meets, where prompts go first."""
 
 
 def computed_prompt(input_len: ArrayLike, prefix_hit: ArrayLike) -> Array:
@@ -113,12 +120,14 @@ def computed_prompt(input_len: ArrayLike, prefix_hit: ArrayLike) -> Array:
     return np.maximum(np.ceil(as_array(input_len) * (1.0 - as_array(prefix_hit))), 1.0)
 
 
-def step_shares(given: ServingInput, prefill_first: bool, stages: ArrayLike = 1) -> Shares:
+def step_shares(
+    given: ServingInput, prefill_first: bool, stages: ArrayLike = 1, locked: ArrayLike = 1
+) -> Shares:
     """The average step of an engine's steady state (the formulas of `serving`).
 
-    `stages` of a pipeline run as many microbatches at once.
+    `stages` of a pipeline run as many microbatches at once; `locked` groups step together.
     """
-    turns = as_array(stages)
+    turns, locked = as_array(stages), as_array(locked)
     prompt = computed_prompt(given.input_len, given.prefix_hit)
     later, width = given.decode_steps, given.width
     chunk = np.maximum(given.chunk, 1.0)
@@ -139,6 +148,8 @@ def step_shares(given: ServingInput, prefill_first: bool, stages: ArrayLike = 1)
             piece=piece,
             mixed=zero,
             prompt=prompt,
+            together=locked,
+            met=_stops(slots, np.maximum(later, 1.0), locked),
         )
     apart = np.clip(turns, 1.0, np.maximum(slots, 1.0))
     slots = slots / apart
@@ -147,7 +158,9 @@ def step_shares(given: ServingInput, prefill_first: bool, stages: ArrayLike = 1)
     others = np.minimum(wanted * (1.0 - 1.0 / np.maximum(slots, 1.0)), most)
     beside = others * later
     room = np.maximum(chunk - beside * width, 1.0)
-    pieces = np.ceil(prompt / room)
+    whole = np.ceil(prompt / room)
+    shared = np.where(whole > 1.0, others * (whole - prompt / room), 0.0)
+    pieces = whole / (1.0 + shared)
     piece = np.minimum(room, np.maximum(prompt / pieces, prompt * others))
     return Shares(
         slots=slots,
@@ -159,4 +172,26 @@ def step_shares(given: ServingInput, prefill_first: bool, stages: ArrayLike = 1)
         piece=piece,
         mixed=np.where(later > 0.0, np.minimum(others * prompt / piece, 1.0), 1.0),
         prompt=prompt,
+        together=locked * apart,
+        met=np.zeros(()),
     )
+
+
+def _stops(slots: Array, later: Array, groups: Array) -> Array:
+    """Stops of decoding that a request meets in `later` steps, where prompts go first.
+
+    Of a group alone one for each of the other slots. Of `groups` that step together those of one
+    step fall together: as many as the largest number of requests that begin with it in any group.
+    """
+    alone = slots - 1.0
+    if np.all(groups <= 1.0):
+        return alone
+    own, each = np.maximum(alone, 0.0) / later, slots / later
+    most = np.zeros(np.broadcast_shapes(own.shape, groups.shape))
+    term_own, term = np.exp(-own), np.exp(-each)
+    below_own, below = term_own, term
+    for number in range(1, _MOST_AT_ONCE):
+        most = most + (1.0 - below_own * below ** (groups - 1.0))
+        term_own, term = term_own * own / number, term * each / number
+        below_own, below = below_own + term_own, below + term
+    return np.asarray(np.where(groups > 1.0, np.maximum(most * later, alone), alone))

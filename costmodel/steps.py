@@ -26,9 +26,11 @@ from shardplan.models.graph import Phase
 __all__ = [
     "Mix",
     "Steps",
+    "chunk_stages",
     "decode_stages",
     "mix_of",
     "prompt_stages",
+    "sequences_of",
     "step_seconds",
     "steps_of",
 ]
@@ -183,30 +185,40 @@ def _beside_stages(model: Pricer, given: ServingInput, sequences: Array) -> list
     return _where(sequences > 0.0, _sum(beside, *_later_drafts(model, given, least, least)))
 
 
+def chunk_stages(
+    model: Pricer, given: ServingInput, *, piece: Array, prompt: Array, beside: Array
+) -> list[Parts]:
+    """A step of `piece` prompt tokens and, unless prompts go first, of those that decode beside."""
+    stages = prompt_stages(model, given, piece=piece, prompt=prompt, sequences=beside)
+    if model.engine.prefill_first:
+        return stages
+    return _sum(stages, _beside_stages(model, given, beside))
+
+
 def mix_of(model: Pricer, given: ServingInput) -> Mix:
     """The average step of every grid point; equal ones are told where the model remembers them."""
-    first, stages = model.engine.prefill_first, model.stages
+    first, stages, locked = model.engine.prefill_first, model.stages, model.locked
     memo, key = model.memo, given.key
     if memo is None or key is None:
-        return Mix(step_shares(given, first, stages))
-    key = (*key, first, float(stages))
+        return Mix(step_shares(given, first, stages, locked))
+    key = (*key, first, float(stages), float(locked))
     found: Mix | None = memo.mixes.get(key)
     if found is None:
-        shares = step_shares(given, first, stages)
-        decoding, beside = _sequences(shares)
+        shares = step_shares(given, first, stages, locked)
+        decoding, beside = sequences_of(shares)
         decode_at = memo.different((decoding,))
         found = memo.mixes[key] = Mix(shares, decode_at, memo.different((beside, shares.piece)))
     return found
 
 
-def _sequences(shares: Shares) -> tuple[Array, Array]:
+def sequences_of(shares: Shares) -> tuple[Array, Array]:
     """(those of a decode step, those that decode beside a prompt), whole."""
     return np.maximum(np.ceil(shares.decoding), 1.0), np.ceil(shares.beside)
 
 
 def steps_of(model: Pricer, given: ServingInput, mix: Mix, weigh: Weigh) -> Steps:
     """The steps of a steady state; `weigh` is told what is priced next."""
-    decoding, beside = _sequences(mix.shares)
+    decoding, beside = sequences_of(mix.shares)
     piece = mix.shares.piece
     if mix.decode_at is not None and mix.mixed_at is not None:
         (decoding,), (beside, piece) = mix.decode_at.arrays, mix.mixed_at.arrays

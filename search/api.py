@@ -40,7 +40,7 @@ from shardplan.search.request import (
     resolve,
     without_limits,
 )
-from shardplan.search.robust_plan import study, with_study
+from shardplan.search.robust_plan import refined_of, study, with_study
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
 from shardplan.search.trial_table import TrialTable
 from shardplan.search.workload import whole
@@ -164,7 +164,11 @@ def _search_aggregated(
     studying = time.perf_counter()
     best, robustness = study(question, outcomes[-1], robust=robust)
     studied = time.perf_counter()
-    beside, proof, timing = show(best) if robust else shown()
+    refined = refined_of(resolved, question, outcomes[-1], best)
+    simulated = time.perf_counter()
+    later = robust or (refined is not None and refined.best is not best)
+    best = best if refined is None else refined.best
+    beside, proof, timing = show(best) if later else shown()
     scorer = LayoutScorer(question, best.parallel)
     plan = build_plan(
         resolved,
@@ -179,6 +183,8 @@ def _search_aggregated(
         notes=_notes(resolved, outcomes[-1], beside),
     )
     plan = with_study(plan, robustness)
+    if refined is not None:
+        plan = refined.told(plan)
     if resolved.prices is not None:
         plan = plan.model_copy(update={"cost": cost_of(plan, resolved.prices)})
     engine = resolved.request.engine
@@ -190,6 +196,7 @@ def _search_aggregated(
         timing={
             "search_s": searched - start,
             "robustness_s": studied - studying,
+            "refined_s": simulated - studied,
             **timing,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": plan.certificate.evaluated / max(searched - start, 1e-9),

@@ -28,6 +28,7 @@ DEFAULT_TRIALS = 200
 DEFAULT_SEED_TRIALS = 8
 _MOST_TRIALS = 10**7
 _MOST_SEED_TRIALS = 1000
+_MOST_SIMULATED = 256
 _MOST_SEED = 2**32 - 1
 _MOST_SECONDS = 1e7
 _MOST_GRAPH_MIB = 65536.0
@@ -53,6 +54,8 @@ class Asked:
     workload: str | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    ttft_p99_ms: float | None = None
+    tpot_p99_ms: float | None = None
     objective: str = "throughput"
     weight_dtype: str = "auto"
     kv_dtype: str = "auto"
@@ -83,6 +86,8 @@ class Asked:
     collectives: str = "auto"
     """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
     robust: bool = False
+    refine_simulated: int | None = None
+    """Best strategies to simulate with the workload, to choose among them."""
     card_price: float | None = None
     """Of an hour of a card: any currency, or its power in kW."""
     prefill_card_price: float | None = None
@@ -123,6 +128,7 @@ def check_words(asked: Asked) -> None:
         if getattr(asked, name) is not None:
             one_of(name, getattr(asked, name), ("off", "on", "auto"))
     _check_prefill(asked)
+    _check_one_pool(asked)
     _check_batching(asked)
     for name, most, good in (
         ("nodes", 2**17, 1),
@@ -132,8 +138,22 @@ def check_words(asked: Asked) -> None:
         if getattr(asked, name) is not None:
             whole(name, getattr(asked, name), most, try_=good)
     whole("seed", asked.seed, _MOST_SEED, try_=0, least=0)
+    if asked.refine_simulated is not None:
+        whole("refine_simulated", asked.refine_simulated, _MOST_SIMULATED, try_=8, least=0)
     if asked.seed_trials is not None:
         whole("seed_trials", asked.seed_trials, _MOST_SEED_TRIALS, try_=8, least=0)
+
+
+def _check_one_pool(asked: Asked) -> None:
+    """What is known of one pool alone."""
+    for name in ("ttft_p99_ms", "tpot_p99_ms", "refine_simulated"):
+        value = getattr(asked, name)
+        if value and asked.serving != "agg":
+            raise InputError(
+                f"`{name}` goes with aggregated serving",
+                got=f"{name}={shown(value)}, serving={asked.serving}",
+                hint="simulate the plan of a search of pools: shardplan simulate plan.json",
+            )
 
 
 def seed_trials_of(asked: Asked, notes: list[str]) -> int:

@@ -50,6 +50,12 @@ def search(
     tpot_ms: Annotated[
         float | None, number("--tpot-ms", "Most mean time per output token.")
     ] = None,
+    ttft_p99_ms: Annotated[
+        float | None, number("--ttft-p99-ms", "Most of its 99th percentile.")
+    ] = None,
+    tpot_p99_ms: Annotated[
+        float | None, number("--tpot-p99-ms", "Most of its 99th percentile.")
+    ] = None,
     objective: Annotated[
         str, typer.Option("--objective", help="throughput, latency, cards or cost.")
     ] = "throughput",
@@ -160,6 +166,10 @@ def search(
     ] = None,
     memory_gib: Annotated[
         float | None, number("--memory-gib", "Of a rank, in place of what its card leaves.")
+    ] = None,
+    refine_simulated: Annotated[
+        int | None,
+        whole("--refine-simulated", "Best strategies to simulate, to choose among them."),
     ] = None,
     card_price: Annotated[
         float | None, number("--card-price", "Of an hour of a card; or its power in kW.")

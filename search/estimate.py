@@ -51,8 +51,12 @@ __all__ = [
 
 SERVE_COLUMNS = (
     "ttft_mean_s",
+    "ttft_p50_s",
+    "ttft_p90_s",
     "ttft_p99_s",
     "tpot_mean_s",
+    "tpot_p50_s",
+    "tpot_p90_s",
     "tpot_p99_s",
     "output_tokens_per_s",
     "requests_per_s",

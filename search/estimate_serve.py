@@ -157,8 +157,12 @@ def _columns(run: Run, used: Array) -> Mapping[str, Array]:
     """The output columns; `used` is the share of dp groups that have work."""
     return {
         "ttft_mean_s": run.ttft_mean_s,
+        "ttft_p50_s": run.ttft_p50_s,
+        "ttft_p90_s": run.ttft_p90_s,
         "ttft_p99_s": run.ttft_p99_s,
         "tpot_mean_s": run.tpot_mean_s,
+        "tpot_p50_s": run.tpot_p50_s,
+        "tpot_p90_s": run.tpot_p90_s,
         "tpot_p99_s": run.tpot_p99_s,
         "output_tokens_per_s": run.output_tokens_per_s * used,
         "requests_per_s": run.requests_per_s * used,

@@ -6,14 +6,16 @@ search calls it with the whole grid, a sampled search with one point: the same c
 
 Limits, in the order that names the one that binds: memory, context (prompt and output within the
 model's), step (a step holds the tokens that every slot decodes: one, and those predicted ahead),
-concurrency (slots for the requests asked for), ttft, tpot, rate.
+concurrency (slots for the requests asked for), ttft, tpot, the 99th percentiles of both, rate.
+Percentiles are those of `costmodel.run_out`: of random arrivals where a rate is asked for, else of
+the closed loop. They are priced only where they are limited and all else holds.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +29,7 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
+from shardplan.costmodel.run_out import run_out
 from shardplan.costmodel.serving import ServingInput, Steady, steady
 from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.steps import Steps
@@ -41,7 +44,10 @@ from shardplan.search.spare import Spare
 
 __all__ = ["LIMITS", "LayoutScorer", "Question", "Scores", "acceptance_of", "context_tokens"]
 
-LIMITS = ("memory", "context", "step", "ttft", "tpot", "rate")
+LIMITS = ("memory", "context", "step", "ttft", "tpot", "ttft_p99", "tpot_p99", "rate")
+_TAILS = ("ttft_p99_s", "tpot_p99_s")
+_ROWS = 512
+"""Strategies whose percentiles are priced at once: what that takes of memory."""
 Objective = str
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -252,13 +258,33 @@ class LayoutScorer:
             name: value if value.shape == shape else np.broadcast_to(value, shape)
             for name, value in columns.items()
         }
+        limit = self._limit(columns, batch, chunk)
+        if question.limits.has_tails and pricer is None:
+            columns |= self._tails(choice, np.broadcast_arrays(batch, chunk), limit < 0)
+            limit = self._limit(columns, batch, chunk)
         return Scores(
             columns=columns,
-            limit=self._limit(columns, batch, chunk),
+            limit=limit,
             steady=found,
             cards=question.cards,
             capacity_bytes=self.ledger.capacity_bytes,
         )
+
+    def _tails(
+        self, choice: Choice, grid: Sequence[Array], able: NDArray[np.bool_]
+    ) -> dict[str, Array]:
+        """99th percentiles of TTFT and TPOT of the strategies that are `able`, NaN of others."""
+        places = np.flatnonzero(able)
+        batch, chunk = (np.broadcast_to(one, able.shape).ravel() for one in grid)
+        found = {name: np.full(able.size, np.nan) for name in _TAILS}
+        rate = self.question.workload.request_rate or math.inf
+        for start in range(0, places.size, _ROWS):
+            at = places[start : start + _ROWS]
+            given = self.serving_input(choice, batch[at], chunk[at])
+            run = run_out(self.model_for(choice), given, request_rate=rate)
+            for name, values in found.items():
+                values[at] = getattr(run, name)
+        return {name: values.reshape(able.shape) for name, values in found.items()}
 
     def objective(self, end_to_end_s: Array, requests_per_s: Array) -> Array:
         """What is maximised: 1 / latency, else output tokens a second."""
@@ -277,6 +303,10 @@ class LayoutScorer:
             "tpot": columns["tpot_s"] > (question.limits.tpot_s or math.inf),
             "rate": columns["requests_per_s"] * self.left < (work.request_rate or 0.0),
         }
+        for name in _TAILS:
+            most = getattr(question.limits, name) or math.inf
+            what = name.removesuffix("_s")
+            broken[what] = columns[name] > most if name in columns else np.zeros((), dtype=bool)
         limit = np.full(columns["memory_bytes"].shape, -1, dtype=np.int8)
         for index, name in reversed(list(enumerate(LIMITS))):
             limit[np.broadcast_to(broken[name], limit.shape)] = index

@@ -128,6 +128,8 @@ def _bindings(known: Known) -> Iterator[Binding]:
         "memory": (columns["memory_bytes"], known.scorer.ledger.capacity_bytes),
         "ttft": (columns["ttft_s"], question.limits.ttft_s),
         "tpot": (columns["tpot_s"], question.limits.tpot_s),
+        "ttft_p99": (columns.get("ttft_p99_s", 0.0), question.limits.ttft_p99_s),
+        "tpot_p99": (columns.get("tpot_p99_s", 0.0), question.limits.tpot_p99_s),
     }
     for name, (value, limit) in held.items():
         if limit is not None:
@@ -211,6 +213,8 @@ def _asked(known: Known) -> dict[str, Any]:
         "prefix_hit": work.prefix_hit or None,
         "ttft_ms": None if limits.ttft_s is None else limits.ttft_s * 1e3,
         "tpot_ms": None if limits.tpot_s is None else limits.tpot_s * 1e3,
+        "ttft_p99_ms": None if limits.ttft_p99_s is None else limits.ttft_p99_s * 1e3,
+        "tpot_p99_ms": None if limits.tpot_p99_s is None else limits.tpot_p99_s * 1e3,
         "objective": _plain(request.objective),
         "weight_dtype": known.plan.strategy.weight_dtype,
         "kv_dtype": known.plan.strategy.kv_dtype,

@@ -37,6 +37,8 @@ __all__ = ["context_message", "no_legal_layout", "nothing_feasible", "out_of_tim
 _GIB = 2.0**30
 _MOST_TRIED = 8
 """Card counts and types that are priced for a hint."""
+_TIMES = ("ttft", "tpot", "ttft_p99", "tpot_p99")
+"""Limits on time, in the order in which they are checked."""
 _MOST_COUNTED = 64
 """Card counts whose layouts are checked for a hint."""
 
@@ -168,10 +170,11 @@ def _left(question: Question, one: Kept) -> float:
 def _reached(near: Kept, question: Question) -> list[str]:
     """An option for each limit that a strategy breaks, at the value that it reaches."""
     options = []
-    for name in ("ttft", "tpot"):
-        value, allowed = near.columns[f"{name}_s"], getattr(question.limits, f"{name}_s")
+    for name in _TIMES:
+        value = near.columns.get(f"{name}_s", math.nan)
+        allowed = getattr(question.limits, f"{name}_s")
         if allowed is not None and value > allowed:
-            options.append(f"--{name}-ms {math.ceil(value * 1e3)}")
+            options.append(f"--{name.replace('_', '-')}-ms {math.ceil(value * 1e3)}")
     rate, asked = _left(question, near), question.workload.request_rate
     if asked is not None and 0.0 < rate < asked:
         options.append(f"--rate {_floor(rate):g}")
@@ -182,7 +185,7 @@ def _time_message(name: str, near: Kept, question: Question) -> InfeasibleError:
     value = near.columns[f"{name}_s"]
     allowed = getattr(question.limits, f"{name}_s")
     return InfeasibleError(
-        f"no strategy meets the {name.upper()} limit",
+        f"no strategy meets the {name.upper().replace('_P', ' p')} limit",
         got=f"{name} binds: the nearest has {value * 1e3:.1f} ms, {allowed * 1e3:.4g} ms allowed, "
         f"{value / allowed:.3g} times too slow, with {near.parallel.describe()} and "
         f"batch {near.batch}",
@@ -311,7 +314,7 @@ def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -
     nearest = outcome.tally.nearest
     if "rate" in nearest:
         return _rate_message(question, outcome)
-    for name in ("tpot", "ttft"):
+    for name in reversed(_TIMES):
         if name in nearest:
             return _time_message(name, nearest[name], question)
     return _memory_message(resolved, question, outcome)

@@ -291,6 +291,8 @@ _DISTANCE: Mapping[str, tuple[str, float]] = {
     "memory": ("memory_bytes", 1.0),
     "ttft": ("ttft_s", 1.0),
     "tpot": ("tpot_s", 1.0),
+    "ttft_p99": ("ttft_p99_s", 1.0),
+    "tpot_p99": ("tpot_p99_s", 1.0),
     "rate": ("requests_per_s", -1.0),
 }
 """Column by which a limit is missed, and its sign (smaller is nearer)."""

@@ -28,10 +28,17 @@ class Workload(Part):
 
 
 class Limits(Part):
-    """Service level: upper limits of mean time to first token and mean time per output token."""
+    """Service level: most time to first token and time per output token, means and percentiles."""
 
     ttft_s: float | None = Field(default=None, gt=0)
     tpot_s: float | None = Field(default=None, gt=0)
+    ttft_p99_s: float | None = Field(default=None, gt=0)
+    tpot_p99_s: float | None = Field(default=None, gt=0)
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether a 99th percentile is limited."""
+        return self.ttft_p99_s is not None or self.tpot_p99_s is not None
 
 
 class Request(Part):
@@ -66,5 +73,7 @@ class Request(Part):
     trials: int | None = None
     robust: bool = False
     """The least worst-case regret under the calibration's bands, in place of the best."""
+    refine_simulated: int = Field(default=0, ge=0)
+    """Best strategies that were simulated, to choose among them."""
     seed_trials: int = Field(default=0, ge=0)
     """Of these, how many come from a coarse exact pass."""

@@ -1,12 +1,10 @@
 """From what was asked to what is searched: names resolved, defaults filled in and stated.
 
-Every default is written down as a note, so that an answer never hides what it assumed. Weights
-and cache keep the checkpoint's own types; where the device has no such type, the nearest of the
-same width is taken and said (fp8 -> w8a8 int8, bf16 -> fp16). Switches of the engine
-(`shardplan.costmodel.overlap`) stay as the engine has them: off, or searched both ways where it has
-one on by itself. Weight types may be several (`|` between them), each by groups of layers
-(`shardplan.costmodel.weight_types`); the algorithm between servers is the library's own unless
-asked (`shardplan.search.algorithms`).
+Every default is written down as a note. Weights and cache keep the checkpoint's own types; where
+the device has no such type, the nearest of the same width is taken and said (fp8 -> w8a8 int8, bf16
+-> fp16). Switches of the engine (`shardplan.costmodel.overlap`) stay as the engine has them: off,
+or searched both ways where it has one on by itself. Weight types may be several each by groups of
+layers; the algorithm between servers is the library's own unless asked.
 """
 
 from __future__ import annotations
@@ -70,6 +68,7 @@ class Resolved:
     """When the exact engine stops; None: when it is done."""
     reach: Reach
     """What is searched beyond the plain axes."""
+    workload_file: str | None
     prices: Prices | None = None
     """Of an hour of a card."""
     spare: Spare | None = None
@@ -343,6 +342,7 @@ def _request(
         seed=asked.seed,
         trials=asked.trials,
         robust=asked.robust,
+        refine_simulated=asked.refine_simulated or 0,
         seed_trials=seed_trials,
     )
 
@@ -393,6 +393,7 @@ def resolve(asked: Asked) -> Resolved:
         notes=(*notes, *spec.extra),
         time_limit_s=time_limit_of(asked),
         reach=reach_of(asked, depths),
+        workload_file=asked.workload,
         prices=read_prices(asked, work.request_rate),
         spare=spare,
         soft_limits=soft,

@@ -7,17 +7,21 @@ search -> best -> full flips, least worst-case regret -> plan  (`--robust`)
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardplan.search.contenders import contenders_of
 from shardplan.search.evaluate import Question
 from shardplan.search.kept import Kept, Outcome
 from shardplan.search.plan import Plan
 from shardplan.search.plan_robustness import RobustChoice, Robustness
+from shardplan.search.request import Resolved
 from shardplan.search.robust import FULL, QUICK, bands_of, robustness
 from shardplan.search.robust_choice import choose
 
-__all__ = ["Study", "study", "with_study"]
+if TYPE_CHECKING:
+    from shardplan.search.refine_simulated import Refined
+
+__all__ = ["Study", "refined_of", "study", "with_study"]
 
 _TUNED = "slots and step size"
 
@@ -44,6 +48,17 @@ def study(question: Question, outcome: Outcome, *, robust: bool) -> Study:
         deployed = replace(deployed, kept=deployed.at(chosen.point))
     told = robustness(found, depth, deployed, _TUNED)
     return Study(deployed.kept, told.model_copy(update={"choice": chosen.summary}))
+
+
+def refined_of(
+    resolved: Resolved, question: Question, outcome: Outcome, best: Kept
+) -> Refined | None:
+    """The best strategies simulated, where that is asked for."""
+    if not resolved.request.refine_simulated:
+        return None
+    from shardplan.search.refine_simulated import refine_simulated
+
+    return refine_simulated(resolved, question, outcome, best)
 
 
 def with_study(plan: Plan, told: Robustness) -> Plan:

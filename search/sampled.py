@@ -81,6 +81,8 @@ def excess(question: Question, one: Kept) -> tuple[float, ...]:
         "step": one.batch * (1 + one.parallel.mtp) / one.chunk,
         "ttft": columns["ttft_s"] / (limits.ttft_s or float("inf")),
         "tpot": columns["tpot_s"] / (limits.tpot_s or float("inf")),
+        "ttft_p99": columns.get("ttft_p99_s", 0.0) / (limits.ttft_p99_s or float("inf")),
+        "tpot_p99": columns.get("tpot_p99_s", 0.0) / (limits.tpot_p99_s or float("inf")),
         "rate": (work.request_rate or 0.0) / left if left else float("inf"),
     }
     return tuple(max(1.0 - 1.0 / over[name], 0.0) if over[name] > 1.0 else 0.0 for name in LIMITS)

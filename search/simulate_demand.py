@@ -3,8 +3,8 @@
 What was said directly stands before what the file says, and that before the plan's own workload.
 Keys of the file: those of `search --workload` (input_len, output_len, concurrency, rate,
 prefix_hit, mtp_acceptance, ttft_ms, tpot_ms), where lengths may also be distributions
-(`costmodel.simulate.lengths`), and trace (a path beside the file), burstiness, num_prompts,
-prefix_groups, prefix_len, seed.
+(`costmodel.simulate.lengths`), burstiness, num_prompts, prefix_groups, prefix_len, seed, which a
+search takes too, and trace (a path beside the file), which it does not.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from shardplan.costmodel.simulate.record import Limits
 from shardplan.costmodel.simulate.traces import is_trace
 from shardplan.costmodel.simulate.workload import Demand
 from shardplan.models.errors import InputError
-from shardplan.search.plan import Plan
+from shardplan.search.plan import Plan, Workload
 from shardplan.search.workload import (
     DEFAULT_INPUT,
     DEFAULT_OUTPUT,
     DEFAULT_TPOT_S,
     DEFAULT_TTFT_S,
+    WORKLOAD_KEYS,
     acceptance,
     positive,
     prefix_hit,
@@ -32,24 +33,9 @@ from shardplan.search.workload import (
     workload_table,
 )
 
-__all__ = ["KEYS", "Asked", "read_demand"]
+__all__ = ["KEYS", "Asked", "planned_demand", "read_demand"]
 
-KEYS = (
-    "input_len",
-    "output_len",
-    "trace",
-    "rate",
-    "burstiness",
-    "concurrency",
-    "num_prompts",
-    "prefix_hit",
-    "prefix_groups",
-    "prefix_len",
-    "mtp_acceptance",
-    "seed",
-    "ttft_ms",
-    "tpot_ms",
-)
+KEYS = ("trace", *WORKLOAD_KEYS)
 _REQUESTS = 1000
 _ROUNDS = 10
 """Requests of a closed loop, over those in flight, where nothing is said."""
@@ -133,6 +119,15 @@ def read_demand(path: str | None, given: Mapping[str, Any], plan: Plan | None) -
         acceptance=acceptance(said.get("mtp_acceptance")),
         notes=tuple(notes),
     )
+
+
+def planned_demand(path: str | None, work: Workload) -> Demand:
+    """What a search is asked to serve: its file, if any, with what was said beside it."""
+    table = workload_table(path, WORKLOAD_KEYS)
+    own = {name: getattr(work, name) for name in ("input_len", "output_len")}
+    given = {name: value for name, value in own.items() if not isinstance(table.get(name), Mapping)}
+    given |= {"prefix_hit": work.prefix_hit, "rate": work.request_rate}
+    return read_demand(path, given, None).demand
 
 
 def _arrivals(

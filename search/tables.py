@@ -219,8 +219,12 @@ _LABELS = {
     "collective_s": "  collectives",
     "overhead_s": "  overhead",
     "ttft_mean_s": "TTFT mean",
+    "ttft_p50_s": "TTFT p50",
+    "ttft_p90_s": "TTFT p90",
     "ttft_p99_s": "TTFT p99",
     "tpot_mean_s": "TPOT mean",
+    "tpot_p50_s": "TPOT p50",
+    "tpot_p90_s": "TPOT p90",
     "tpot_p99_s": "TPOT p99",
 }
 

@@ -1,14 +1,16 @@
 """The workload of a request: what was asked or stands in a TOML file, checked, defaults stated.
 
-Keys of the file: input_len, output_len (tokens), concurrency (requests in flight), rate (requests
-a second), prefix_hit (share of the prompt), mtp_acceptance (share of the tokens predicted ahead
-that are kept), ttft_ms, tpot_ms. Times are milliseconds here, as
-people write them, and seconds behind.
+Keys of the file: input_len, output_len (tokens, or a distribution of them), concurrency (requests
+in flight), rate (requests a second), prefix_hit (share of the prompt), mtp_acceptance (share of the
+tokens predicted ahead that are kept), ttft_ms, tpot_ms, ttft_p99_ms, tpot_p99_ms. Times are
+milliseconds here, as people write them, and seconds behind. The same file serves a simulation;
+those of its keys that the search does not price (`simulate_demand`) are for `refine_simulated`.
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ __all__ = [
     "DEFAULT_OUTPUT",
     "DEFAULT_TPOT_S",
     "DEFAULT_TTFT_S",
+    "WORKLOAD_KEYS",
     "acceptance",
     "one_of",
     "positive",
@@ -44,16 +47,25 @@ _MOST_RATE = 1e9
 _MOST_MS = 1e9
 _MAX_WORKLOAD_BYTES = 2**20
 _MOST_SHOWN = 80
-_WORKLOAD_KEYS = (
+WORKLOAD_KEYS = (
     "input_len",
     "output_len",
-    "concurrency",
     "rate",
+    "burstiness",
+    "concurrency",
+    "num_prompts",
     "prefix_hit",
+    "prefix_groups",
+    "prefix_len",
     "mtp_acceptance",
+    "seed",
     "ttft_ms",
     "tpot_ms",
+    "ttft_p99_ms",
+    "tpot_p99_ms",
 )
+_SIMULATED_KEYS = ("burstiness", "num_prompts", "prefix_groups", "prefix_len", "seed")
+"""What only a simulation heeds."""
 _WORKLOAD_HINT = "write lines such as input_len = 1024"
 
 
@@ -147,7 +159,11 @@ def read_workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
     What was said directly stands before what the workload file says. `InputError` for a value or
     a file that breaks a rule.
     """
-    table = workload_table(asked.workload, _WORKLOAD_KEYS)
+    table = workload_table(asked.workload, WORKLOAD_KEYS)
+    if asked.workload is not None and set(table) & set(_SIMULATED_KEYS):
+        from shardplan.search.simulate_demand import read_demand
+
+        read_demand(asked.workload, {}, None)
 
     def said(name: str) -> Any:
         own = getattr(asked, name)
@@ -159,13 +175,18 @@ def read_workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
         if value is None:
             notes.append(f"{name} was not given: {default} tokens assumed")
             value = default
-        lengths[name] = whole(name, value, _MOST_TOKENS, try_=default)
+        lengths[name] = whole(name, _mean(name, value, notes), _MOST_TOKENS, try_=default)
     concurrency, rate = said("concurrency"), said("rate")
     limits = {
         f"{name}_s": None
         if said(f"{name}_ms") is None
         else positive(f"{name}_ms", said(f"{name}_ms"), _MOST_MS, try_=f"{default_s * 1e3:g}") / 1e3
-        for name, default_s in (("ttft", DEFAULT_TTFT_S), ("tpot", DEFAULT_TPOT_S))
+        for name, default_s in (
+            ("ttft", DEFAULT_TTFT_S),
+            ("tpot", DEFAULT_TPOT_S),
+            ("ttft_p99", DEFAULT_TTFT_S),
+            ("tpot_p99", DEFAULT_TPOT_S),
+        )
     }
     work = Workload(
         **lengths,
@@ -179,6 +200,17 @@ def read_workload(asked: Asked, notes: list[str]) -> tuple[Workload, Limits]:
     if work.concurrency is None and work.request_rate is None:
         notes.append("no concurrency or rate was given: as many requests in flight as serve best")
     return work, Limits(**limits)
+
+
+def _mean(name: str, value: object, notes: list[str]) -> object:
+    """The mean of lengths that are a distribution, in whole tokens."""
+    if not isinstance(value, Mapping):
+        return value
+    from shardplan.costmodel.simulate.lengths import mean_tokens, read_lengths
+
+    mean = round(mean_tokens(read_lengths(name, value)))
+    notes.append(f"{name} is a distribution: the search prices its mean, {mean} tokens")
+    return mean
 
 
 def acceptance(value: object) -> float | None:

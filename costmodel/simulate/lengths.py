@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from shardplan.models.errors import InputError
 
-__all__ = ["Fixed", "Histogram", "Lengths", "Lognormal", "read_lengths"]
+__all__ = ["Fixed", "Histogram", "Lengths", "Lognormal", "mean_tokens", "read_lengths"]
 
 _MOST = 2**24
+_DRAWS = 65536
 _HINT = "write 512, { mean = 1024, cv = 1.0 } or { edges = [1, 512, 2048], weights = [3, 1] }"
 Tokens = NDArray[np.int64]
 Shares = NDArray[np.float64]
@@ -102,6 +103,11 @@ class Histogram:
 
 
 Lengths = Fixed | Lognormal | Histogram
+
+
+def mean_tokens(lengths: Lengths) -> float:
+    """The mean length, of a good many draws."""
+    return float(lengths.draw(np.random.default_rng(0), _DRAWS).mean())
 
 
 def _refuse(name: str, rule: str, value: object) -> InputError:

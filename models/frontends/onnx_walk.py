@@ -18,6 +18,7 @@ import numpy as np
 from shardplan.models.errors import InputError
 from shardplan.models.frontends.onnx_file import DTYPES, OnnxFile
 from shardplan.models.frontends.onnx_lib import need_onnx
+from shardplan.models.frontends.symbols import check_symbols
 
 if TYPE_CHECKING:
     from shardplan.models.frontends.onnx_lib import NodeProto, TypeProto
@@ -107,7 +108,7 @@ def walk(file: OnnxFile, sizes: Mapping[str, int] | None = None) -> Walked:
 
 def _inputs(found: Walked, sizes: Mapping[str, int]) -> None:
     """Shapes of the graph's inputs, symbols replaced."""
-    file = found.file
+    file, symbols = found.file, set[str]()
     for one in file.proto.graph.input:
         if one.name in found.types:
             continue
@@ -119,6 +120,7 @@ def _inputs(found: Walked, sizes: Mapping[str, int]) -> None:
             if dim.HasField("dim_value"):
                 continue
             symbol = dim.dim_param or f"{one.name}.{index}"
+            symbols.add(symbol)
             if sizes.get(symbol, 0) < 1:
                 raise InputError(
                     "every symbolic dim needs a size",
@@ -127,6 +129,7 @@ def _inputs(found: Walked, sizes: Mapping[str, int]) -> None:
                 )
             dim.dim_value = sizes[symbol]
         _note(found, one.name, one.type)
+    check_symbols(sizes, symbols, file.path.name)
 
 
 def _note(found: Walked, name: str, kind: TypeProto) -> bool:

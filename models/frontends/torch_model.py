@@ -11,6 +11,7 @@ from shardplan.models.config import spec_from_config
 from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InputError, UnknownNameError
 from shardplan.models.frontends.decoder import decoder_of
+from shardplan.models.frontends.symbols import check_symbols
 from shardplan.models.frontends.torch_capture import (
     USUAL_TOKENS,
     Capture,
@@ -60,6 +61,8 @@ def read_torch(
         folded=folded,
         name=name,
     )
+    symbols = [str(symbol) for symbol in found.program.range_constraints]
+    check_symbols(sizes or {}, symbols, found.name)
     return graph_of(found)
 
 

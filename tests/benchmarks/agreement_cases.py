@@ -16,7 +16,7 @@ from shardplan.costmodel.run_out import run_out
 from shardplan.costmodel.serving import ServingInput
 from shardplan.costmodel.simulate.deploy import Instance, units_of
 from shardplan.costmodel.simulate.events import Simulation
-from shardplan.costmodel.simulate.lengths import Fixed
+from shardplan.costmodel.simulate.lengths import Fixed, Histogram
 from shardplan.costmodel.simulate.prices import StepTypes
 from shardplan.costmodel.simulate.request import Asked, Request
 from shardplan.costmodel.simulate.unit import Lane, Unit
@@ -27,8 +27,9 @@ from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Limits, Workload
 
 ACCEPTANCE = 0.85
-ROUNDS, SETTLED = 24, 3
-OPEN_REQUESTS, OPEN_SKIPPED = 6000, 0.2
+ROUNDS, SETTLED = 40, 3
+"""Of a closed loop: how often every slot is filled anew, and how many of these do not count."""
+OPEN_REQUESTS, OPEN_SKIPPED = 40_000, 0.1
 ENGINES = ("vllm-ascend", "mindie")
 
 
@@ -44,6 +45,18 @@ class Case(NamedTuple):
     input_len: int
     output_len: int
     engines: tuple[str, ...] = ENGINES
+    prefix_hit: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Model and axes."""
+        return f"{self.model} {' '.join(f'{name}{size}' for name, size in self.axes.items())}"
+
+    @property
+    def lengths(self) -> str:
+        """Prompt and output, and what is found of the prompt."""
+        hit = f", {self.prefix_hit:.0%} found" if self.prefix_hit else ""
+        return f"{self.input_len}/{self.output_len}{hit}"
 
 
 CASES = (
@@ -73,12 +86,15 @@ CASES = (
         {"tp": 4, "dp": 8, "ep": 32, "mtp": 1},
         *("w8a8", 16, 2048, 512, 512),
     ),
+    Case("llama-3.1-8b", "atlas-800t-a2", {"tp": 2}, "bf16", 48, 8192, 3072, 256, prefix_hit=0.5),
+    Case("qwen3-32b", "atlas-800i-a2", {"tp": 4}, "w8a8", 16, 8192, 8192, 512, prefix_hit=0.75),
+    Case("llama-3.1-70b", "atlas-800t-a2", {"tp": 8}, "bf16", 32, 2048, 6000, 512, ENGINES[:1]),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one of the two says. Seconds; the steady state has no median, its mean stands for it."""
+    """What one of the two says, in seconds."""
 
     requests_per_s: float
     tpot_s: float
@@ -109,7 +125,9 @@ def scorer(case: Case, engine: str) -> LayoutScorer:
         spec=load_model(case.model),
         cluster=load_cluster(case.cluster, nodes=nodes),
         engine=load_engine(engine),
-        workload=Workload(input_len=case.input_len, output_len=case.output_len),
+        workload=Workload(
+            input_len=case.input_len, output_len=case.output_len, prefix_hit=case.prefix_hit
+        ),
         limits=Limits(),
         objective="throughput",
         cards=par.ranks,
@@ -136,31 +154,30 @@ def steady(
     *,
     flight: float,
     rate: float = math.inf,
-    model: Any = None,
 ) -> Any:
-    """The steady state with so many in flight of all groups, or at a rate; `model`: another's."""
+    """The steady state with so many in flight of all groups, or at a rate."""
     groups = made.model.groups
     given = ServingInput(
         batch=np.asarray([float(case.slots)]),
         chunk=np.asarray([float(case.chunk)]),
         input_len=float(case.input_len),
         output_len=float(case.output_len),
+        prefix_hit=case.prefix_hit,
         weight_dtype=case.dtype,
         in_flight=np.asarray([flight / groups]),
         mtp=made.model.mtp,
         acceptance=ACCEPTANCE if made.model.mtp else 0.0,
     )
-    return run_out(model or made.model, given, request_rate=np.asarray([rate]))
+    return run_out(made.model, given, request_rate=np.asarray([rate]))
 
 
 def said(run: Any) -> Seen:
     """What the steady state says."""
-    mean = float(run.ttft_mean_s[0])
     return Seen(
         requests_per_s=float(run.requests_per_s[0]),
         tpot_s=float(run.tpot_mean_s[0]),
-        ttft_mean_s=mean,
-        ttft_p50_s=mean,
+        ttft_mean_s=float(run.ttft_mean_s[0]),
+        ttft_p50_s=float(run.ttft_p50_s[0]),
         ttft_p99_s=float(run.ttft_p99_s[0]),
     )
 
@@ -173,14 +190,20 @@ def _spread(asked: Iterator[Asked], first: int) -> Iterator[Asked]:
 
 
 def simulated(case: Case, made: LayoutScorer, *, flight: int | None, rate: float | None) -> Seen:
-    """What the simulator says."""
-    count = OPEN_REQUESTS if flight is None else ROUNDS * flight
+    """What the simulator says.
+
+    In a closed loop outputs are up to a tenth longer or shorter: requests of one length that begin
+    with one step would do so for ever, as chance had it at the start.
+    """
+    tokens, tenth = case.output_len, case.output_len // 10
+    output = Histogram((tokens - tenth, tokens + tenth + 1), (1.0,)) if flight else Fixed(tokens)
     demand = Demand(
         input_len=Fixed(case.input_len),
-        output_len=Fixed(case.output_len),
+        output_len=output,
         concurrency=flight,
         rate=rate,
-        count=count,
+        count=OPEN_REQUESTS if flight is None else ROUNDS * flight,
+        prefix_hit=case.prefix_hit,
     )
     kept = _Kept()
     run = Simulation(
@@ -190,11 +213,17 @@ def simulated(case: Case, made: LayoutScorer, *, flight: int | None, rate: float
         depth=made.model.mtp,
         acceptance=ACCEPTANCE,
     )
-    run.serve_with(units_of(instance(case, made), run), "least-load")
+    units = units_of(instance(case, made), run, prefix_hit=case.prefix_hit)
+    run.serve_with(units, "least-load")
     run.run()
-    ended = sorted(kept.ended, key=lambda one: one.end_s)
+    return settled(kept.ended, SETTLED * flight if flight else None)
+
+
+def settled(requests: list[Request], first: int | None) -> Seen:
+    """Of requests between start and end: `first` do not count, or a share of those at a rate."""
+    ended = sorted(requests, key=lambda one: one.end_s)
     last = max(one.arrival_s for one in ended)
-    start = ended[SETTLED * flight].end_s if flight else OPEN_SKIPPED * last
+    start = OPEN_SKIPPED * last if first is None else ended[first].end_s
     inside = [one for one in ended if start < one.end_s <= last]
     chosen = [one for one in ended if one.arrival_s > start and one.end_s <= last]
     waits = np.asarray([one.first_s - one.arrival_s for one in chosen])

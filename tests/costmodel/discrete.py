@@ -53,13 +53,12 @@ class LinearModel:
     """Stands for a StepModel of equal stages whose step takes BASE_S + TOKEN_S * tokens."""
 
     groups = 1
-    locked = 1
     context_ranks = 1
     memo = None
 
-    def __init__(self, engine: str, stages: int = 1) -> None:
+    def __init__(self, engine: str, stages: int = 1, locked: int = 1) -> None:
         self.engine = load_engine(engine)
-        self.stages = stages
+        self.stages, self.locked = stages, locked
 
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """All of the time is the token rows'."""

@@ -206,7 +206,7 @@ def _onnx(path: Path) -> None:
 
 
 def _pt2(path: Path) -> None:
-    load_graph(path, sizes={"rows": 4})
+    load_graph(path)
 
 
 def _grid(path: Path) -> None:

@@ -95,6 +95,7 @@ def test_symbolic_dims_need_sizes(tmp_path: Path, capsys: Capture) -> None:
     model = str(mlp(tmp_path / "free.onnx", rows="rows"))
     asked = ["search", "--model", model, *CLUSTER, "--mesh", "2", "--out", str(tmp_path / "o")]
     refused(asked, capsys, "every symbolic dim needs a size", "dim=rows")
+    refused([*asked, "--sizes", "rows=4,row=2"], capsys, "size of 'row'", "its symbols: rows")
     assert run([*asked, "--sizes", "rows=32"]) == 0
     plan = load_plan(tmp_path / "o" / "plan.json")
     assert isinstance(plan, OperatorPlan)

@@ -102,6 +102,8 @@ def test_dynamic_dims_take_the_sizes_that_are_given() -> None:
     assert read_torch(program, sizes={str(symbol): 32}).graph.flop == 2.0 * 32 * 8 * 4
     with pytest.raises(InputError, match="whole numbers"):
         read_torch(program, sizes={str(symbol): 0})
+    with pytest.raises(InputError, match=rf"size of 'rows'.*symbols: {symbol}"):
+        read_torch(program, sizes={"rows": 32})
 
 
 def test_caches_are_states_that_are_given_back() -> None:

@@ -1,0 +1,160 @@
+"""How many slots an offered rate fills, and the steady state of requests that come at random.
+
+The slots b at which a closed loop serves the rate are found first (a bracket closed by secants and
+middles; r rises with b). Random arrivals meet other steps (`open_loop`) and stay another time, so
+b = rate * latency (Little's law) follows by secants in a few turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from shardplan.costmodel.bulk import Indices
+from shardplan.costmodel.forward import Pricer
+from shardplan.costmodel.kernels.base import Array, as_array
+from shardplan.costmodel.open_loop import Open, open_state
+from shardplan.costmodel.run_case import Bools, Case, at_slots, filled, some_rows
+from shardplan.costmodel.serving import Serving, serve
+
+__all__ = ["AtRate", "Slots", "slots_for_rate"]
+
+_TURNS = 6
+_NARROW = 2e-3
+"""Width of a narrow bracket, of its high end."""
+_CLOSE = 1e-3
+"""How much more than what is offered is hardly more."""
+_MOST_TURNS = 32
+
+
+class AtRate(NamedTuple):
+    """Rows whose rate is served: where random arrivals fill every slot, as by a closed loop."""
+
+    rows: Indices
+    state: Open
+    in_flight: Array
+    """Of one dp group."""
+
+
+class Slots(NamedTuple):
+    """Arrays `[rows]`."""
+
+    used: Array
+    """Of one dp group."""
+    saturated: Bools
+    """All slots serve less than is offered, as in a closed loop."""
+    served: Serving
+    at_rate: AtRate | None
+
+    def take(self, rows: Indices) -> Slots:
+        """Some rows, none of which is served at a rate."""
+        columns = {one.name: getattr(self.served, one.name)[rows] for one in fields(Serving)}
+        return Slots(self.used[rows], self.saturated[rows], Serving(**columns), None)
+
+
+def slots_for_rate(model: Pricer, case: Case, most: Array, full: Serving) -> Slots:
+    """The state of a rate; `full` is that at `most` slots, `[rows]`."""
+    offered = case.rate * model.groups
+    saturated = full.requests_per_s <= offered
+    rows = np.flatnonzero(~saturated)
+    if not rows.size:
+        return Slots(most, saturated, full, None)
+    few, own = some_rows(model, case, rows)
+    start = _fewest(few, own, most[rows], full.requests_per_s[rows], offered[rows])
+    used, state, found = _little(few, own, start, most[rows])
+    flight = own.rate * found.latency_s
+    slots = most.copy()
+    slots[rows] = used
+    free = flight < most[rows]
+    columns = {one.name: getattr(full, one.name).copy() for one in fields(Serving)}
+    for name, values in columns.items():
+        values[rows] = np.where(free, getattr(state, name), values[rows])
+    at_rate = AtRate(rows, found, np.where(free, flight, most[rows]))
+    return Slots(slots, saturated, Serving(**columns), at_rate)
+
+
+def _little(model: Pricer, case: Case, start: Array, most: Array) -> tuple[Array, Serving, Open]:
+    """(slots in use, the state) where slots are rate times latency: secants from `start`."""
+    used, before = start, (start, start)
+    for turn in range(_TURNS):
+        state, found = _served_at(model, case, used, most)
+        wanted = np.clip(case.rate * found.latency_s, 1.0, most)
+        if turn == _TURNS - 1 or np.all(np.abs(wanted - used) <= _CLOSE * used):
+            break
+        moved = used - before[0]
+        slope = (wanted - before[1]) / np.where(moved != 0.0, moved, np.inf)
+        before = used, wanted
+        used = np.clip(used + (wanted - used) / (1.0 - np.clip(slope, -0.9, 0.9)), 1.0, most)
+    return used, state, found
+
+
+def _served_at(model: Pricer, case: Case, slots: Array, most: Array) -> tuple[Serving, Open]:
+    """The steady state of random arrivals with so many slots in use.
+
+    A request at random finds as many others as there are on average, one more than in a closed
+    loop of so many.
+    """
+    given = replace(case.given, batch=np.minimum(slots + 1.0, most), in_flight=None)
+    closed = filled(serve(model, given), slots.shape)
+    found = open_state(model, given, closed, case.rate)
+    pure, step_s = found.waits.share[:, 0], found.waits.step_s
+    first, decodes = model.engine.prefill_first, case.steps > 0.0
+    mixed = (1.0 - pure) / np.maximum(pure, 1e-9) if first else 1.0 - pure
+    own = closed.compute_s + closed.memory_s + closed.collective_s + closed.overhead_s
+    scale = np.where(decodes, step_s / own, 1.0)
+    rate, ttft = case.rate * model.groups, found.latency_s - case.steps * step_s
+    state = replace(
+        closed,
+        ttft_s=ttft,
+        tpot_s=np.where(decodes, step_s * given.steps_per_token, 0.0),
+        end_to_end_s=found.latency_s,
+        requests_per_s=rate,
+        output_tokens_per_s=rate * as_array(given.output_len),
+        concurrency=rate * found.latency_s,
+        mixed_share=np.where(decodes, mixed, 1.0),
+        pure_share=np.where(decodes, 1.0 if first else pure, 0.0),
+        wait_s=ttft - closed.prefill_s,
+        compute_s=scale * closed.compute_s,
+        memory_s=scale * closed.memory_s,
+        collective_s=scale * closed.collective_s,
+        overhead_s=scale * closed.overhead_s,
+    )
+    return state, found
+
+
+def _fewest(model: Pricer, case: Case, most: Array, reached: Array, offered: Array) -> Array:
+    """The fewest slots b that serve `offered` (R), where `most` serve `reached`, which is more.
+
+    One slot is tried first. Then a bracket whose high end serves enough is closed around the root
+    of b (R / r(b) - 1), nearly straight in b, by the Illinois rule (a secant; the end that stays
+    twice counts half) and every third time by its middle, until it is narrow or its high end
+    serves hardly more than R.
+    """
+    low, high, side = np.zeros_like(most), most.copy(), np.zeros_like(most)
+    over, under = np.zeros_like(most), most * (offered / reached - 1.0)
+    held, few, own = np.arange(most.size), model, case
+    left = np.arange(most.size)
+    for turn in range(_MOST_TURNS):
+        if 2 * left.size < held.size:  # what stacks the points of a fleet is kept while it serves
+            held, (few, own) = left, some_rows(model, case, left)
+        share = np.full(most.shape, 0.5)
+        if turn % 3 != 1:
+            share = np.clip(over / np.where(over > under, over - under, 1.0), 1e-3, 1.0 - 1e-3)
+        tried = low + (high - low) * share if turn else np.ones_like(most)
+        served = np.full(most.shape, np.nan)
+        served[held] = at_slots(few, own.given, tried[held]).requests_per_s
+        served, slots, rate = served[left], tried[left], offered[left]
+        enough, off = served >= rate, slots * (rate / served - 1.0)
+        again = np.where(side[left] == np.where(enough, 1.0, -1.0), 0.5, 1.0)
+        ends = np.where(enough, (low[left], slots), (slots, high[left]))
+        kept = over[left] * again, under[left] * again
+        low[left], high[left] = ends
+        over[left], under[left] = np.where(enough, (kept[0], off), (off, kept[1]))
+        side[left] = np.where(enough, 1.0, -1.0)
+        wide = (ends[1] > 1.0) & (ends[1] - ends[0] > _NARROW * ends[1])
+        left = left[wide & ~(enough & (served <= rate * (1.0 + _CLOSE)))]
+        if not left.size:
+            break
+    return high
