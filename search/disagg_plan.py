@@ -10,6 +10,7 @@ from shardplan.costmodel.disagg import BOUNDS
 from shardplan.models.errors import ProofError
 from shardplan.models.parallel import MODULES, Parallelism
 from shardplan.search.build_plan import (
+    bounded_wall_s,
     breakdown,
     lever,
     memory_rows,
@@ -190,7 +191,7 @@ def _certificate(outcome: DisaggOutcome) -> Certificate:
         infeasible={name: n for name, n in sorted(outcome.tally.infeasible.items()) if n},
         bound=outcome.bound,
         gap=_gap(outcome),
-        wall_s=10.0 ** max(1, int(np.ceil(np.log10(max(outcome.wall_s, 1e-9))))),
+        wall_s=bounded_wall_s(outcome.wall_s),
     )
 
 

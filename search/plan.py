@@ -4,7 +4,7 @@ The models below are the contract of the file; `plan_schema()` gives its JSON Sc
 committed as `search/data/plan.schema.json`. Units are in the names: seconds, bytes, tokens and
 their rates. The same inputs, seed and version give the same bytes: measured wall times stand in
 `timing.json` beside it, and `certificate.wall_s` is their upper bound, rounded up to a power of
-ten of at least ten seconds.
+ten of at least a hundred seconds.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_the_certificate_accounts_for_every_strategy(result: SearchResult) -> No
 def test_the_wall_time_of_a_plan_is_a_power_of_ten(result: SearchResult) -> None:
     """An upper bound of what was measured, so that the file does not change from run to run."""
     wall_s = result.plan.certificate.wall_s
-    assert wall_s >= max(10.0, result.timing["search_s"])
+    assert wall_s >= max(100.0, result.timing["search_s"])
     assert math.log10(wall_s) == int(math.log10(wall_s))
 
 
