@@ -322,6 +322,7 @@ def _request(
     limits: Limits,
     settings: dict[str, str],
     seed_trials: int,
+    reach: Reach,
 ) -> Request:
     return Request(
         objective=asked.objective,  # type: ignore[arg-type]  # checked before
@@ -335,6 +336,7 @@ def _request(
         mtp=str(asked.mtp).strip().lower(),
         cp=str(asked.cp).strip().lower(),
         module_tp=asked.module_tp,
+        only=dict(reach.only),
         collectives=asked.collectives,
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
@@ -382,8 +384,9 @@ def resolve(asked: Asked) -> Resolved:
     beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
     seeds = seed_trials_of(asked, notes)
     spare = read_spare(asked, work.request_rate)
+    reach = reach_of(asked, depths)
     return Resolved(
-        request=_request(asked, engine, cards, work, limits, settings, seeds),
+        request=_request(asked, engine, cards, work, limits, settings, seeds, reach),
         spec=spec,
         cluster=cluster,
         engine=engine,
@@ -392,7 +395,7 @@ def resolve(asked: Asked) -> Resolved:
         beside=beside,
         notes=(*notes, *spec.extra),
         time_limit_s=time_limit_of(asked),
-        reach=reach_of(asked, depths),
+        reach=reach,
         workload_file=asked.workload,
         prices=read_prices(asked, work.request_rate),
         spare=spare,
