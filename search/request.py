@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
@@ -38,7 +37,7 @@ from shardplan.search.asked import (
 from shardplan.search.costs import Prices, read_prices
 from shardplan.search.layouts import Reach
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
-from shardplan.search.mtp import acceptance_note, mtp_depths
+from shardplan.search.mtp import depths_and_workload
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 from shardplan.search.spare import Spare, read_spare
@@ -302,18 +301,6 @@ def _attention(engine: EngineProfile, asked: str, notes: list[str]) -> tuple[str
     return (asked,)
 
 
-def _ahead(
-    subject: tuple[ModelSpec, EngineProfile], asked: Asked, work: Workload, notes: list[str]
-) -> tuple[tuple[int, ...], Workload]:
-    """Depths to search, and the workload with the acceptance that they are priced with."""
-    depths = mtp_depths(*subject, asked.mtp, notes)
-    if not any(depths) or work.mtp_acceptance is not None:
-        return depths, work
-    notes.append(acceptance_note(subject[0]))
-    share = default_acceptance(subject[0].architecture).value
-    return depths, work.model_copy(update={"mtp_acceptance": share})
-
-
 def _request(
     asked: Asked,
     engine: EngineProfile,
@@ -358,7 +345,7 @@ def resolve(asked: Asked) -> Resolved:
     work, limits = read_workload(asked, notes)
     limits, soft = _soft_limits(work, limits, asked.objective, notes)
     engine = _engine_profile(cluster, asked.engine_profile, notes)
-    depths, work = _ahead((spec, engine), asked, work, notes)
+    depths, work = depths_and_workload((spec, engine), asked.mtp, work, notes)
     weights = _weight_dtypes(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
     subject = (spec, cluster, engine)
