@@ -21,6 +21,11 @@ _MOST_AT_ONCE = 48
 """Prompts of a group that begin with one step: the mean of the most of groups counts no more."""
 
 
+_ROWS = 16.0
+"""Pieces of prompts are priced in these many tokens, the rows of a tile of the cube: far fewer
+sizes to price; the share of mixed steps is that of the priced size, so that no token is lost."""
+
+
 def tokens_per_step(depth: ArrayLike, acceptance: ArrayLike) -> Array:
     """Mean tokens that a sequence gains in a decode step: 1 + a + a^2 + ... + a^k.
 
@@ -162,6 +167,8 @@ def step_shares(
     shared = np.where(whole > 1.0, others * (whole - prompt / room), 0.0)
     pieces = whole / (1.0 + shared)
     piece = np.minimum(room, np.maximum(prompt / pieces, prompt * others))
+    sixteens = np.maximum(np.round(piece / _ROWS), 1.0) * _ROWS
+    piece = np.where(whole > 1.0, np.minimum(room, sixteens), piece)
     return Shares(
         slots=slots,
         apart=apart,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.layouts import Reach
+from shardplan.search.only import only_of
 from shardplan.search.workload import one_of, positive, shown, whole
 
 __all__ = [
@@ -83,6 +85,8 @@ class Asked:
     """Ranks that share a context: off, auto (any number) or one."""
     module_tp: str = "off"
     """auto: modules may be split over other ranks than tp (`search.layouts`)."""
+    only: Mapping[str, int | Sequence[int]] | Sequence[str] | None = None
+    """Sizes that axes may have: {"tp": (4, 8), "pp": 1}, or words such as "tp=4,8"."""
     collectives: str = "auto"
     """Algorithm between nodes: auto (the library's pick), all (searched) or a name."""
     robust: bool = False
@@ -183,7 +187,12 @@ def reach_of(asked: Asked, depths: tuple[int, ...]) -> Reach:
             )
         contexts = (int(word),)
     one_of("module_tp", asked.module_tp, ("off", "auto"))
-    return Reach(depths=depths, contexts=contexts, modules=asked.module_tp == "auto")
+    return Reach(
+        depths=depths,
+        contexts=contexts,
+        modules=asked.module_tp == "auto",
+        only=only_of(asked.only, contexts),
+    )
 
 
 def time_limit_of(asked: Asked) -> float | None:

@@ -129,6 +129,12 @@ def search(
         str,
         typer.Option("--cp", help="Ranks that share a context: off, auto (any number) or one."),
     ] = "off",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", help="Sizes that an axis may have: tp=4,8 or pp=1 or sp=off; may be repeated."
+        ),
+    ] = None,
     module_tp: Annotated[
         str,
         typer.Option("--module-tp", help="Modules over other ranks than tp: off or auto."),

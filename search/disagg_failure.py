@@ -12,6 +12,7 @@ from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_options import Priced
 from shardplan.search.disagg_space import Pool
 from shardplan.search.failure import out_of_time
+from shardplan.search.only import only_words
 
 __all__ = ["nothing_disaggregated"]
 
@@ -60,8 +61,17 @@ def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleE
         reasons[reason] += count
     return InfeasibleError(
         f"no {pool.role} instance is legal on {pool.cards} cards of {pool.cluster.name}",
-        got="removed by " + ", ".join(f"{name} ({count})" for name, count in reasons.items()),
-        hint="try another number of cards or --serving agg",
+        got="; ".join(
+            filter(
+                None,
+                (
+                    only_words(pool.reach.only),
+                    ", ".join(f"removed by {name} ({count})" for name, count in reasons.items()),
+                ),
+            )
+        ),
+        hint="try another number of cards or --serving agg"
+        + (", or other sizes of --only" if pool.reach.only else ""),
     )
 
 

@@ -195,7 +195,7 @@ def instance_layouts(subject: Subject, cards: int, reach: Reach) -> Iterator[Jud
 
 def _raw_layouts(subject: Subject, cards: int, reach: Reach) -> Iterator[tuple[Parallelism, str]]:
     """Layouts in the engine's order of the ranks, and the first rule that each breaks."""
-    for plain in _instances(subject.spec, cards, reach):
+    for plain in filter(reach.takes, _instances(subject.spec, cards, reach)):
         order = base_order(subject.engine, plain)
         for mtp in role_depths(subject.role, reach):
             par = replace(plain, order=order, mtp=mtp)

@@ -226,6 +226,7 @@ def _asked(known: Known) -> dict[str, Any]:
         "mtp_acceptance": work.mtp_acceptance,
         "cp": request.cp,
         "module_tp": request.module_tp,
+        "only": request.only or None,
         "collectives": request.collectives,
     }
 

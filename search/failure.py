@@ -28,6 +28,7 @@ from shardplan.models.errors import InfeasibleError
 from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, context_tokens
 from shardplan.search.kept import Kept, Outcome
 from shardplan.search.legality import rules, unsupported_format
+from shardplan.search.only import only_words
 from shardplan.search.plan import Workload
 from shardplan.search.request import Resolved
 from shardplan.search.space import Choice, Space, build_space
@@ -278,6 +279,8 @@ def no_legal_layout(space: Space, broken: Mapping[str, int]) -> InfeasibleError:
     ]
     tries = [] if cards is None else [_cards_option(cluster, cards)]
     tries += [f"--engine-profile {name}" for name in engines]
+    held = only_words(space.reach.only)
+    tries += ["other sizes of --only"] if held else []
     named = "; ".join(
         f"{name} ({known[name].sentence}): {count:,} strategies"
         if name in known
@@ -287,7 +290,7 @@ def no_legal_layout(space: Space, broken: Mapping[str, int]) -> InfeasibleError:
     return InfeasibleError(
         f"no layout of {space.cards} cards is legal for {space.spec.name} under "
         f"{space.engine.name} on {cluster.device.name}",
-        got=f"rules that removed them: {named}",
+        got="; ".join(filter(None, (held, named and f"rules that removed them: {named}"))),
         hint=f"try {' or '.join(tries)}" if tries else "try another cluster or --device",
     )
 

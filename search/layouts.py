@@ -46,6 +46,12 @@ class Reach:
     """Modules may be split over other ranks than tp."""
     ways: bool = True
     """Layers may be cut and ranks be ordered in any way; otherwise evenly, as the engine does."""
+    only: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Sizes that axes may have, by name (`sp`: 0 or 1); an axis that is not named may have any."""
+
+    def takes(self, par: Parallelism) -> bool:
+        """Whether the axes of a layout have sizes that they may."""
+        return all(getattr(par, name) in sizes for name, sizes in self.only)
 
 
 def divisors(n: int) -> tuple[int, ...]:
@@ -66,7 +72,9 @@ def raw_layouts(
         sizes: dict[str, Any] = {"tp": one.tp, "pp": one.pp, "dp": one.dp, "cp": one.cp}
         for ep, sp in product(shared, (False, True)):
             for exchange, mtp in product(sent[: 1 + (ep > 1)], reach.depths):
-                yield Parallelism(**sizes, ep=ep, sp=sp, exchange=exchange, order=order, mtp=mtp)
+                par = Parallelism(**sizes, ep=ep, sp=sp, exchange=exchange, order=order, mtp=mtp)
+                if reach.takes(par):
+                    yield par
 
 
 def context_axes(cards: int, contexts: tuple[int, ...] | None) -> Iterator[Parallelism]:

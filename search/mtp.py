@@ -10,8 +10,9 @@ from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
+from shardplan.search.plan_request import Workload
 
-__all__ = ["acceptance_note", "check_depth", "most_depth", "mtp_depths"]
+__all__ = ["acceptance_note", "check_depth", "depths_and_workload", "most_depth", "mtp_depths"]
 
 
 def most_depth(spec: ModelSpec, engine: EngineProfile) -> int:
@@ -73,3 +74,15 @@ def acceptance_note(spec: ModelSpec) -> str:
         f"kept, at every position ({found.fact.kind}: {found.fact.source}); later positions are "
         "often kept less, so confirm depths above 1 with your own traffic"
     )
+
+
+def depths_and_workload(
+    subject: tuple[ModelSpec, EngineProfile], asked: str | int, work: Workload, notes: list[str]
+) -> tuple[tuple[int, ...], Workload]:
+    """Depths to search, and the workload with the acceptance that they are priced with."""
+    depths = mtp_depths(*subject, asked, notes)
+    if not any(depths) or work.mtp_acceptance is not None:
+        return depths, work
+    notes.append(acceptance_note(subject[0]))
+    share = default_acceptance(subject[0].architecture).value
+    return depths, work.model_copy(update={"mtp_acceptance": share})

@@ -58,6 +58,8 @@ class Request(Part):
     """Ranks that share a context: off, auto (any number) or one."""
     module_tp: str = "off"
     """auto: modules may be split over other ranks than tp."""
+    only: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Sizes that axes may have, where the search was held to some (sp: 0 or 1)."""
     mtp: str = "off"
     """Tokens predicted ahead: off, auto (every depth of the engine is searched) or a depth."""
     collectives: str = "auto"

@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from shardplan.costmodel.acceptance import default_acceptance
 from shardplan.costmodel.catalog import load_cluster, resolve_cards
 from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Cluster, Device
@@ -38,7 +37,7 @@ from shardplan.search.asked import (
 from shardplan.search.costs import Prices, read_prices
 from shardplan.search.layouts import Reach
 from shardplan.search.legality import rules, unsupported_format, unsupported_switch
-from shardplan.search.mtp import acceptance_note, mtp_depths
+from shardplan.search.mtp import depths_and_workload
 from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 from shardplan.search.spare import Spare, read_spare
@@ -302,18 +301,6 @@ def _attention(engine: EngineProfile, asked: str, notes: list[str]) -> tuple[str
     return (asked,)
 
 
-def _ahead(
-    subject: tuple[ModelSpec, EngineProfile], asked: Asked, work: Workload, notes: list[str]
-) -> tuple[tuple[int, ...], Workload]:
-    """Depths to search, and the workload with the acceptance that they are priced with."""
-    depths = mtp_depths(*subject, asked.mtp, notes)
-    if not any(depths) or work.mtp_acceptance is not None:
-        return depths, work
-    notes.append(acceptance_note(subject[0]))
-    share = default_acceptance(subject[0].architecture).value
-    return depths, work.model_copy(update={"mtp_acceptance": share})
-
-
 def _request(
     asked: Asked,
     engine: EngineProfile,
@@ -322,6 +309,7 @@ def _request(
     limits: Limits,
     settings: dict[str, str],
     seed_trials: int,
+    reach: Reach,
 ) -> Request:
     return Request(
         objective=asked.objective,  # type: ignore[arg-type]  # checked before
@@ -335,6 +323,7 @@ def _request(
         mtp=str(asked.mtp).strip().lower(),
         cp=str(asked.cp).strip().lower(),
         module_tp=asked.module_tp,
+        only=dict(reach.only),
         collectives=asked.collectives,
         engine="exact" if asked.engine == "auto" else asked.engine,  # type: ignore[arg-type]  # checked before
         engine_profile=engine.name,
@@ -356,7 +345,7 @@ def resolve(asked: Asked) -> Resolved:
     work, limits = read_workload(asked, notes)
     limits, soft = _soft_limits(work, limits, asked.objective, notes)
     engine = _engine_profile(cluster, asked.engine_profile, notes)
-    depths, work = _ahead((spec, engine), asked, work, notes)
+    depths, work = depths_and_workload((spec, engine), asked.mtp, work, notes)
     weights = _weight_dtypes(spec, cluster.device, asked.weight_dtype, notes)
     kv = _kv_dtype(spec, cluster.device, asked.kv_dtype, notes)
     subject = (spec, cluster, engine)
@@ -382,8 +371,9 @@ def resolve(asked: Asked) -> Resolved:
     beside = _beside(subject, weights[0], kv, attention, notes) if both_auto else ()
     seeds = seed_trials_of(asked, notes)
     spare = read_spare(asked, work.request_rate)
+    reach = reach_of(asked, depths)
     return Resolved(
-        request=_request(asked, engine, cards, work, limits, settings, seeds),
+        request=_request(asked, engine, cards, work, limits, settings, seeds, reach),
         spec=spec,
         cluster=cluster,
         engine=engine,
@@ -392,7 +382,7 @@ def resolve(asked: Asked) -> Resolved:
         beside=beside,
         notes=(*notes, *spec.extra),
         time_limit_s=time_limit_of(asked),
-        reach=reach_of(asked, depths),
+        reach=reach,
         workload_file=asked.workload,
         prices=read_prices(asked, work.request_rate),
         spare=spare,

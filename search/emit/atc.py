@@ -163,7 +163,7 @@ def _shards(build: _Build) -> dict[str, str | bytes]:
     worlds = [tensor_world(plan)] if build.model is not None else list(worlds_of(plan))
     if worlds[0].ranks == 1:
         rule = "one rank holds all of a stage, so there is nothing to slice"
-        hint = "use door split" if way.pp == 1 else "search with pp=1, or a wider tp"
+        hint = "use door split" if way.pp == 1 else "search with --only pp=1, or a wider tp"
         raise refuse(TARGET, rule, got=f"tp={way.tp}, pp={way.pp}", hint=hint)
     hosts, ports = _listed(build, worlds)
     made: dict[str, str | bytes] = {}
@@ -259,7 +259,7 @@ def _check_strategy(plan: Plan, others: str) -> None:
     )
     for axis, size, rule, more in rules:
         if size > 1:
-            hint = f"search with {axis}=1{more}{others}"
+            hint = f"search with --only {axis}=1{more}{others}"
             raise refuse(TARGET, rule, got=f"{axis}={size}", hint=hint)
     for module in MODULES:
         ranks = module_ranks(way.parallelism(), module)

@@ -63,7 +63,7 @@ def worlds_of(plan: Plan) -> tuple[World, ...]:
             TARGET,
             "the ranks of a stage that share experts or modules lie side by side",
             got=f"pp={way.pp}, data-parallel groups that share: {shared}",
-            hint="search with pp=1, or an ep of at most tp*cp",
+            hint="search with --only pp=1, or an ep of at most tp*cp",
         )
     graphs = [applied(plan, TARGET, phase) for phase in ("prefill", "decode")]
     replicas, ranks = way.dp // shared, shared * way.cp * way.tp

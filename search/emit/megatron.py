@@ -54,7 +54,7 @@ def _check(plan: Plan) -> None:
             _TARGET,
             "experts over ranks beside tensor parallelism need sequence parallelism",
             got=f"ep={way.ep}, tp={way.tp}, sp=off",
-            hint="search with sp on, or tp=1",
+            hint="search with --only sp=on, or --only tp=1",
         )
     if way.order not in _ORDERS:
         raise refuse(

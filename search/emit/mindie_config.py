@@ -87,8 +87,8 @@ def _layout_rules(plan: Plan, family: str, role: Role) -> list[tuple[str, bool, 
     head, out = module_ranks(par, "head"), module_ranks(par, "o")
     sent = way.ep > 1 and way.exchange == "alltoall"
     return [
-        ("pp-engine", way.pp > 1, f"pp={way.pp}", "search with pp=1"),
-        ("ep-mindie", way.ep > 1 and not latent, f"ep={way.ep}", "search with ep=1"),
+        ("pp-engine", way.pp > 1, f"pp={way.pp}", "search with --only pp=1"),
+        ("ep-mindie", way.ep > 1 and not latent, f"ep={way.ep}", "search with --only ep=1"),
         (
             "sent-mindie",
             sent and way.ep % (way.tp * way.cp) > 0,
@@ -111,13 +111,13 @@ def _layout_rules(plan: Plan, family: str, role: Role) -> list[tuple[str, bool, 
             "head-mindie",
             head != way.tp and not (latent and head <= inside),
             f"head_tp={head}",
-            "search with head_tp=0",
+            "search with --module-tp off",
         ),
         (
             "o-mindie",
             out != way.tp and not (latent and out <= inside and way.tp == 1),
             f"o_tp={out}",
-            "search with o_tp=0",
+            "search with --module-tp off",
         ),
         (
             "modules-mindie",

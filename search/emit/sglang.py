@@ -122,10 +122,15 @@ def _rules(plan: Plan) -> list[tuple[bool, str, str, str]]:
             way.pp > facts["pipeline"]["most"],
             "no pipeline stages on Ascend",
             f"pp={way.pp}",
-            "search with pp=1",
+            "search with --only pp=1",
         ),
         (way.cp > 1, "no context parallelism on Ascend", f"cp={way.cp}", "search with cp=1"),
-        (way.sp, "sequence parallelism is for other devices", "sp=True", "search with sp off"),
+        (
+            way.sp,
+            "sequence parallelism is for other devices",
+            "sp=True",
+            "search with --only sp=off",
+        ),
         (
             way.attention == "naive",
             "its attention is always fused",

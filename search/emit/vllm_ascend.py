@@ -101,7 +101,7 @@ def _check_strategy(plan: Plan, family: str, role: Role) -> None:
             way.sp and way.tp == 1,
             "sequence parallelism needs tensor parallelism",
             "sp=True, tp=1",
-            "search with sp off",
+            "search with --only sp=off",
         ),
         (
             way.sp and has_experts(plan) and way.ep == 1,
@@ -146,7 +146,7 @@ def _ahead_rules(plan: Plan, role: Role) -> list[tuple[bool, str, str, str]]:
             way.mtp > 0 and way.pp > 1 and role != "prefill",
             "a server that predicts tokens ahead has one pipeline stage",
             f"mtp={way.mtp}, pp={way.pp}",
-            "search with mtp off, or pp=1",
+            "search with --mtp off, or --only pp=1",
         ),
     ]
 

@@ -127,7 +127,7 @@ def _check_pair(prefill: StrategyInfo, decode: StrategyInfo) -> None:
             _TARGET,
             "decode instances have one pipeline stage",
             got=f"decode pp={decode.pp}",
-            hint="try pp=1",
+            hint="search with --only pp=1",
         )
 
 

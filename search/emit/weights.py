@@ -68,7 +68,7 @@ def check_one_stage(plan: Plan, target: str) -> None:
         wider = way.tp * way.pp
         example = f", for example tp={wider}" if wider <= plan.cluster.ranks_per_node else ""
         rule = "its file describes one stage, which holds the whole model"
-        raise refuse(target, rule, got=f"pp={way.pp}", hint=f"search with pp=1{example}")
+        raise refuse(target, rule, got=f"pp={way.pp}", hint=f"search with --only pp=1{example}")
     if way.mtp:
         rule = "its file names no weights of a prediction layer"
         raise refuse(target, rule, got=f"mtp={way.mtp}", hint="search with mtp off")

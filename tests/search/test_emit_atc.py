@@ -191,7 +191,7 @@ def test_no_one_is_sent_to_a_target_that_does_not_know_the_device(tmp_path: Path
     """vLLM on Ascend does not run on a 910A."""
     with pytest.raises(InputError) as caught:
         emit(emit_plan(soc="Ascend910A", tp=4, pp=2), "atc", tmp_path / "out")
-    assert caught.value.hint == "search with pp=1, for example tp=8, or use door shards"
+    assert caught.value.hint == "search with --only pp=1, for example tp=8, or use door shards"
 
 
 def test_sequence_parallelism_is_the_solvers_choice(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_the_other_rank_order_has_its_flag(tmp_path: Path) -> None:
     [
         ({"tp": 2, "pp": 4, "stage_layers": (20, 21, 19, 20)}, "first and the last", "divides"),
         ({"tp": 8, "head_tp": 1}, "all modules over the same ranks", "head_tp=0"),
-        ({"tp": 4, "ep": 4, **MOE}, "need sequence parallelism", "sp on"),
+        ({"tp": 4, "ep": 4, **MOE}, "need sequence parallelism", "sp=on"),
         ({"tp": 4, "dp": 2, "order": ("tp", "dp", "pp", "cp")}, "numbered", "one of them"),
         ({"tp": 4, "dp": 3}, "fill whole nodes", "whole nodes"),
     ],

@@ -36,7 +36,8 @@ def test_the_first_that_the_target_takes_is_named(tmp_path: Path) -> None:
     assert caught.value.rule == "sglang cannot express this plan: no pipeline stages on Ascend"
     assert caught.value.got == "pp=2"
     assert caught.value.hint == (
-        "search with pp=1; of this plan's other strategies it takes tp8 pp1 dp1: 80% of the rate"
+        "search with --only pp=1; of this plan's other strategies it takes "
+        "tp8 pp1 dp1: 80% of the rate"
     )
     assert not (tmp_path / "out").exists()
 

@@ -158,7 +158,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"soc": ""}, "not an Ascend device", "vllm-ascend"),
     ({"tp": 4, "pp": 2, "stage_layers": (40, 40)}, "no pipeline stages", "pp=1"),
     ({"cp": 2}, "no context parallelism", "cp=1"),
-    ({"sp": True}, "sequence parallelism", "sp off"),
+    ({"sp": True}, "sequence parallelism", "sp=off"),
     ({"attention": "naive"}, "always fused", "flash"),
     ({"weight_prefetch": True, "sp": False}, "no weight prefetch", "both off"),
     ({"tp": 1, "dp": 8, "ep": 8, "o_tp": 8, "model": moe()}, "only the LM head", "o_tp=0"),

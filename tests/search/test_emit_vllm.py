@@ -268,7 +268,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tp": 4, "dp": 2, "ep": 8, "ffn_tp": 8, "model": moe()}, "experts and tp=1", "ffn_tp=0"),
     ({"tp": 1, "dp": 8, "head_tp": 4, "model": moe()}, "of one server", "ep=8"),
     ({"attention": "naive"}, "always fused", "flash"),
-    ({"tp": 1, "sp": True}, "needs tensor parallelism", "sp off"),
+    ({"tp": 1, "sp": True}, "needs tensor parallelism", "sp=off"),
     ({"sp": True, "model": moe()}, "needs expert parallelism", "ep=8"),
     ({"dp": 2, "ep": 4, "model": moe()}, "expert group", "ep=1, 8, 16"),
     ({"tp": 4, "dp": 3, "ep": 8, "model": moe()}, "expert group", "ep=1, 4, 12"),

@@ -15,7 +15,7 @@ from shardplan.search.simulate_demand import read_demand
 
 PLANS = Path(__file__).resolve().parent.parent.parent / "results" / "plans"
 DENSE = str(PLANS / "llama-65b_atlas-800t-a2" / "plan.json")
-EXPERTS = str(PLANS / "mixtral-8x7b_910a" / "plan.json")
+EXPERTS = str(PLANS / "deepseek-v3_2x-atlas-800i-a3" / "plan.json")
 POOLS = str(PLANS / "deepseek-v3_cloudmatrix-384_disagg" / "plan.json")
 WORKLOAD = """
 input_len = { mean = 600, cv = 0.8, max = 1500 }
@@ -82,7 +82,7 @@ def test_a_rate_above_capacity_is_said_to_be(capsys: pytest.CaptureFixture[str])
 def test_groups_that_share_experts_are_one_unit(capsys: pytest.CaptureFixture[str]) -> None:
     found = told(capsys, EXPERTS, "--num-prompts", "500", "--concurrency", "64")
     own = found["deployment"]["serve"]
-    assert (own["engines"], own["step_together"]) == (8, 8)
+    assert (own["engines"], own["step_together"]) == (4, 4)
 
 
 def test_replicas_serve_as_much_more(capsys: pytest.CaptureFixture[str]) -> None:

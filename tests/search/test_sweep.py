@@ -221,7 +221,7 @@ def test_pictures_are_bounded_and_of_more_than_one(
     """What is not drawn is said."""
     pytest.importorskip("matplotlib")
     _fake(monkeypatch)
-    monkeypatch.setattr("shardplan.search.sweep_plots._save", lambda _, stem: [stem])
+    monkeypatch.setattr("shardplan.search.sweep_plots.save_figure", lambda _, stem: [stem])
     texts = ["nodes=1:4", "input-len=2:5", "seed=1:4", "trials=1:4"]
     paths, notes = draw_sweep(run_sweep({}, parse_axes(texts)), "cards", tmp_path)
     assert len(paths) == MOST_PLOTS
