@@ -59,19 +59,13 @@ def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleE
     reasons: Counter[str] = Counter()
     for (_, reason), count in priced.left_out.items():
         reasons[reason] += count
+    held = only_words(pool.reach.only)
+    removed = ", ".join(f"removed by {name} ({count})" for name, count in reasons.items())
     return InfeasibleError(
         f"no {pool.role} instance is legal on {pool.cards} cards of {pool.cluster.name}",
-        got="; ".join(
-            filter(
-                None,
-                (
-                    only_words(pool.reach.only),
-                    ", ".join(f"removed by {name} ({count})" for name, count in reasons.items()),
-                ),
-            )
-        ),
+        got="; ".join(filter(None, (held, removed))),
         hint="try another number of cards or --serving agg"
-        + (", or other sizes of --only" if pool.reach.only else ""),
+        + (", or other sizes of --only" if held else ""),
     )
 
 

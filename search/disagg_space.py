@@ -28,18 +28,17 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.orders import distinct_orders
 from shardplan.models.parallel import Axis, Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.cuts import cut_count
 from shardplan.search.layouts import (
     Reach,
     base_order,
     context_axes,
     divisors,
     module_splits,
-    orders_of,
+    other_orders,
 )
-from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
+from shardplan.search.legality import Subject, first_broken_rule
 from shardplan.search.plan import Workload
-from shardplan.search.space import Choice
+from shardplan.search.space import Choice, Ruled
 
 __all__ = [
     "Judged",
@@ -79,22 +78,14 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
-    """What one role may run on and how."""
+class Pool(Ruled):
+    """What one role may run on and how; `cards` at most."""
 
     role: Role
-    spec: ModelSpec
-    cluster: Cluster
-    engine: EngineProfile
-    cards: int
-    """Most cards of the pool."""
-    choices: tuple[Choice, ...]
     grid: tuple[int, ...]
     workload: Workload
     sizes: tuple[int, ...]
     """Cards that one instance may have."""
-    reach: Reach
-    """What is searched beyond the plain axes."""
     layouts: tuple[Judged, ...]
     """Every canonical layout of every size, an order that may price otherwise as one of them."""
 
@@ -134,45 +125,19 @@ class Pool:
     @property
     def per_cut(self) -> int:
         """Strategies of one layout and cut."""
-        return len(self.choices) * len(self.grid)
+        return len(self.choices) * self.points
 
-    def cuts_of(self, par: Parallelism) -> int:
-        """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
-        return max(cut_count(self.spec.layers, par.pp), 1) if self.reach.ways else 1
-
-    def subject(self, par: Parallelism) -> Subject:
-        """A layout as the rules look at it."""
-        return Subject(
-            spec=self.spec,
-            cluster=self.cluster,
-            engine=self.engine,
-            parallel=par,
-            role=self.role,
-        )
+    @property
+    def points(self) -> int:
+        """Step sizes or numbers of slots."""
+        return len(self.grid)
 
     def raw(self) -> Iterator[Parallelism]:
-        """Every canonical layout with every order of its ranks, legal or not."""
+        """Every canonical layout of every size, legal or not, ranks ordered as the engine does."""
         subject = self.subject(Parallelism())
         for size in self.sizes:
             for par, _ in _raw_layouts(subject, size, self.reach):
                 yield par
-                for order in _other_orders(par, self.reach):
-                    yield replace(par, order=order)
-
-    def broken_switch(self, par: Parallelism, choice: Choice) -> str | None:
-        """Id of the first rule that the choice's switches break on a layout."""
-        if not choice.switched:
-            return None
-        return first_broken_switch_rule(self.switch_subject(par, choice))
-
-    def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
-        """What the rules on switches look at."""
-        return replace(
-            self.subject(par),
-            overlap=choice.overlap,
-            weight_dtype=choice.weight_dtype,
-            kv_dtype=choice.kv_dtype,
-        )
 
 
 def instance_sizes(cluster: Cluster, cards: int) -> tuple[int, ...]:
@@ -206,14 +171,9 @@ def _raw_layouts(subject: Subject, cards: int, reach: Reach) -> Iterator[tuple[P
                     yield one, _broken(subject, one)
 
 
-def _other_orders(par: Parallelism, reach: Reach) -> list[tuple[Axis, ...]]:
-    """Orders of the ranks beside a layout's own."""
-    return [one for one in orders_of(par) if one != par.order] if reach.ways else []
-
-
 def _ordered(subject: Subject, par: Parallelism, rule: str, reach: Reach) -> Iterator[Judged]:
     """A layout with the engine's order, then with each legal one that may price otherwise."""
-    others = _other_orders(par, reach)
+    others = other_orders(par, reach)
     if rule or not others:
         yield Judged(par, rule, {f"rule {rule}": len(others)} if others else {})
         return

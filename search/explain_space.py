@@ -30,7 +30,6 @@ from shardplan.search.request import Asked, Resolved, resolve
 from shardplan.search.rule_counts import (
     RuleCount,
     SpaceRules,
-    count_instances,
     count_rules,
     rule_count,
 )
@@ -119,8 +118,8 @@ def count_pools(question: DisaggQuestion) -> PoolRules:
         name for pool in pools for name in binding_rules("pair", pool.subject(Parallelism()))
     )
     return PoolRules(
-        prefill=count_instances(question.prefill),
-        decode=count_instances(question.decode),
+        prefill=count_rules(question.prefill),
+        decode=count_rules(question.decode),
         size=one.total.dot(weights).dot(two.total),
         paired=sum(deployments.ravel().tolist()),
         pairs=tuple(rule_count(name, first[name], alone[name]) for name in bound),
@@ -146,7 +145,7 @@ class _Sized:
         legal: Counter[tuple[int, PairKey]] = Counter()
         subjects: dict[PairKey, Subject] = {}
         for one in pool.layouts:
-            par, each = one.parallel, pool.cuts_of(one.parallel) * len(pool.grid)
+            par, each = one.parallel, pool.cuts_of(one.parallel) * pool.points
             total[par.ranks] += each * len(pool.choices) * (1 + sum(one.beside.values()))
             if not one.rule:
                 free = sum(pool.broken_switch(par, choice) is None for choice in pool.choices)

@@ -29,7 +29,7 @@ __all__ = [
     "context_axes",
     "divisors",
     "module_splits",
-    "orders_of",
+    "other_orders",
     "raw_layouts",
 ]
 
@@ -117,9 +117,12 @@ def _alike(live: frozenset[Axis]) -> Mapping[tuple[Axis, ...], tuple[Axis, ...]]
     return found
 
 
-def orders_of(par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
-    """Orders that differ in the axes that have ranks."""
-    return tuple(_alike(frozenset(live_axes(par, AXES))).values())
+def other_orders(par: Parallelism, reach: Reach) -> tuple[tuple[Axis, ...], ...]:
+    """Orders beside a layout's own; none where ranks are ordered as the engine does."""
+    if not reach.ways:
+        return ()
+    every = _alike(frozenset(live_axes(par, AXES))).values()
+    return tuple(one for one in every if one != par.order)
 
 
 def base_order(engine: EngineProfile, par: Parallelism) -> tuple[Axis, ...]:

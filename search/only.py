@@ -12,7 +12,7 @@ __all__ = ["only_of", "only_words"]
 _AXES = ("tp", "pp", "dp", "ep", "cp", "sp")
 _MOST = 2**20
 _MOST_DIGITS = len(str(_MOST))
-_SWITCH = {"off": 0, "on": 1}
+_SWITCH = {"off": 0, "on": 1, "0": 0, "1": 1}
 
 Sizes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -85,8 +85,9 @@ def _size(name: str, value: object) -> int:
     """A whole number, or off and on of sp."""
     word = str(value).lower()
     if name == "sp":
-        if word in _SWITCH or isinstance(value, bool) or value in (0, 1, "0", "1"):
-            return _SWITCH.get(word, int(word) if word.isdigit() else int(value is True))
+        word = str(int(value)) if isinstance(value, bool) else word
+        if word in _SWITCH:
+            return _SWITCH[word]
         raise InputError("`sp` is off or on", got=f"only sp={shown(value)}", hint="try sp=off")
     whole = (
         not isinstance(value, bool)

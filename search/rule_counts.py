@@ -13,24 +13,21 @@ search finds by pricing, not rules.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from shardplan.models.parallel import Parallelism
-from shardplan.search.disagg_space import Pool
 from shardplan.search.layouts import base_order
 from shardplan.search.legality import (
-    Subject,
     binding_rules,
     broken_rules,
     broken_switch_rules,
     rules,
 )
 from shardplan.search.rulebook import Scope
-from shardplan.search.space import Choice, Space
+from shardplan.search.space import Ruled
 
-__all__ = ["RuleCount", "SpaceRules", "count_instances", "count_rules", "rule_count"]
+__all__ = ["RuleCount", "SpaceRules", "count_rules", "rule_count"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,65 +72,23 @@ class SpaceRules:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ways:
-    """Layouts with every order of their ranks, and what a strategy of one adds."""
-
-    every: Iterable[Parallelism]
-    subject: Callable[[Parallelism], Subject]
-    switched: Callable[[Parallelism, Choice], Subject]
-    cuts: Callable[[Parallelism], int]
-    choices: tuple[Choice, ...]
-    grid: int
-    cards: int
-
-
-def count_rules(space: Space) -> SpaceRules:
-    """Every rule that binds here with what it removes of a space."""
-    every = (replace(one, order=o) for one in space.raw() for o in space.raw_orders_of(one))
-    return _count(
-        _Ways(
-            every=every,
-            subject=space.subject,
-            switched=space.switch_subject,
-            cuts=space.cuts_of,
-            choices=space.choices,
-            grid=len(space.batches) * len(space.chunks),
-            cards=space.cards,
-        )
-    )
-
-
-def count_instances(pool: Pool) -> SpaceRules:
-    """The same of the strategies that instances of a pool may have, of all sizes together."""
-    return _count(
-        _Ways(
-            every=pool.raw(),
-            subject=pool.subject,
-            switched=pool.switch_subject,
-            cuts=pool.cuts_of,
-            choices=pool.choices,
-            grid=len(pool.grid),
-            cards=pool.cards,
-        )
-    )
-
-
-def _count(ways: _Ways) -> SpaceRules:
+def count_rules(space: Ruled) -> SpaceRules:
+    """Every rule that binds here with what it removes: of a space, or of the strategies that
+    instances of a pool may have, of all sizes together."""
     first: Counter[str] = Counter()
     alone: Counter[str] = Counter()
     layouts = legal = size = 0
-    switched = [choice for choice in ways.choices if choice.switched]
-    subject = ways.subject(Parallelism())
-    for par in ways.every:
-        broken, cuts = broken_rules(ways.subject(par)), ways.cuts(par)
+    switched = [choice for choice in space.choices if choice.switched]
+    subject = space.subject(Parallelism())
+    for par in space.ways():
+        broken, cuts = broken_rules(space.subject(par)), space.cuts_of(par)
         own = par.order == base_order(subject.engine, par)
         layouts, legal = layouts + own, legal + (own and not broken)
-        size += len(ways.choices) * cuts
-        alone.update(dict.fromkeys(broken, len(ways.choices) * cuts))
-        first.update(dict.fromkeys(broken[:1], len(ways.choices) * cuts))
+        size += len(space.choices) * cuts
+        alone.update(dict.fromkeys(broken, len(space.choices) * cuts))
+        first.update(dict.fromkeys(broken[:1], len(space.choices) * cuts))
         for choice in switched:
-            off = broken_switch_rules(ways.switched(par, choice))
+            off = broken_switch_rules(space.switch_subject(par, choice))
             alone.update(dict.fromkeys(off, cuts))
             if not broken:
                 first.update(dict.fromkeys(off[:1], cuts))
@@ -145,17 +100,17 @@ def _count(ways: _Ways) -> SpaceRules:
         cluster=subject.cluster.name,
         device=subject.cluster.device.name,
         engine_profile=subject.engine.name,
-        cards=ways.cards,
+        cards=space.cards,
         layouts=layouts,
         legal_layouts=legal,
-        choices=len(ways.choices),
-        grid=ways.grid,
-        size=size * ways.grid,
+        choices=len(space.choices),
+        grid=space.points,
+        size=size * space.points,
         rules=tuple(
-            rule_count(one, first[one] * ways.grid, alone[one] * ways.grid) for one in bound
+            rule_count(one, first[one] * space.points, alone[one] * space.points) for one in bound
         ),
         not_binding=tuple(name for name in every if name not in bound),
-        left=(size - first.total()) * ways.grid,
+        left=(size - first.total()) * space.points,
     )
 
 

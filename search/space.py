@@ -17,6 +17,7 @@ whose switches a layout does not allow is left out of that layout (`broken_switc
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -34,14 +35,20 @@ from shardplan.search.layouts import (
     Reach,
     base_order,
     module_splits,
-    orders_of,
+    other_orders,
     raw_layouts,
 )
-from shardplan.search.legality import Subject, first_broken_rule, first_broken_switch_rule
+from shardplan.search.legality import (
+    Role,
+    Subject,
+    first_broken_rule,
+    first_broken_switch_rule,
+)
 from shardplan.search.plan import StrategyInfo
 
 __all__ = [
     "Choice",
+    "Ruled",
     "Space",
     "batch_grid",
     "build_space",
@@ -94,13 +101,69 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Space:
-    """What is searched."""
+class Ruled(ABC):
+    """Layouts of a model on a machine, and how the rules look at them; a `Space`, or a pool."""
 
+    role: Role = "mixed"
     spec: ModelSpec
     cluster: Cluster
     engine: EngineProfile
     cards: int
+    reach: Reach
+    """What is searched beyond the plain axes."""
+    choices: tuple[Choice, ...]
+
+    @abstractmethod
+    def raw(self) -> Iterator[Parallelism]:
+        """Every layout in a fixed order, legal or not, ranks ordered as the engine does."""
+
+    @property
+    @abstractmethod
+    def points(self) -> int:
+        """Points of the grid of one layout and choice."""
+
+    def ways(self) -> Iterator[Parallelism]:
+        """Every layout with every order of its ranks, legal or not."""
+        return (replace(par, order=one) for par in self.raw() for one in self.raw_orders_of(par))
+
+    def raw_orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
+        """Orders of a layout's axes, legal or not, its own first."""
+        return (par.order, *other_orders(par, self.reach))
+
+    def cuts_of(self, par: Parallelism) -> int:
+        """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
+        return max(cut_count(self.spec.layers, par.pp), 1) if self.reach.ways else 1
+
+    def subject(self, par: Parallelism) -> Subject:
+        """A layout as the rules look at it."""
+        return Subject(
+            spec=self.spec,
+            cluster=self.cluster,
+            engine=self.engine,
+            parallel=par,
+            role=self.role,
+        )
+
+    def broken_switch(self, par: Parallelism, choice: Choice) -> str | None:
+        """Id of the first rule that the choice's switches break on a layout; None when legal."""
+        if not choice.switched:
+            return None
+        return first_broken_switch_rule(self.switch_subject(par, choice))
+
+    def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
+        """What the rules on switches look at."""
+        return replace(
+            self.subject(par),
+            overlap=choice.overlap,
+            weight_dtype=choice.weight_dtype,
+            kv_dtype=choice.kv_dtype,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space(Ruled):
+    """What is searched."""
+
     layouts: tuple[Parallelism, ...]
     """Legal ones, in a fixed order."""
     raw_layouts: int
@@ -110,16 +173,18 @@ class Space:
     """The same, each counted once for every way to cut its layers and to order its ranks."""
     raw_ways: int
     """All layouts, legal or not, counted likewise."""
-    reach: Reach
-    """What is searched beyond the plain axes."""
-    choices: tuple[Choice, ...]
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
 
     @property
     def per_layout(self) -> int:
         """Strategies of one layout."""
-        return len(self.choices) * len(self.batches) * len(self.chunks)
+        return len(self.choices) * self.points
+
+    @property
+    def points(self) -> int:
+        """Pairs of slots and step size."""
+        return len(self.batches) * len(self.chunks)
 
     @property
     def size(self) -> int:
@@ -149,10 +214,6 @@ class Space:
                 each[name] = each.get(name, 0) + cuts
             yield par, rule, each
 
-    def cuts_of(self, par: Parallelism) -> int:
-        """Ways to cut the layers into the stages of a layout; 1 where there are too few layers."""
-        return max(cut_count(self.spec.layers, par.pp), 1) if self.reach.ways else 1
-
     def orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
         """Legal orders of a layout's axes, its own first."""
         if not self.reach.ways:
@@ -160,19 +221,9 @@ class Space:
         every = self.raw_orders_of(par)
         return tuple(one for one in every if self.broken_rule(replace(par, order=one)) is None)
 
-    def raw_orders_of(self, par: Parallelism) -> tuple[tuple[Axis, ...], ...]:
-        """Orders of a layout's axes, legal or not, its own first."""
-        if not self.reach.ways:
-            return (par.order,)
-        return (par.order, *(one for one in orders_of(par) if one != par.order))
-
     def broken_rule(self, par: Parallelism) -> str | None:
         """Id of the first rule that a layout breaks; None when it is legal."""
         return first_broken_rule(self.subject(par))
-
-    def subject(self, par: Parallelism) -> Subject:
-        """A layout as the rules look at it."""
-        return Subject(spec=self.spec, cluster=self.cluster, engine=self.engine, parallel=par)
 
     def strategies(self, par: Parallelism) -> int:
         """Strategies of a layout, all its cuts and legal orders together."""
@@ -204,21 +255,6 @@ class Space:
             "batch": list(self.batches),
             "chunk": list(self.chunks),
         }
-
-    def broken_switch(self, par: Parallelism, choice: Choice) -> str | None:
-        """Id of the first rule that the choice's switches break on a layout; None when legal."""
-        if not choice.switched:
-            return None
-        return first_broken_switch_rule(self.switch_subject(par, choice))
-
-    def switch_subject(self, par: Parallelism, choice: Choice) -> Subject:
-        """What the rules on switches look at."""
-        return replace(
-            self.subject(par),
-            overlap=choice.overlap,
-            weight_dtype=choice.weight_dtype,
-            kv_dtype=choice.kv_dtype,
-        )
 
     def strategy(self, par: Parallelism, choice: Choice, batch: int, chunk: int) -> StrategyInfo:
         """One point as the plan writes it."""

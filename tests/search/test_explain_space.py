@@ -148,8 +148,8 @@ def test_counts_of_pools_are_those_of_a_loop_over_every_pair(question: DisaggQue
     shared, most = question.shared, (question.prefill.cards, question.decode.cards)
     size = paired = left = 0
     first: dict[str, int] = {}
-    for one in question.prefill.raw():
-        for two in question.decode.raw():
+    for one in question.prefill.ways():
+        for two in question.decode.ways():
             subjects = question.prefill.subject(one), question.decode.subject(two)
             counts = sum(
                 not shared or x * one.ranks + y * two.ranks <= most[1]
@@ -164,13 +164,13 @@ def test_counts_of_pools_are_those_of_a_loop_over_every_pair(question: DisaggQue
             paired += counts
             names = broken_pair_rules(*subjects)
             left += 0 if names else counts
-            if names:
+            if names and counts:
                 first[names[0]] = first.get(names[0], 0) + counts
     assert (found.size, found.paired, found.left) == (size, paired, left)
     assert found.size == search_disagg(question).space_size
     assert {one.id: one.first for one in found.pairs if one.first} == first
     for pool, side in ((question.prefill, found.prefill), (question.decode, found.decode)):
-        assert side.size == sum(pool.cuts_of(par) * pool.per_cut for par in pool.raw())
+        assert side.size == sum(pool.cuts_of(par) * pool.per_cut for par in pool.ways())
 
 
 def test_pools_are_explained_where_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
