@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
-from shardplan.models.frontends.loops import Draft, names
+from shardplan.models.frontends.drafts import alike
+from shardplan.models.frontends.loops import Draft
 from shardplan.models.frontends.onnx_walk import Array, Walked, node_error
 
 if TYPE_CHECKING:
@@ -75,11 +76,4 @@ Rule = Callable[[View], Draft]
 
 def follow(view: View, kind: str, *, without: tuple[int, ...] = ()) -> Draft:
     """First input and first output alike, dim by dim; dims in `without` stay whole."""
-    shape = view.shape(0)
-    loops = tuple("" if index in without else n for index, n in enumerate(names(len(shape))))
-    return Draft(
-        kind=kind,
-        reads={0: loops},
-        writes=[loops],
-        sizes={n: size for n, size in zip(loops, shape, strict=True) if n},
-    )
+    return alike(kind, view.shape(0), without=without)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from shardplan.models.frontends.drafts import contracted, product
 from shardplan.models.frontends.loops import Draft, Loops, aligned, names
 from shardplan.models.frontends.onnx_node import Rule, View, follow
 
@@ -16,26 +17,10 @@ __all__ = ["COMPUTE"]
 
 def matmul(view: View) -> Draft:
     """y[.., m, n] = sum over k of a[.., m, k] b[.., k, n]; 1-D inputs lack m or n."""
-    a, b, out = view.shape(0), view.shape(1), view.out()
+    a, b = view.shape(0), view.shape(1)
     if not a or not b:
         raise view.error("a matrix product has inputs of at least one dim")
-    rows = ("m",) if len(a) > 1 else ()
-    columns = ("n",) if len(b) > 1 else ()
-    batch_out = out[: len(out) - len(rows) - len(columns)]
-    batch = names(len(batch_out), "b")
-    left = aligned(a[:-2], batch_out, batch)
-    right = aligned(b[:-2], batch_out, batch)
-    sizes = dict(zip(batch, batch_out, strict=True)) | {"k": a[-1]}
-    sizes |= {"m": a[-2]} if rows else {}
-    sizes |= {"n": b[-1]} if columns else {}
-    return Draft(
-        kind="matmul",
-        reads={0: (*left, *rows, "k"), 1: (*right, "k", *columns)},
-        writes=[(*batch, *rows, *columns)],
-        sizes=sizes,
-        linear=(0,),
-        flop=2.0 * math.prod(out) * a[-1],
-    )
+    return product(a, b, view.out())
 
 
 def gemm(view: View) -> Draft:
@@ -66,19 +51,7 @@ def einsum(view: View) -> Draft:
     repeated = any(len(set(one)) < len(one) for one in [*ins, result])
     if not arrow or "." in equation or repeated:
         raise view.error("an einsum names its output and each dim once, without an ellipsis")
-    sizes = {n: s for i, one in enumerate(ins) for n, s in zip(one, view.shape(i), strict=True)}
-    reads = {
-        i: tuple(n if s == sizes[n] else "" for n, s in zip(one, view.shape(i), strict=True))
-        for i, one in enumerate(ins)
-    }
-    return Draft(
-        kind="matmul",
-        reads=reads,
-        writes=[tuple(result)],
-        sizes=sizes,
-        linear=(0,),
-        flop=2.0 * math.prod(sizes.values()) if len(ins) > 1 else 0.0,
-    )
+    return contracted(ins, result, [view.shape(slot) for slot in range(len(ins))])
 
 
 def conv(view: View) -> Draft:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardplan.models.errors import InputError
-from shardplan.models.frontends.loops import Draft, Loops, names
+from shardplan.models.frontends.drafts import alike
+from shardplan.models.frontends.loops import Draft
 from shardplan.models.fx.torch_lib import torch_lib
 
 __all__ = ["Rule", "Shape", "View", "follow", "is_tensor", "node_error", "operator_of", "path_of"]
@@ -135,11 +136,4 @@ Rule = Callable[[View], Draft]
 
 def follow(view: View, kind: str, *, without: tuple[int, ...] = ()) -> Draft:
     """The first tensor and every result alike, dim by dim; dims in `without` stay whole."""
-    shape = view.shape()
-    loops: Loops = tuple("" if i in without else n for i, n in enumerate(names(len(shape))))
-    return Draft(
-        kind=kind,
-        reads={0: loops},
-        writes=[loops] * view.results,
-        sizes={n: size for n, size in zip(loops, shape, strict=True) if n},
-    )
+    return alike(kind, view.shape(), results=view.results, without=without)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from shardplan.models.frontends.drafts import contracted, product
 from shardplan.models.frontends.loops import Draft, Loops, aligned, names
 from shardplan.models.frontends.torch_node import Rule, View, follow
 from shardplan.models.fx.torch_lib import torch_lib
@@ -39,37 +40,15 @@ def linear(view: View) -> Draft:
 
 def matmul(view: View) -> Draft:
     """y[.., m, n] = sum over k of a[.., m, k] b[.., k, n]; 1-D inputs lack m or n."""
-    return _product(view, 0, 1)
+    return product(view.shape(0), view.shape(1), view.out())
 
 
 def added(view: View) -> Draft:
     """y = beta c + alpha a b: k stays whole, since c is added once."""
-    draft = _product(view, 1, 2)
+    draft = product(view.shape(1), view.shape(2), view.out(), slots=(1, 2))
     draft.whole, draft.linear = frozenset("k"), ()
     draft.reads[0] = aligned(view.shape(0), view.out(), draft.writes[0])
     return draft
-
-
-def _product(view: View, first: int, second: int) -> Draft:
-    a, b, out = view.shape(first), view.shape(second), view.out()
-    rows = ("m",) if len(a) > 1 else ()
-    columns = ("n",) if len(b) > 1 else ()
-    batch_out = out[: len(out) - len(rows) - len(columns)]
-    batch = names(len(batch_out), "b")
-    sizes = dict(zip(batch, batch_out, strict=True)) | {"k": a[-1]}
-    sizes |= {"m": a[-2]} if rows else {}
-    sizes |= {"n": b[-1]} if columns else {}
-    return Draft(
-        kind="matmul",
-        reads={
-            first: (*aligned(a[:-2], batch_out, batch), *rows, "k"),
-            second: (*aligned(b[:-2], batch_out, batch), "k", *columns),
-        },
-        writes=[(*batch, *rows, *columns)],
-        sizes=sizes,
-        linear=(0,),
-        flop=2.0 * math.prod(out) * a[-1],
-    )
 
 
 def einsum(view: View) -> Draft:
@@ -85,25 +64,7 @@ def einsum(view: View) -> Draft:
             "an einsum names each dim of a tensor once, without an ellipsis",
             "write the equation out, or use torch.matmul",
         )
-    sizes: dict[str, int] = {}
-    for slot, one in enumerate(ins):
-        for name, size in zip(one, view.shape(slot), strict=True):
-            sizes[name] = max(size, sizes.get(name, 1))
-    reads = {
-        slot: tuple(
-            name if size == sizes[name] else ""
-            for name, size in zip(one, view.shape(slot), strict=True)
-        )
-        for slot, one in enumerate(ins)
-    }
-    return Draft(
-        kind="matmul",
-        reads=reads,
-        writes=[tuple(result)],
-        sizes=sizes,
-        linear=(0,),
-        flop=2.0 * math.prod(sizes.values()) if len(ins) > 1 else 0.0,
-    )
+    return contracted(ins, result, [view.shape(slot) for slot in range(len(ins))])
 
 
 def embedding(view: View) -> Draft:

@@ -6,9 +6,8 @@ dims along which tensors are joined, cut or searched run over no loop and stay w
 
 from __future__ import annotations
 
-import math
-
-from shardplan.models.frontends.loops import Draft, Loops, aligned, leading_dims, names
+from shardplan.models.frontends.drafts import expanded, reshaped
+from shardplan.models.frontends.loops import Draft, Loops, aligned, names
 from shardplan.models.frontends.torch_node import Rule, View, follow
 
 __all__ = ["MOVE"]
@@ -16,11 +15,10 @@ __all__ = ["MOVE"]
 
 def reshape(view: View) -> Draft:
     """The same elements under another shape."""
-    before, after = view.shape(), view.out()
-    if not math.prod(before) or math.prod(before) != math.prod(after):
+    draft = reshaped(view.shape(0), view.out())
+    if draft is None:
         raise view.error("a reshape keeps its elements, one or more")
-    left, right, sizes = leading_dims(before, after)
-    return Draft(kind="reshape", reads={0: left}, writes=[right], sizes=sizes, linear=(0,))
+    return draft
 
 
 def transpose(view: View) -> Draft:
@@ -65,15 +63,7 @@ def _moved(view: View, order: list[int]) -> list[int]:
 
 def expand(view: View) -> Draft:
     """Repeated along dims of one element."""
-    out = view.out()
-    loops = names(len(out))
-    return Draft(
-        kind="reshape",
-        reads={0: aligned(view.shape(), out, loops)},
-        writes=[loops],
-        sizes=dict(zip(loops, out, strict=True)),
-        linear=(0,),
-    )
+    return expanded(view.shape(0), view.out())
 
 
 def repeat(view: View) -> Draft:
