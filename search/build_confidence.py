@@ -6,8 +6,8 @@ import numpy as np
 
 from shardplan.costmodel.bulk import Dtypes, Fleet
 from shardplan.costmodel.confidence import serving_confidence
-from shardplan.costmodel.serving import ServingInput, serve
-from shardplan.search.evaluate import LayoutScorer, acceptance_of
+from shardplan.costmodel.serving import serve
+from shardplan.search.evaluate import LayoutScorer
 from shardplan.search.how_sure import confidence_summary
 from shardplan.search.kept import Kept
 from shardplan.search.plan import Confidence
@@ -18,22 +18,11 @@ __all__ = ["plan_confidence"]
 def plan_confidence(scorer: LayoutScorer, best: Kept) -> Confidence:
     """What the performance of the winner rests on, its band and its weakest part."""
     question, choice = scorer.question, best.choice
-    work = question.workload
     one = np.zeros(1, dtype=np.int64)
     dtypes = Dtypes(choice.weight_dtype, choice.kv_dtype, choice.attention)
     fleet = Fleet.of([scorer.model_for(choice)], one, [dtypes], one)
-    flying = None if work.concurrency is None else work.concurrency / scorer.parallel.dp
-    given = ServingInput(
-        batch=np.full(1, float(best.batch)),
-        chunk=np.full(1, float(best.chunk)),
-        input_len=work.input_len,
-        output_len=work.output_len,
-        prefix_hit=work.prefix_hit,
-        in_flight=flying,
-        mtp=scorer.parallel.mtp,
-        acceptance=acceptance_of(question.spec, work),
-        **dtypes._asdict(),
-    )
+    batch, chunk = np.full(1, float(best.batch)), np.full(1, float(best.chunk))
+    given = scorer.serving_input(choice, batch, chunk)
     sure = serving_confidence(fleet, given, serve(fleet, given))
     cluster = question.cluster
     found = confidence_summary(sure, device=cluster.device.name, cluster=cluster.name)

@@ -29,7 +29,7 @@ from shardplan.models.counts import parameter_count
 from shardplan.models.parallel import AXES, Parallelism
 from shardplan.search.disagg_options import Options, Priced, Row, fitting, stacked
 from shardplan.search.disagg_space import Pool, Role
-from shardplan.search.evaluate import acceptance_of
+from shardplan.search.evaluate import served_input
 from shardplan.search.space import Choice
 
 __all__ = [
@@ -116,19 +116,7 @@ class Base:
 
 def role_input(pool: Pool, par: Parallelism, choice: Choice) -> ServingInput:
     """The workload of a role at one layout and choice."""
-    work = pool.workload
-    return ServingInput(
-        batch=np.ones(()),
-        chunk=np.ones(()),
-        input_len=work.input_len,
-        output_len=work.output_len,
-        prefix_hit=work.prefix_hit,
-        weight_dtype=choice.weight_dtype,
-        kv_dtype=choice.kv_dtype,
-        attention=choice.attention,
-        mtp=par.mtp,
-        acceptance=acceptance_of(pool.spec, work),
-    )
+    return served_input(pool.spec, pool.workload, par, choice, np.ones(()), np.ones(()))
 
 
 def role_stages(

@@ -42,7 +42,15 @@ from shardplan.search.plan import Limits, Workload
 from shardplan.search.space import Choice
 from shardplan.search.spare import Spare
 
-__all__ = ["LIMITS", "LayoutScorer", "Question", "Scores", "acceptance_of", "context_tokens"]
+__all__ = [
+    "LIMITS",
+    "LayoutScorer",
+    "Question",
+    "Scores",
+    "acceptance_of",
+    "context_tokens",
+    "served_input",
+]
 
 LIMITS = ("memory", "context", "step", "ttft", "tpot", "ttft_p99", "tpot_p99", "rate")
 _TAILS = ("ttft_p99_s", "tpot_p99_s")
@@ -133,6 +141,29 @@ def acceptance_of(spec: ModelSpec, workload: Workload) -> float:
     return default_acceptance(spec.architecture).value if asked is None else asked
 
 
+def served_input(
+    spec: ModelSpec,
+    work: Workload,
+    par: Parallelism,
+    choice: Choice,
+    batch: Array,
+    chunk: Array,
+) -> ServingInput:
+    """A workload on one layout and choice, over arrays of batch and chunk; all slots filled."""
+    return ServingInput(
+        batch=batch,
+        chunk=chunk,
+        input_len=work.input_len,
+        output_len=work.output_len,
+        prefix_hit=work.prefix_hit,
+        weight_dtype=choice.weight_dtype,
+        kv_dtype=choice.kv_dtype,
+        attention=choice.attention,
+        mtp=par.mtp,
+        acceptance=acceptance_of(spec, work),
+    )
+
+
 class LayoutScorer:
     """One layout of a question, ready to be priced; `memo` is shared by layouts of one question."""
 
@@ -164,19 +195,10 @@ class LayoutScorer:
     def serving_input(self, choice: Choice, batch: Array, chunk: Array) -> ServingInput:
         """What is served, over arrays of batch and chunk."""
         work = self.question.workload
-        return ServingInput(
-            batch=batch,
-            chunk=chunk,
-            input_len=work.input_len,
-            output_len=work.output_len,
-            prefix_hit=work.prefix_hit,
-            weight_dtype=choice.weight_dtype,
-            kv_dtype=choice.kv_dtype,
-            attention=choice.attention,
-            in_flight=work.concurrency / self.parallel.dp if work.concurrency else None,
-            mtp=self.parallel.mtp,
-            acceptance=acceptance_of(self.question.spec, work),
-        )
+        given = served_input(self.question.spec, work, self.parallel, choice, batch, chunk)
+        if not work.concurrency:
+            return given
+        return replace(given, in_flight=work.concurrency / self.parallel.dp)
 
     def common_bytes(self, choice: Choice, batch: Array, chunk: Array) -> dict[str, Array]:
         """What every stage holds alike (`Ledger.grid_bytes`)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
-__all__ = ["BUILT_IN", "GROUP", "OF_GRAPHS", "OURS", "registered", "target_names"]
+__all__ = ["BUILT_IN", "GROUP", "OF_GRAPHS", "OURS", "SERVING", "registered", "target_names"]
 
 GROUP = "shardplan.emitters"
 BUILT_IN: Mapping[str, str] = {
@@ -25,6 +25,8 @@ BUILT_IN: Mapping[str, str] = {
     "torch": "shardplan.search.emit.torch_plan:files",
     "vllm-ascend": "shardplan.search.emit.vllm_ascend:files",
 }
+SERVING = ("vllm-ascend", "mindie", "sglang", "k8s", "docker-compose", "ray")
+"""Targets that serve, pools too, the nearest to Ascend first."""
 OF_GRAPHS: Mapping[str, str] = {"onnx": "shardplan.search.emit.onnx_ranks:files"}
 """Targets that are cut from a model file; they take plans of operators, too."""
 OURS: Mapping[str, str] = {**BUILT_IN, **OF_GRAPHS}

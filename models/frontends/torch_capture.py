@@ -21,7 +21,7 @@ from typing import Any
 from shardplan.models.errors import InputError
 from shardplan.models.frontends.torch_normal import normal_graph
 from shardplan.models.frontends.torch_stack import Stack, find_stack
-from shardplan.models.fx.torch_lib import torch_lib
+from shardplan.models.fx.torch_lib import said, torch_lib
 
 __all__ = [
     "USUAL_TOKENS",
@@ -155,7 +155,7 @@ def module_of(model_class: Any, config: Any) -> Any:
     except Exception as error:  # whatever the class raises on a config that does not fit
         raise InputError(
             "the class is built from its config on the meta device",
-            got=f"class={getattr(model_class, '__name__', model_class)}, {_said(error)}",
+            got=f"class={getattr(model_class, '__name__', model_class)}, {said(error)}",
             hint="give the config class that belongs to the model class",
         ) from None
 
@@ -212,13 +212,9 @@ def _exported(module: Any, inputs: tuple[Any, ...]) -> Any:
     except Exception as error:  # whatever the module or the tracer raises
         raise InputError(
             "the module is exported by torch.export",
-            got=f"module={type(module).__name__}, {_said(error)}",
+            got=f"module={type(module).__name__}, {said(error)}",
             hint="branches and shapes must not depend on data; give inputs of other sizes",
         ) from None
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from shardplan.models.errors import InputError
 from shardplan.models.frontends.torch_archive import check_archive
-from shardplan.models.fx.torch_lib import torch_lib
+from shardplan.models.fx.torch_lib import said, torch_lib
 
 __all__ = ["open_program"]
 
@@ -38,7 +38,7 @@ def open_program(path: Path) -> Any:
     except Exception as error:  # a broken archive raises what its parts raise
         raise InputError(
             "a .pt2 file holds a graph and plain tensors alone",
-            got=f"file={shown}, {_said(error)}",
+            got=f"file={shown}, {said(error, 200)}",
             hint="save the model with torch.export.save(program, path)",
         ) from None
     try:
@@ -47,13 +47,9 @@ def open_program(path: Path) -> Any:
     except Exception as error:  # whatever the loader raises on a file that it does not know
         raise InputError(
             "the file is read by torch.export.load",
-            got=f"file={shown}, {_said(error)}",
+            got=f"file={shown}, {said(error, 200)}",
             hint="save it again with the installed version of torch",
         ) from None
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from shardplan.models.errors import InputError
 
-__all__ = ["aten", "functional", "torch_lib", "transformers_lib"]
+__all__ = ["aten", "functional", "said", "torch_lib", "transformers_lib"]
 
 
 def torch_lib() -> Any:
@@ -30,6 +30,11 @@ def _import(name: str) -> ModuleType:
             got=str(error),
             hint='install the extra: pip install "shardplan[torch]"',
         ) from None
+
+
+def said(error: Exception, most: int = 300) -> str:
+    """What PyTorch, or a model, raised, on one line of about `most` characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
 
 
 def aten() -> Any:

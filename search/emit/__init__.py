@@ -35,6 +35,7 @@ from shardplan.search.targets import (
     GROUP,
     OF_GRAPHS,
     OURS,
+    SERVING,
     registered,
     target_names,
 )
@@ -45,8 +46,6 @@ Content = str | bytes | Path
 Emitter = Callable[..., Mapping[str, Content]]
 
 _STAGING = "staging"
-_SERVING = frozenset(("docker-compose", "k8s", "mindie", "ray", "sglang", "vllm-ascend"))
-"""Targets that are quick to ask whether they take another strategy of the plan."""
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _FILE_NAME = re.compile(rf"(?:{_WORD}/)?{_WORD}")
 
@@ -86,7 +85,7 @@ def _texts(
     try:
         return _checked(emitter(plan, **options), target)
     except InputError as error:
-        if target in _SERVING and isinstance(plan, Plan):
+        if target in SERVING and isinstance(plan, Plan):
             raise with_nearest(error, plan, emitter, options) from None
         raise
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from shardplan.search.emit import BUILT_IN
 from shardplan.search.plan import Plan
 from shardplan.search.report.markup import Html, tag
+from shardplan.search.targets import BUILT_IN, SERVING
 
 __all__ = ["next_section"]
 
-_SERVING = ("vllm-ascend", "mindie", "sglang", "k8s", "docker-compose", "ray")
-"""Targets that serve, pools too."""
 _WHAT = {
     "atc": "CANN's compiler: build scripts, parallel_option.json, rank tables",
     "docker-compose": "Docker: a Compose file by node with its scripts",
@@ -27,11 +25,10 @@ _WHAT = {
 
 def next_section(plan: Plan) -> Html:
     """Commands, each with what it is for; run where plan.json lies."""
-    names = [name for name in (*_SERVING, *sorted(BUILT_IN)) if name in BUILT_IN]
-    names = [one for one in dict.fromkeys(names) if one in _SERVING or not plan.pools]
+    names = SERVING if plan.pools else dict.fromkeys((*SERVING, *sorted(BUILT_IN)))
     lines = [
         (
-            _WHAT.get(name, f"files of {name}"),
+            _WHAT[name],
             f"shardplan emit plan.json --target {name} --out deploy-{name}",
         )
         for name in names
