@@ -12,7 +12,8 @@ attention groups among them, `--ep-size` those that share experts:
 so the LM head is split by tp alone with `--enable-dp-lm-head`, dense layers with
 `--moe-dense-tp-size 1` or `--enable-dense-mlp-attn-tp`. Requests and chunk are those of the whole
 server. `--mem-fraction-static` holds weights and cache: what is left of the engine's share after
-activations, communicators and reserve. What Ascend supports is in `search/data/sglang.toml`.
+activations, communicators and reserve. What Ascend supports is in `search/data/sglang.toml`. A
+chunk that is no whole number of cache pages, which SGLang refuses, is rounded down to one.
 Left out, and refused: pipeline stages, context and sequence parallelism, an int8 cache, module
 splits other than those above.
 """
@@ -272,24 +273,29 @@ def _parallel(plan: Plan, split: Split, one: Launch) -> list[Flag]:
     if _sent(plan):
         sent = facts["sent"]
         flags += [("--moe-a2a-backend", sent["backend"]), ("--deepep-mode", sent["mode"])]
+    ports = facts["ports"]
     if one.nodes > 1:
         flags += [
             ("--nnodes", str(one.nodes)),
             ("--node-rank", str(one.index)),
-            ("--dist-init-addr", Raw(f'"$HEAD_ADDRESS:{facts["ports"]["dist_init"]}"')),
+            ("--dist-init-addr", Raw(f'"$HEAD_ADDRESS:{ports["dist_init"]}"')),
         ]
+    elif split.groups > 1 and one.port_offset:  # its own ports would be its neighbour's
+        port = ports["dist_init"] + ports["dist_init_step"] * one.port_offset
+        flags.append(("--dist-init-addr", f"127.0.0.1:{port}"))
     return flags
 
 
 def _sizes(plan: Plan, split: Split) -> list[Flag]:
-    """Batch, lengths and memory of the whole server."""
-    way, facts = plan.strategy, table("sglang")
+    """Batch, lengths and memory of the whole server; its chunk is a whole number of pages."""
+    way, block = plan.strategy, int(table("sglang")["page_size"]["value"])
+    chunk = max(way.chunk // block, 1) * block
     flags: list[Flag] = [
         ("--max-running-requests", str(way.batch * split.groups)),
-        ("--chunked-prefill-size", str(way.chunk * split.groups)),
+        ("--chunked-prefill-size", str(chunk * split.groups)),
         ("--max-prefill-tokens", str(way.chunk)),
-        ("--context-length", str(longest_request(plan, facts["page_size"]["value"]))),
-        ("--page-size", str(facts["page_size"]["value"])),
+        ("--context-length", str(longest_request(plan, block))),
+        ("--page-size", str(block)),
     ]
     if plan.memory:
         flags.append(("--mem-fraction-static", _static_share(plan)))

@@ -98,6 +98,29 @@ def test_copies_are_servers_of_their_own(tmp_path: Path) -> None:
     assert "server 127.0.0.1:30001;" in balancer
 
 
+def test_servers_of_groups_on_one_node_share_no_port(tmp_path: Path) -> None:
+    """Each takes seven ports from its own, or from port + 233, where it is told no address."""
+    way: dict[str, Any] = {"soc": "Ascend910_9382", "tp": 1, "dp": 16, "ep": 8, "model": moe()}
+    servers = _started(emit_plan(**way), tmp_path)
+    found: set[int] = set()
+    for flags, _ in servers:
+        host, _, port = (flags.dist_init_addr or f"127.0.0.1:{int(flags.port) + 233}").partition(
+            ":"
+        )
+        own = {int(flags.port), *range(int(port), int(port) + 7)}
+        assert host == "127.0.0.1"
+        assert not found & own
+        found |= own
+    assert len(servers) == 2
+
+
+@pytest.mark.parametrize(("chunk", "told"), [(4096, 4096), (2896, 2816), (100, 128)])
+def test_a_chunk_is_whole_pages(tmp_path: Path, chunk: int, told: int) -> None:
+    """SGLang ends with an assertion otherwise."""
+    ((flags, _),) = _started(emit_plan(chunk=chunk), tmp_path)
+    assert flags.chunked_prefill_size == str(told)
+
+
 def test_quantized_eager_and_cached(tmp_path: Path) -> None:
     """What each setting of a plan turns on."""
     plan = emit_plan(
