@@ -7,7 +7,7 @@ are whole nodes, so none crosses a border. An instance is one server.
 from __future__ import annotations
 
 from shardplan.models.errors import InputError
-from shardplan.search.emit.common import MAX_RANKS, Slot, check_plan, refuse
+from shardplan.search.emit.common import MAX_RANKS, Slot, check_plan, place, refuse
 from shardplan.search.emit.vllm_layout import Launch, Split, split_servers
 from shardplan.search.plan import Plan, Pool
 
@@ -128,6 +128,9 @@ def _server(
             got=f"{pool.role} instances of {way.ranks} on nodes of {per_node}",
             hint=f"search again on {pool.cluster.name}",
         )
+    copy = way.tp * way.pp
+    if copy <= per_node:  # a copy of the model must not cross a border either
+        place(target, groups=way.dp, ranks=copy, per_node=per_node)
     offset = heads.get(node, 0)
     heads[node] = offset + 1
     return [
@@ -137,7 +140,7 @@ def _server(
             head=node,
             index=index,
             nodes=nodes,
-            spans=way.tp * way.pp > per_node,
+            spans=copy > per_node,
             port_offset=offset,
         )
         for index in range(nodes)
