@@ -1,7 +1,8 @@
 """The environment and flags of one `vllm serve`, for every target that starts vLLM on Ascend.
 
 Values come from `search/data/vllm_ascend.toml`, with their sources. Lengths are rounded up to the
-KV block; decode graphs are captured for powers of two up to the batch.
+KV block; decode graphs are captured for powers of two up to the batch, in whole steps: what a
+sequence verifies, and with sequence parallelism tp.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ def _graphs(plan: Plan, family: str) -> list[Flag]:
     flags = [*_speculative(plan), *_additional(plan, family)]
     if plan.request.engine_profile == "vllm-ascend-eager":
         return [*flags, ("--enforce-eager", None)]
-    step, each = way.tp if way.sp else 1, 1 + way.mtp
+    each = 1 + way.mtp
+    step = math.lcm(each, way.tp if way.sp else 1)
     rounded = sorted({round_up(size * each, step) for size in capture_sizes(plan)})
     config = {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": rounded}
     return [*flags, ("--compilation-config", json.dumps(config))]

@@ -151,6 +151,13 @@ def test_sequence_parallelism_captures_multiples_of_tp(tmp_path: Path) -> None:
     assert json.loads(flags.compilation_config)["cudagraph_capture_sizes"] == [8, 16, 24]
 
 
+def test_drafts_and_split_tokens_capture_multiples_of_both(tmp_path: Path) -> None:
+    """vLLM rounds sizes up to the 3 tokens that a sequence verifies; tp 8 must divide them too."""
+    model = moe(name="deepseek-v3", architecture="DeepseekV3ForCausalLM")
+    flags, _ = only(emit_plan(sp=True, ep=8, mtp=2, batch=20, model=model), tmp_path)
+    assert json.loads(flags.compilation_config)["cudagraph_capture_sizes"] == [24, 48, 72]
+
+
 def test_a_310p_plan_computes_in_fp16(tmp_path: Path) -> None:
     """No BF16 on the device, and none of the settings that are for A2 and A3."""
     plan = emit_plan(soc="Ascend310P3", weight_dtype="w8a8", kv_dtype="fp16")
