@@ -63,7 +63,7 @@ def files(
     nodes = sorted({slot.node for slots in placed for slot in slots})
     hosts = listed(addresses, "addresses", max(nodes) + 1)
     ports = listed(device_addresses, "device_addresses", plan.strategy.ranks)
-    made = _rank_tables(placed, hosts, ports)
+    made = _rank_tables(placed, hosts, ports, plan.cluster.ranks_per_node)
     tables = bool(made)
     for node in nodes:
         here = [slot for slots in placed for slot in slots if slot.node == node]
@@ -166,20 +166,21 @@ def _config(plan: Plan, folder: str, here: Sequence[Slot], *, spans: bool) -> di
 
 
 def _rank_tables(
-    placed: _Instances, hosts: tuple[str, ...], ports: tuple[str, ...]
+    placed: _Instances, hosts: tuple[str, ...], ports: tuple[str, ...], per_node: int
 ) -> dict[str, str]:
-    """A table an instance of several nodes; none where addresses are not given."""
+    """A table an instance of several nodes; none where addresses are not given.
+
+    `ports` are in the plan's order: that of the nodes, `per_node` on each, and their devices.
+    """
     if len(placed[0]) == 1 or not (hosts and ports):
         return {}
-    made, rank = {}, 0
+    made = {}
     for number, slots in enumerate(placed):
         servers = []
         for slot in slots:
-            ips = ports[rank : rank + slot.ranks]
-            rank += slot.ranks
             devices = tuple(
-                RankDevice(device_id=device, device_ip=ip)
-                for device, ip in zip(slot.devices, ips, strict=True)
+                RankDevice(device_id=device, device_ip=ports[slot.node * per_node + device])
+                for device in slot.devices
             )
             servers.append(Server(server_id=hosts[slot.node], devices=devices))
         found = rank_table(servers)

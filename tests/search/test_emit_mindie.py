@@ -121,6 +121,22 @@ def test_an_instance_over_two_nodes(tmp_path: Path, node: int) -> None:
     assert call.environment["RANK_TABLE_FILE"] == "t.json"
 
 
+def test_device_addresses_follow_the_plans_order(tmp_path: Path) -> None:
+    """Two instances of two context parts, parts outermost: instance 0 has nodes 0 and 2."""
+    plan = emit_plan(
+        dp=2, cp=2, order=("cp", "pp", "dp", "tp"), weight_dtype="w8a8", model=_latent()
+    )
+    nodes = ",".join(f"10.0.0.{node}" for node in range(4))
+    devices = ",".join(f"10.1.{i // 8}.{i % 8}" for i in range(32))
+    emit(plan, "mindie", tmp_path / "out", addresses=nodes, device_addresses=devices)
+    for table, own in (("rank_table0.json", (0, 2)), ("rank_table1.json", (1, 3))):
+        read = json.loads((tmp_path / "out" / table).read_text(encoding="utf-8"))
+        for server, node in zip(read["server_list"], own, strict=True):
+            assert server["server_id"] == f"10.0.0.{node}"
+            ips = [one["device_ip"] for one in server["device"]]
+            assert ips == [f"10.1.{node}.{i}" for i in range(8)]
+
+
 def test_context_prefixes_and_tokens_ahead(tmp_path: Path) -> None:
     """Each has its key; cp brings sp=tp, and plugins share one text."""
     way: dict[str, Any] = {"tp": 4, "cp": 2, "ep": 8, "weight_dtype": "w8a8", "mtp": 1}
