@@ -36,17 +36,20 @@ from shardplan.search.emit.common import (
     refuse,
     table,
 )
-from shardplan.search.emit.modelslim import quantize_script
-from shardplan.search.emit.serving_page import Page, ahead_words, bench, page
+from shardplan.search.emit.node_script import node_addresses, node_script, server_files
+from shardplan.search.emit.serving_page import Page, ahead_words, page
 from shardplan.search.emit.vllm_flags import Flag, capture_sizes, longest_request
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
-from shardplan.search.emit.vllm_readme import about, balancer, server_steps, shape_of, url_of
+from shardplan.search.emit.vllm_readme import about, server_steps, shape_of, url_of
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
 
 __all__ = ["assumed", "checked", "files", "script", "server_split"]
 
 _TARGET = "sglang"
+_NETWORK = (
+    'export HCCL_IF_IP="$NODE_ADDRESS" HCCL_SOCKET_IFNAME="$NIC" GLOO_SOCKET_IFNAME="$NIC"',
+)
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -58,32 +61,26 @@ def files(plan: Plan) -> dict[str, str]:
         return pool_files(plan)
     checkpoint, split = checked(plan), server_split(plan)
     todo = launches(plan, split, _TARGET)
-    nodes = sorted({one.slot.node for one in todo})
     port = table("sglang")["ports"]["serve"]
-    made = {
-        f"serve_node{node}.sh": script(
-            plan, checkpoint, split, [one for one in todo if one.slot.node == node]
-        )
-        for node in nodes
-    }
-    alone = split.servers == 1
-    if not alone:
-        made["balancer.conf"] = balancer(todo, port)
-    made |= quantize_script(plan)
-    made["bench.sh"] = bench(
-        plan, checkpoint.shell, url=url_of(port) if alone else "", servers=split.servers
+    made = server_files(
+        plan,
+        checkpoint,
+        split,
+        todo,
+        port=port,
+        script=lambda here: script(plan, checkpoint, split, here),
     )
     engine = table("sglang")["engine"]["sglang"]
     names = sorted({*made, "README.md"})
-    before = "" if alone else f"; set BASE_URL to what stands before the {split.servers} servers"
+    before = f"; set BASE_URL to what stands before the {split.servers} servers"
     made["README.md"] = page(
         plan,
         Page(
             title=f"{model_name(plan)} with SGLang on Ascend: {shape_of(plan)}",
-            about=about(plan, len(nodes), f"sglang {engine}", names),
+            about=about(plan, len({one.slot.node for one in todo}), f"sglang {engine}", names),
             steps=server_steps(plan, checkpoint, split, todo, port),
             url=url_of(port),
-            load=f"`./bench.sh` sends the plan's workload{before}.",
+            load=f"`./bench.sh` sends the plan's workload{before * (split.servers > 1)}.",
             assumed=assumed(plan, split),
         ),
     )
@@ -174,46 +171,15 @@ def script(
     network: Sequence[str] = (),
 ) -> str:
     """The script of one node. `more`: further flags of a launch; `network`: further lines."""
-    lines = [
-        "#!/usr/bin/env bash",
-        "# Serves the plan's model on one node; README.md says in which order to start the nodes.",
-        "set -euo pipefail",
-        *checkpoint.shell,
-        'case "$MODEL" in -*) echo "MODEL must not begin with a dash" >&2; exit 2 ;; esac',
-        *_network(here),
-        *network,
-        *_environment(plan),
-        "",
-    ]
+    settings = [*node_addresses(here, _NETWORK), *network, *_environment(plan)]
     words = ["python3", "-m", "sglang.launch_server"]
     commands = [
         command_line(
             "sglang_flags", "serve", words, [*_flags(plan, checkpoint, split, one), *more(one)]
         )
-        + ' \\\n  "$@"'
         for one in here
     ]
-    visible = [",".join(str(device) for device in one.slot.devices) for one in here]
-    if len(commands) == 1:
-        lines += [f"export ASCEND_RT_VISIBLE_DEVICES={visible[0]}", f"exec {commands[0]}"]
-    else:
-        lines.append("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT")
-        for devices, command in zip(visible, commands, strict=True):
-            lines.append(f"ASCEND_RT_VISIBLE_DEVICES={devices} {command} &")
-        lines.append("wait -n  # the first server to end ends all, so that none is missed")
-    return "\n".join(lines) + "\n"
-
-
-def _network(here: Sequence[Launch]) -> list[str]:
-    """Addresses that a server of several nodes must be told."""
-    if here[0].nodes == 1:
-        return []
-    return [
-        f': "${{HEAD_ADDRESS:?set HEAD_ADDRESS to the IP address of node {here[0].head}}}"',
-        ': "${NODE_ADDRESS:?set NODE_ADDRESS to the IP address of this node}"',
-        ': "${NIC:?set NIC to the network interface that has NODE_ADDRESS}"',
-        'export HCCL_IF_IP="$NODE_ADDRESS" HCCL_SOCKET_IFNAME="$NIC" GLOO_SOCKET_IFNAME="$NIC"',
-    ]
+    return node_script(checkpoint, settings, here, commands)
 
 
 def _sent(plan: Plan) -> bool:

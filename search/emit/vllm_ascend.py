@@ -28,12 +28,11 @@ from shardplan.search.emit.common import (
     refuse,
     table,
 )
-from shardplan.search.emit.modelslim import quantize_script
-from shardplan.search.emit.serving_page import bench
+from shardplan.search.emit.node_script import node_addresses, node_script, server_files
 from shardplan.search.emit.vllm_flags import DTYPES, Flag, environment, serve_flags
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
 from shardplan.search.emit.vllm_modules import module_rules
-from shardplan.search.emit.vllm_readme import balancer, readme, url_of
+from shardplan.search.emit.vllm_readme import readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
 
@@ -43,6 +42,10 @@ if TYPE_CHECKING:
 __all__ = ["checked_family", "files", "script"]
 
 _TARGET = "vllm-ascend"
+_NETWORK = (
+    'export HCCL_IF_IP="$NODE_ADDRESS" HCCL_SOCKET_IFNAME="$NIC"',
+    'export GLOO_SOCKET_IFNAME="$NIC" TP_SOCKET_IFNAME="$NIC"',
+)
 
 
 def files(plan: Plan) -> dict[str, str]:
@@ -55,20 +58,13 @@ def files(plan: Plan) -> dict[str, str]:
     checkpoint = checkpoint_of(plan, family)
     split = split_servers(plan)
     todo = launches(plan, split)
-    nodes = sorted({one.slot.node for one in todo})
-    port = table("vllm_ascend")["ports"]["serve"]
-    made = {
-        f"serve_node{node}.sh": script(
-            plan, family, checkpoint, split, [one for one in todo if one.slot.node == node]
-        )
-        for node in nodes
-    }
-    if split.servers > 1:
-        made["balancer.conf"] = balancer(todo, port)
-    made |= quantize_script(plan)
-    alone = split.servers == 1
-    made["bench.sh"] = bench(
-        plan, checkpoint.shell, url=url_of(port) if alone else "", servers=split.servers
+    made = server_files(
+        plan,
+        checkpoint,
+        split,
+        todo,
+        port=table("vllm_ascend")["ports"]["serve"],
+        script=lambda here: script(plan, family, checkpoint, split, here),
     )
     made["README.md"] = readme(plan, checkpoint, split, todo, sorted({*made, "README.md"}))
     return made
@@ -196,46 +192,21 @@ def script(
 
     `more`: further flags of a launch.
     """
-    lines = [
-        "#!/usr/bin/env bash",
-        "# Serves the plan's model on one node; README.md says in which order to start the nodes.",
-        "set -euo pipefail",
-        *checkpoint.shell,
-        'case "$MODEL" in -*) echo "MODEL must not begin with a dash" >&2; exit 2 ;; esac',
-        *_network(here),
+    settings = [
+        *node_addresses(here, _NETWORK),
         *(
             f'export {name}="${{{name}:-{value}}}"'
             for name, value in environment(plan, family, split)
         ),
-        "",
     ]
+    words = ["vllm", "serve", Raw('"$MODEL"')]
     commands = [
-        command_line("vllm_flags", "serve", ["vllm", "serve", Raw('"$MODEL"')], flags)
-        + ' \\\n  "$@"'
-        for flags in (
-            [*serve_flags(plan, family, checkpoint, split, one), *more(one)] for one in here
+        command_line(
+            "vllm_flags",
+            "serve",
+            words,
+            [*serve_flags(plan, family, checkpoint, split, one), *more(one)],
         )
+        for one in here
     ]
-    visible = [",".join(str(device) for device in one.slot.devices) for one in here]
-    if len(commands) == 1:
-        lines += [f"export ASCEND_RT_VISIBLE_DEVICES={visible[0]}", f"exec {commands[0]}"]
-    else:
-        lines.append("trap 'kill $(jobs -p) 2>/dev/null || true' EXIT")
-        for devices, command in zip(visible, commands, strict=True):
-            lines.append(f"ASCEND_RT_VISIBLE_DEVICES={devices} {command} &")
-        lines.append("wait -n  # the first server to end ends all, so that none is missed")
-    return "\n".join(lines) + "\n"
-
-
-def _network(here: Sequence[Launch]) -> list[str]:
-    """Addresses that a server of several nodes must be told."""
-    if here[0].nodes == 1:
-        return []
-    head = here[0].head
-    return [
-        f': "${{HEAD_ADDRESS:?set HEAD_ADDRESS to the IP address of node {head}}}"',
-        ': "${NODE_ADDRESS:?set NODE_ADDRESS to the IP address of this node}"',
-        ': "${NIC:?set NIC to the network interface that has NODE_ADDRESS}"',
-        'export HCCL_IF_IP="$NODE_ADDRESS" HCCL_SOCKET_IFNAME="$NIC"',
-        'export GLOO_SOCKET_IFNAME="$NIC" TP_SOCKET_IFNAME="$NIC"',
-    ]
+    return node_script(checkpoint, settings, here, commands)
