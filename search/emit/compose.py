@@ -25,7 +25,7 @@ from shardplan.search.emit.containers import (
     servers_of,
 )
 from shardplan.search.emit.modelslim import quantize_script, quantize_steps
-from shardplan.search.emit.pools import address_list
+from shardplan.search.emit.pool_folder import address_lists, front_settings
 from shardplan.search.emit.schemas import check
 from shardplan.search.emit.serving_page import Page, ahead_words, bench, page
 from shardplan.search.emit.vllm_disagg import proxy_script
@@ -126,14 +126,13 @@ def _front(plan: Plan, kinds: Sequence[Servers], image: str) -> dict[str, str]:
     facts = table("containers")
     if plan.pools:
         sides = [kind.side for kind in kinds if kind.side is not None]
-        lists = dict.fromkeys(address_list(plan, kind.role) for kind in kinds)
         proxy: _Object = {
             "image": image,
             "network_mode": "host",
             "volumes": [f"./:{facts['inside']['scripts']}:ro"],
             "environment": {
                 "PROXY": facts["inside"]["proxy"],
-                **{name: _asked(name) for name in lists},
+                **{name: _asked(name) for name in address_lists(plan)},
             },
             "command": ["bash", f"{facts['inside']['scripts']}/proxy.sh"],
             "restart": "on-failure",
@@ -207,11 +206,10 @@ def _steps(plan: Plan, kinds: Sequence[Servers]) -> list[str]:
         steps.append(f"On node {node}: `{told}{command}`{head}")
     door = _door(plan, kinds)
     if plan.pools:
-        lists = dict.fromkeys(address_list(plan, kind.role) for kind in kinds)
-        told = " ".join(f'{name}="IP IP ..."' for name in lists)
         steps.append(
-            f"Once all are healthy (`docker compose ps`), on one node: `{told} docker compose -f "
-            f"compose_proxy.yaml up -d`; requests go to port {door} there."
+            "Once all are healthy (`docker compose ps`), on one node: "
+            f"`{front_settings(plan)} docker compose -f compose_proxy.yaml up -d`; requests go to "
+            f"port {door} there."
         )
     elif kinds[0].count > 1:
         steps.append(

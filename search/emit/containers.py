@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from shardplan.models.errors import InputError
 from shardplan.search.emit.common import Slot, model_name, printable, refuse, table
 from shardplan.search.emit.vllm_ascend import checked_family, script
-from shardplan.search.emit.vllm_disagg import Side, pool_script, sides_of
+from shardplan.search.emit.vllm_disagg import VllmSide, pool_script, sides_of
 from shardplan.search.emit.vllm_layout import Launch, Split, launches, split_servers
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
@@ -38,7 +38,7 @@ class Servers:
     checkpoint: Checkpoint
     split: Split
     launches: tuple[Launch, ...]
-    side: Side | None
+    side: VllmSide | None
     """Of a pool."""
     whole: Plan
     """The deployment's plan."""

@@ -28,6 +28,7 @@ from shardplan.search.emit.mindie_config import (
     world_of,
 )
 from shardplan.search.emit.modelslim import quantize_script, quantize_steps
+from shardplan.search.emit.pool_folder import pool_shapes
 from shardplan.search.emit.pools import check_pools, instance_of
 from shardplan.search.emit.rank_table import dump_json
 from shardplan.search.emit.schemas import check
@@ -212,18 +213,13 @@ def _page(plan: Plan, checkpoints: Sequence[Checkpoint], folder: str, names: Seq
     facts = table("mindie")
     engine, motor = facts["engine"], facts["motor"]
     needs = dict.fromkeys(need for one in checkpoints for need in one.needs)
-    shapes = [
-        f"- {pool.instances} {pool.role} instance(s) on {printable(pool.cluster.title)}: "
-        f"{printable(pool.strategy.parallelism().describe())}"
-        for pool in plan.pools
-    ]
     written_for = (
         f"Written for MindIE LLM {engine['mindie_llm']} and MindIE Motor "
         f"{engine['mindie_motor']}. Files: {', '.join(names)}."
     )
     return Page(
         title=f"{model_name(plan)} with MindIE Motor: prefill and decode apart",
-        about=[*shapes, "", written_for],
+        about=[*pool_shapes(plan), "", written_for],
         steps=[
             f"Put the checkpoint at {folder} on every node (or emit again with `--option "
             "weights=FOLDER`). It holds: " + "; ".join(needs) + ".",

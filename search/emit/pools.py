@@ -6,14 +6,17 @@ are whole nodes, so none crosses a border. An instance is one server.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from shardplan.models.errors import InputError
 from shardplan.search.emit.common import MAX_RANKS, Slot, check_plan, place, refuse
 from shardplan.search.emit.vllm_layout import Launch, Split, split_servers
+from shardplan.search.emit.vllm_schemes import Checkpoint
 from shardplan.search.plan import Plan, Pool
 
 __all__ = [
     "ROLES",
-    "address_list",
+    "Side",
     "check_pools",
     "instance_of",
     "one_server",
@@ -23,6 +26,32 @@ __all__ = [
 
 ROLES = ("prefill", "decode")
 _EAGER = "vllm-ascend-eager"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One pool as an engine runs it: each instance is one server."""
+
+    pool: Pool
+    plan: Plan
+    """The deployment's plan with one instance in place of all."""
+    checkpoint: Checkpoint
+    split: Split
+    launches: tuple[Launch, ...]
+
+    @property
+    def nodes(self) -> list[int]:
+        """Nodes that hold a part of an instance."""
+        return sorted({one.slot.node for one in self.launches})
+
+    def on(self, node: int) -> list[Launch]:
+        """What runs on a node."""
+        return [one for one in self.launches if one.slot.node == node]
+
+    @property
+    def heads(self) -> list[Launch]:
+        """The launch of each instance that takes requests."""
+        return [one for one in self.launches if one.index == 0]
 
 
 def check_pools(target: str, plan: Plan) -> None:
@@ -89,11 +118,6 @@ def one_server(target: str, plan: Plan) -> Split:
 def shares_cards(plan: Plan) -> bool:
     """Whether both pools take their nodes from one cluster."""
     return plan.request.prefill_cards is None
-
-
-def address_list(plan: Plan, role: str) -> str:
-    """Shell variable that lists the addresses of a pool's nodes."""
-    return "NODE_ADDRESSES" if shares_cards(plan) else f"{role.upper()}_NODE_ADDRESSES"
 
 
 def placed(target: str, plan: Plan) -> list[tuple[Launch, ...]]:

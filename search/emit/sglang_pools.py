@@ -13,40 +13,28 @@ in `search/data/sglang.toml`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from shardplan.search.emit.common import Raw, command_line, model_name, printable, table
-from shardplan.search.emit.modelslim import quantize_script, quantize_steps
-from shardplan.search.emit.pools import (
+from shardplan.search.emit.common import Raw, command_line, model_name, table
+from shardplan.search.emit.pool_folder import (
+    address_lines,
     address_list,
-    check_pools,
-    instance_of,
-    one_server,
-    placed,
-    shares_cards,
+    checkpoint_steps,
+    front_settings,
+    pool_shapes,
+    side_files,
+    start_steps,
 )
-from shardplan.search.emit.serving_page import Page, bench, page
+from shardplan.search.emit.pools import Side, check_pools, instance_of, one_server, placed
+from shardplan.search.emit.serving_page import Page, page
 from shardplan.search.emit.sglang import assumed, checked, script
 from shardplan.search.emit.vllm_flags import Flag
-from shardplan.search.emit.vllm_layout import Launch, Split
+from shardplan.search.emit.vllm_layout import Launch
 from shardplan.search.emit.vllm_readme import url_of
-from shardplan.search.emit.vllm_schemes import Checkpoint
-from shardplan.search.plan import Plan, Pool
+from shardplan.search.plan import Plan
 
 __all__ = ["pool_files"]
 
 _TARGET = "sglang"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Side:
-    """One pool as SGLang runs it."""
-
-    pool: Pool
-    plan: Plan
-    checkpoint: Checkpoint
-    split: Split
-    launches: tuple[Launch, ...]
 
 
 def pool_files(plan: Plan) -> dict[str, str]:
@@ -54,7 +42,7 @@ def pool_files(plan: Plan) -> dict[str, str]:
     check_pools(_TARGET, plan)
     plans = [instance_of(plan, pool) for pool in plan.pools]
     sides = [
-        _Side(
+        Side(
             pool=pool,
             plan=one,
             checkpoint=checked(one),
@@ -63,22 +51,14 @@ def pool_files(plan: Plan) -> dict[str, str]:
         )
         for pool, one, own in zip(plan.pools, plans, placed(_TARGET, plan), strict=True)
     ]
-    made = {}
-    for side in sides:
-        for node in sorted({one.slot.node for one in side.launches}):
-            made[f"serve_{side.pool.role}_node{node}.sh"] = _script(side, node)
-    made["router.sh"] = _router(plan, sides)
-    made |= quantize_script(sides[1].plan)
-    instances = sum(pool.instances for pool in plan.pools)
-    made["bench.sh"] = bench(sides[1].plan, sides[1].checkpoint.shell, servers=instances)
+    made = {**side_files(sides, _script), "router.sh": _router(plan, sides)}
     made["README.md"] = _readme(plan, sides, sorted({*made, "README.md"}))
     return made
 
 
-def _script(side: _Side, node: int) -> str:
+def _script(side: Side, here: list[Launch]) -> str:
     facts = table("sglang")
     transfer, ports = facts["transfer"], facts["ports"]
-    here = [one for one in side.launches if one.slot.node == node]
 
     def role(one: Launch) -> list[Flag]:
         flags: list[Flag] = [
@@ -96,25 +76,19 @@ def _script(side: _Side, node: int) -> str:
     return script(side.plan, side.checkpoint, side.split, here, role, network)
 
 
-def _router(plan: Plan, sides: Sequence[_Side]) -> str:
+def _router(plan: Plan, sides: Sequence[Side]) -> str:
     """The router over the heads of all instances."""
     ports = table("sglang")["ports"]
     lines = [
         "#!/usr/bin/env bash",
         "# Sends each request to a prefill and a decode instance (README.md).",
         "set -euo pipefail",
+        *address_lines(plan),
     ]
-    for name in dict.fromkeys(address_list(plan, side.pool.role) for side in sides):
-        lines += [
-            f': "${{{name}:?set {name} to the IP addresses of the nodes, in their order}}"',
-            f'read -r -a {name}_LIST <<< "${name}"',
-        ]
     flags: list[Flag] = [("--pd-disaggregation", None), ("--policy", "cache_aware")]
     for side in sides:
         name = f"{address_list(plan, side.pool.role)}_LIST"
-        for one in side.launches:
-            if one.index:
-                continue
+        for one in side.heads:
             where = f'"http://${{{name}[{one.head}]}}:{ports["serve"] + one.port_offset}"'
             port = f" {ports['bootstrap'] + one.port_offset}"
             flags.append((f"--{side.pool.role}", Raw(where + port * (side.pool.role == "prefill"))))
@@ -128,20 +102,14 @@ def _router(plan: Plan, sides: Sequence[_Side]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _readme(plan: Plan, sides: Sequence[_Side], names: Sequence[str]) -> str:
+def _readme(plan: Plan, sides: Sequence[Side], names: Sequence[str]) -> str:
     facts = table("sglang")
-    shapes = [
-        f"- {side.pool.instances} {side.pool.role} instance(s) on "
-        f"{printable(side.pool.cluster.title)}: "
-        f"{printable(side.pool.strategy.parallelism().describe())}"
-        for side in sides
-    ]
     written_for = f"Written for sglang {facts['engine']['sglang']}. Files: {', '.join(names)}."
     return page(
         plan,
         Page(
             title=f"{model_name(plan)} with SGLang on Ascend: prefill and decode apart",
-            about=[*shapes, "", written_for],
+            about=[*pool_shapes(plan), "", written_for],
             steps=_steps(plan, sides),
             url=url_of(facts["ports"]["router"]),
             load="`BASE_URL=http://HOST:PORT ./bench.sh` sends the plan's workload to the router.",
@@ -153,28 +121,11 @@ def _readme(plan: Plan, sides: Sequence[_Side], names: Sequence[str]) -> str:
     )
 
 
-def _steps(plan: Plan, sides: Sequence[_Side]) -> list[str]:
-    needs = dict.fromkeys(need for side in sides for need in side.checkpoint.needs)
-    steps = [
-        "Put the checkpoint on every node at one path (or let SGLang download it). It holds: "
-        + "; ".join(needs)
-        + ".",
-        *quantize_steps(sides[1].plan),
-    ]
-    for side in sides:
-        settings = "MODEL=FOLDER PREFILL_ADDRESS=IP "
-        if any(one.nodes > 1 for one in side.launches):
-            settings += "HEAD_ADDRESS=IP NODE_ADDRESS=IP NIC=INTERFACE "
-        where = "node" if shares_cards(plan) else f"{side.pool.role} node"
-        steps += [
-            f"On {where} {node}: `{settings}./serve_{side.pool.role}_node{node}.sh`"
-            for node in sorted({one.slot.node for one in side.launches})
-        ]
-    names = dict.fromkeys(address_list(plan, side.pool.role) for side in sides)
-    lists = " ".join(f'{name}="IP IP ..."' for name in names)
+def _steps(plan: Plan, sides: Sequence[Side]) -> list[str]:
     port = table("sglang")["ports"]["router"]
     return [
-        *steps,
-        f"Once all answer /health, on one node: `{lists} ./router.sh`; requests go to port {port} "
-        "there.",
+        *checkpoint_steps(sides, "SGLang"),
+        *start_steps(plan, sides, "MODEL=FOLDER PREFILL_ADDRESS=IP "),
+        f"Once all answer /health, on one node: `{front_settings(plan)} ./router.sh`; requests go "
+        f"to port {port} there.",
     ]

@@ -19,40 +19,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardplan.search.emit.common import model_name, printable, refuse, table
-from shardplan.search.emit.modelslim import quantize_script, quantize_steps
-from shardplan.search.emit.pools import (
+from shardplan.search.emit.common import model_name, refuse, table
+from shardplan.search.emit.pool_folder import (
+    address_lines,
     address_list,
-    check_pools,
-    instance_of,
-    one_server,
-    placed,
-    shares_cards,
+    checkpoint_steps,
+    front_settings,
+    pool_shapes,
+    side_files,
+    start_steps,
 )
-from shardplan.search.emit.serving_page import Page, ahead_words, bench, page
+from shardplan.search.emit.pools import Side, check_pools, instance_of, one_server, placed
+from shardplan.search.emit.serving_page import Page, ahead_words, page
 from shardplan.search.emit.vllm_ascend import checked_family, script
 from shardplan.search.emit.vllm_flags import Flag
-from shardplan.search.emit.vllm_layout import Launch, Split
+from shardplan.search.emit.vllm_layout import Launch
 from shardplan.search.emit.vllm_readme import url_of
-from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
-from shardplan.search.plan import Plan, Pool, StrategyInfo
+from shardplan.search.emit.vllm_schemes import checkpoint_of
+from shardplan.search.plan import Plan, StrategyInfo
 
-__all__ = ["Side", "disagg_files", "pool_script", "pool_transfer", "proxy_script", "sides_of"]
+__all__ = ["VllmSide", "disagg_files", "pool_script", "pool_transfer", "proxy_script", "sides_of"]
 
 _TARGET = "vllm-ascend"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """One pool as vLLM runs it: each instance is one server."""
+class VllmSide(Side):
+    """A pool on devices of one family."""
 
-    pool: Pool
-    plan: Plan
-    """The deployment's plan with one instance in place of all."""
     family: str
-    checkpoint: Checkpoint
-    split: Split
-    launches: tuple[Launch, ...]
 
     @property
     def first_port(self) -> int:
@@ -63,20 +58,13 @@ class Side:
 def disagg_files(plan: Plan) -> dict[str, str]:
     """Texts by file name. `InputError` for a plan that vLLM on Ascend cannot run."""
     sides = sides_of(plan)
-    made = {}
-    for side in sides:
-        for node in sorted({one.slot.node for one in side.launches}):
-            here = [one for one in side.launches if one.slot.node == node]
-            made[f"serve_{side.pool.role}_node{node}.sh"] = pool_script(plan, side, here)
+    made = side_files(sides, lambda side, here: pool_script(plan, side, here))
     made["proxy.sh"] = proxy_script(plan, sides)
-    made |= quantize_script(sides[1].plan)
-    instances = sum(pool.instances for pool in plan.pools)
-    made["bench.sh"] = bench(sides[1].plan, sides[1].checkpoint.shell, servers=instances)
     made["README.md"] = _readme(plan, sides, sorted({*made, "README.md"}))
     return made
 
 
-def sides_of(plan: Plan) -> list[Side]:
+def sides_of(plan: Plan) -> list[VllmSide]:
     """Prefill, then decode. `InputError` for a plan that vLLM on Ascend cannot run."""
     check_pools(_TARGET, plan)
     plans = [instance_of(plan, pool) for pool in plan.pools]
@@ -99,7 +87,7 @@ def sides_of(plan: Plan) -> list[Side]:
                 hint="plan for a server of 8 or 16",
             )
     return [
-        Side(
+        VllmSide(
             pool=pool,
             plan=one,
             family=families[0],
@@ -137,7 +125,7 @@ def _ports() -> dict[int, int]:
     return {int(ranks): port for ranks, port in rows.items() if ranks.isdigit()}
 
 
-def pool_script(plan: Plan, side: Side, here: Sequence[Launch]) -> str:
+def pool_script(plan: Plan, side: VllmSide, here: Sequence[Launch]) -> str:
     """The script that starts some instances of a pool on one node."""
 
     def connector(one: Launch) -> list[Flag]:
@@ -146,7 +134,7 @@ def pool_script(plan: Plan, side: Side, here: Sequence[Launch]) -> str:
     return script(side.plan, side.family, side.checkpoint, side.split, here, connector)
 
 
-def pool_transfer(plan: Plan, side: Side, one: Launch) -> dict[str, Any]:
+def pool_transfer(plan: Plan, side: VllmSide, one: Launch) -> dict[str, Any]:
     """The connector's settings of one server."""
     facts = table("vllm_ascend")["kv_transfer"]
     prefill, decode = (pool.strategy for pool in plan.pools)
@@ -166,7 +154,7 @@ def pool_transfer(plan: Plan, side: Side, one: Launch) -> dict[str, Any]:
     }
 
 
-def proxy_script(plan: Plan, sides: Sequence[Side]) -> str:
+def proxy_script(plan: Plan, sides: Sequence[VllmSide]) -> str:
     """The proxy over the heads of all instances."""
     facts, ports = table("vllm_ascend")["kv_transfer"], table("vllm_ascend")["ports"]
     lines = [
@@ -174,33 +162,22 @@ def proxy_script(plan: Plan, sides: Sequence[Side]) -> str:
         "# Sends each request to a prefill instance, then to a decode instance (README.md).",
         "set -euo pipefail",
         f': "${{PROXY:?set PROXY to {facts["proxy"]} of vllm-ascend}}"',
+        *address_lines(plan),
     ]
-    for name in dict.fromkeys(address_list(plan, side.pool.role) for side in sides):
-        lines += [
-            f': "${{{name}:?set {name} to the IP addresses of the nodes, in their order}}"',
-            f'read -r -a {name}_LIST <<< "${name}"',
-        ]
     words = [f'--host "${{HOST:-0.0.0.0}}" --port "${{PORT:-{facts["proxy_port"]}}}"']
     for side, option in zip(sides, ("prefiller", "decoder"), strict=True):
-        heads = [one for one in side.launches if one.index == 0]
         name = f"{address_list(plan, side.pool.role)}_LIST"
-        hosts = " ".join(f'"${{{name}[{one.head}]}}"' for one in heads)
-        numbers = " ".join(str(ports["serve"] + one.port_offset) for one in heads)
+        hosts = " ".join(f'"${{{name}[{one.head}]}}"' for one in side.heads)
+        numbers = " ".join(str(ports["serve"] + one.port_offset) for one in side.heads)
         words += [f"--{option}-hosts {hosts}", f"--{option}-ports {numbers}"]
     lines += ["", "exec " + " \\\n  ".join(['python3 "$PROXY"', *words, '"$@"'])]
     return "\n".join(lines) + "\n"
 
 
-def _readme(plan: Plan, sides: Sequence[Side], names: Sequence[str]) -> str:
+def _readme(plan: Plan, sides: Sequence[VllmSide], names: Sequence[str]) -> str:
     """README.md of the deployment."""
     facts = table("vllm_ascend")
     engine, transfer = facts["engine"], facts["kv_transfer"]
-    shapes = [
-        f"- {side.pool.instances} {side.pool.role} instance(s) on "
-        f"{printable(side.pool.cluster.title)}: "
-        f"{printable(side.pool.strategy.parallelism().describe())}"
-        for side in sides
-    ]
     written_for = (
         f"Written for vllm {engine['vllm']} and vllm-ascend {engine['vllm_ascend']}. Files: "
         f"{', '.join(names)}."
@@ -209,7 +186,7 @@ def _readme(plan: Plan, sides: Sequence[Side], names: Sequence[str]) -> str:
         plan,
         Page(
             title=f"{model_name(plan)} with vLLM on Ascend: prefill and decode apart",
-            about=[*shapes, "", written_for],
+            about=[*pool_shapes(plan), "", written_for],
             steps=_steps(plan, sides),
             url=url_of(transfer["proxy_port"]),
             load="`BASE_URL=http://HOST:PORT ./bench.sh` sends the plan's workload to the proxy.",
@@ -225,29 +202,11 @@ def _readme(plan: Plan, sides: Sequence[Side], names: Sequence[str]) -> str:
     )
 
 
-def _steps(plan: Plan, sides: Sequence[Side]) -> list[str]:
-    needs = dict.fromkeys(need for side in sides for need in side.checkpoint.needs)
-    steps = [
-        "Put the checkpoint on every node at one path (or let vLLM download it). It holds: "
-        + "; ".join(needs)
-        + ".",
-        *quantize_steps(sides[1].plan),
+def _steps(plan: Plan, sides: Sequence[VllmSide]) -> list[str]:
+    port = table("vllm_ascend")["kv_transfer"]["proxy_port"]
+    return [
+        *checkpoint_steps(sides, "vLLM"),
+        *start_steps(plan, sides, "MODEL=FOLDER "),
+        f"Once all answer /health, on one node: `PROXY=FILE {front_settings(plan)} ./proxy.sh`; "
+        f"requests go to port {port} there.",
     ]
-    for side in sides:
-        settings = "MODEL=FOLDER "
-        if any(one.nodes > 1 for one in side.launches):
-            settings += "HEAD_ADDRESS=IP NODE_ADDRESS=IP NIC=INTERFACE "
-        where = "node" if shares_cards(plan) else f"{side.pool.role} node"
-        for node in sorted({one.slot.node for one in side.launches}):
-            heads = sorted({one.head for one in side.launches if one.slot.node == node})
-            head = f" (HEAD_ADDRESS: node {heads[0]})" if "HEAD_ADDRESS" in settings else ""
-            steps.append(
-                f"On {where} {node}: `{settings}./serve_{side.pool.role}_node{node}.sh`{head}"
-            )
-    names = dict.fromkeys(address_list(plan, side.pool.role) for side in sides)
-    lists = " ".join(f'{name}="IP IP ..."' for name in names)
-    steps.append(
-        f"Once all answer /health, on one node: `PROXY=FILE {lists} ./proxy.sh`; requests go to "
-        f"port {table('vllm_ascend')['kv_transfer']['proxy_port']} there."
-    )
-    return steps
