@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 
 from shardplan.costmodel.validation import baseline_of, tightened, worse
+from shardplan.models.atomic import write_atomically
 from shardplan.search.ablation import run_ablation
 from shardplan.search.ablation_tables import to_markdown
 from shardplan.search.main import run
-from shardplan.search.plan import write_atomically
 from shardplan.search.validate import Report, validate
 from shardplan.search.validate_out import PAGE_MARKS, between
 from shardplan.search.validate_plot import scatter_svg

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardplan.models.atomic import written_bytes
 from shardplan.models.errors import InputError
 from shardplan.search.analyze import THROUGHPUT, best_first, pareto_rows, summarise, value_name
-from shardplan.search.atomic import written_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -81,8 +81,8 @@ def calibrate(
 ) -> None:
     """Correct the cost model by measurements of your own machine."""
     from shardplan.costmodel.profiler_files.measurement import ReadOptions
+    from shardplan.models.atomic import write_atomically
     from shardplan.search.calibrate import calibrate_device, parse_anchor
-    from shardplan.search.plan import write_atomically
 
     if not device:
         raise InputError("`--device` is needed", hint="see `shardplan devices`")

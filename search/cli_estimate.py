@@ -150,9 +150,9 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _many(points: Path, out: Path | None, defaults: Mapping[str, Any], as_json: bool) -> None:
+    from shardplan.models.atomic import write_atomically
     from shardplan.search.estimate import price_columns
     from shardplan.search.estimate_csv import priced_csv, priced_rows, read_points_csv
-    from shardplan.search.plan import write_atomically
 
     if out is not None:
         check_file_out(out)

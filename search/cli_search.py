@@ -375,8 +375,8 @@ def _ablation(asked: dict[str, Any], out: Path | None, as_json: bool) -> None:
     if out is not None:
         import json
 
+        from shardplan.models.atomic import write_atomically
         from shardplan.search.cli_common import strict
-        from shardplan.search.plan import write_atomically
 
         write_atomically(out, json.dumps(strict(found.to_json()), indent=2) + "\n")
         note(f"wrote {out}")

@@ -108,7 +108,7 @@ def _describe(path: str | None, given: dict[str, Any], written: Path | None, as_
     from shardplan.costmodel.simulate.describe import describe
     from shardplan.costmodel.simulate.traces import is_trace, trace_lines
     from shardplan.costmodel.simulate.workload import requests
-    from shardplan.search.atomic import written_atomically
+    from shardplan.models.atomic import written_atomically
     from shardplan.search.simulate_demand import read_demand
     from shardplan.search.tables_simulate import print_description
 

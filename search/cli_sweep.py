@@ -93,9 +93,9 @@ def _compare(
     found: Any, base: dict[str, Any], texts: list[str], folder: Path, *, as_json: bool
 ) -> None:
     """Where both ways of serving were swept: which of them pays, as a page and a picture."""
+    from shardplan.models.atomic import write_atomically
     from shardplan.search.crossover import crossover_of, print_crossover, to_markdown
     from shardplan.search.crossover_plot import draw_crossover
-    from shardplan.search.plan import write_atomically
 
     both = crossover_of(found, str(base.get("objective") or "throughput"))
     if both is None:

@@ -15,11 +15,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import balanced_stages
 from shardplan.search.evaluate import LIMITS
 from shardplan.search.kept import Kept, KeptGrid, Outcome, column_of, each_of
-from shardplan.search.plan import write_atomically
 from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:

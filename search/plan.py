@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
-from shardplan.search.atomic import rounded, write_atomically
 from shardplan.search.plan_batching import Batching
 from shardplan.search.plan_capacity import Capacity
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
@@ -28,6 +28,7 @@ from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
 from shardplan.search.plan_robustness import PARTS, Robustness
 from shardplan.search.plan_versions import upgraded
+from shardplan.search.rounding import rounded
 
 __all__ = [
     "BasisShares",
@@ -53,7 +54,6 @@ __all__ = [
     "WeakestPart",
     "Workload",
     "plan_schema",
-    "write_atomically",
 ]
 
 OPERATORS = "operators"

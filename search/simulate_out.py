@@ -15,8 +15,9 @@ from typing import Any
 from shardplan.costmodel.simulate.record import COLUMNS, row_of
 from shardplan.costmodel.simulate.request import Request
 from shardplan.costmodel.simulate.timeline import Timeline
-from shardplan.search.atomic import rounded, write_atomically, written_atomically
+from shardplan.models.atomic import write_atomically, written_atomically
 from shardplan.search.cli_common import strict
+from shardplan.search.rounding import rounded
 from shardplan.search.simulate import Simulated
 
 __all__ = ["requests_file", "write_simulation"]

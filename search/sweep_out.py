@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shardplan.search.plan import write_atomically
+from shardplan.models.atomic import write_atomically
 from shardplan.search.sweep import Sweep, columns
 from shardplan.search.tables import add, new_table, rate_text, seconds_text, show
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardplan.models.atomic import written_bytes
 from shardplan.models.errors import InputError
-from shardplan.search.atomic import written_bytes
 from shardplan.search.sweep import Sweep
 from shardplan.search.sweep_out import layout_words, value_words
 from shardplan.search.sweep_values import Axis

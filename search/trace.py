@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from shardplan.costmodel.program import Kernel, Pass, StageProgram
+from shardplan.models.atomic import written_atomically
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import Parallelism
 from shardplan.models.ranks import coordinates
-from shardplan.search.atomic import written_atomically
 from shardplan.search.plan import Plan
 from shardplan.search.predicted import MOST_PIECES, Predicted
 

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES
-from shardplan.search.plan import write_atomically
 from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
-from shardplan.search.plan import write_atomically
 from shardplan.search.validate_plot import scatter_svg
 from shardplan.search.validate_tables import figures_csv, to_markdown
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import shardplan
-from shardplan.search.plan import write_atomically
+from shardplan.models.atomic import write_atomically
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = {

@@ -25,11 +25,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
 from shardplan.search.emit.common import check_plan
 from shardplan.search.emit.nearest import with_nearest
 from shardplan.search.oplevel.plan import OperatorPlan
-from shardplan.search.plan import OPERATORS, Plan, write_atomically
+from shardplan.search.plan import OPERATORS, Plan
 from shardplan.search.targets import (
     BUILT_IN,
     GROUP,

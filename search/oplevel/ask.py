@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.opcost import AUTO_DTYPE
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import ProofError
 from shardplan.models.opgraph import Layout, OpGraph
 from shardplan.search.oplevel.api import MeshShape, search_operators
 from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.oplevel.proof import prove_operators
 from shardplan.search.output import check_out
-from shardplan.search.plan import write_atomically
 from shardplan.search.trial_table import TrialTable
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
 from shardplan.models.opfold import first_alike
 from shardplan.models.opgraph import OpGraph
-from shardplan.search.atomic import rounded, write_atomically
 from shardplan.search.plan import MAX_PLAN_BYTES, ClusterInfo, ProofInfo
 from shardplan.search.plan_confidence import Part
+from shardplan.search.rounding import rounded
 
 __all__ = [
     "HeldRow",

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
-from shardplan.search.plan import Plan, write_atomically
+from shardplan.search.plan import Plan
 from shardplan.search.predicted import known_steps
 from shardplan.search.report.page import page
 from shardplan.search.trial_table import TrialTable

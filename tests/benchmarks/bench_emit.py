@@ -21,9 +21,10 @@ from measuring import (  # type: ignore[import-not-found]  # beside this script
     table,
 )
 
+from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
 from shardplan.search.emit import emit
-from shardplan.search.plan import Plan, write_atomically
+from shardplan.search.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ("llama-65b_atlas-800t-a2", "deepseek-v3_cloudmatrix-384_disagg")

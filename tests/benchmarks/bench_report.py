@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 from tests.search.plan_factory import make_trials  # noqa: E402  # the root is on the path now
 
-from shardplan.search.plan import Plan, write_atomically  # noqa: E402
+from shardplan.models.atomic import write_atomically  # noqa: E402
+from shardplan.search.plan import Plan  # noqa: E402
 from shardplan.search.report import write_report  # noqa: E402
 from shardplan.search.trial_table import TrialTable  # noqa: E402
 from shardplan.search.trials import write_trials  # noqa: E402

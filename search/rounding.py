@@ -1,12 +1,10 @@
-"""Floats that are the same on every machine, and what writes files whole (`models.atomic`)."""
+"""Floats that are the same on every machine."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from shardplan.models.atomic import write_atomically, written_atomically, written_bytes
-
-__all__ = ["rounded", "write_atomically", "written_atomically", "written_bytes"]
+__all__ = ["rounded"]
 
 
 def rounded(value: Any) -> Any:
