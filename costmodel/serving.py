@@ -80,7 +80,6 @@ __all__ = [
     "Serving",
     "ServingInput",
     "Steady",
-    "Steps",
     "replay",
     "serve",
     "steady",

@@ -27,7 +27,7 @@ from shardplan.costmodel.formulas import FORMULAS, local_tokens, pointwise_time
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective, group_size
-from shardplan.costmodel.load import PARTS, ZERO, Load, Parts, kernel_dtype
+from shardplan.costmodel.load import PARTS, ZERO, Load, Parts
 from shardplan.costmodel.memo import Memo, Points
 from shardplan.costmodel.optable import NO_OVERLAP, Group, Overlap, Row, block_rows, phase_rows
 from shardplan.costmodel.overlap import fused_parts, prefetched
@@ -38,7 +38,9 @@ from shardplan.models.graph import Phase
 from shardplan.models.modules import data_widths
 from shardplan.models.parallel import Parallelism
 
-__all__ = ["FORMULAS", "Load", "Parts", "StepModel", "kernel_dtype"]
+__all__ = [
+    "StepModel",
+]
 
 
 def _block_rows(

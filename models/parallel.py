@@ -41,7 +41,6 @@ from shardplan.models.spec import ModelSpec
 
 __all__ = [
     "AXES",
-    "MODULES",
     "Axis",
     "Exchange",
     "Mesh",

@@ -26,7 +26,7 @@ from shardplan.costmodel.engines import EngineProfile, load_engine
 from shardplan.costmodel.hardware import Device
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.step import Load
+from shardplan.costmodel.load import Load
 from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.errors import InfeasibleError, InputError

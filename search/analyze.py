@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.models.errors import InputError
-from shardplan.models.parallel import MODULES
+from shardplan.models.modules import MODULES
 from shardplan.search.trials import TRIAL_COLUMNS
 
 if TYPE_CHECKING:

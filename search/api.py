@@ -23,6 +23,7 @@ from shardplan.models.catalog import load_model
 from shardplan.models.errors import InputError, ProofError
 from shardplan.models.spec import ModelSpec
 from shardplan.search.aside import aside
+from shardplan.search.asked import DEFAULT_TRIALS
 from shardplan.search.beside import Beside, search_beside
 from shardplan.search.build_plan import build_plan, pareto_front, time_note
 from shardplan.search.costs import cost_of
@@ -33,13 +34,7 @@ from shardplan.search.kept import Kept, Outcome
 from shardplan.search.output import MOST_ROWS, trial_table
 from shardplan.search.plan import Plan, ProofInfo
 from shardplan.search.proof import prove_strategy
-from shardplan.search.request import (
-    DEFAULT_TRIALS,
-    Asked,
-    Resolved,
-    resolve,
-    without_limits,
-)
+from shardplan.search.request import Asked, Resolved, resolve, without_limits
 from shardplan.search.robust_plan import refined_of, study, with_study
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
 from shardplan.search.trial_table import TrialTable

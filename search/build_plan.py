@@ -15,8 +15,8 @@ from shardplan.costmodel.forward import forward_loads, parts_by_kind
 from shardplan.costmodel.hardware import Cluster, Device
 from shardplan.costmodel.kernels.attention import kv_element_bytes
 from shardplan.costmodel.ledger import StageMemory, weight_element_bytes
+from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.optable import Group
-from shardplan.costmodel.step import Load, Parts
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
 from shardplan.search.build_confidence import plan_confidence

@@ -199,7 +199,7 @@ def _uncorrected(device: str) -> Device:
 
 def _own_kernels(engine_profile: str | None, device: Device) -> str:
     """The engine profile where the calibration knows kernels of its own; "" elsewhere."""
-    from shardplan.search.estimate_layout import find_engine
+    from shardplan.search.estimate_names import find_engine
 
     engine = find_engine(engine_profile or "", device).name
     return engine if engine in calibration_engines(device.calibration) else ""

@@ -8,7 +8,8 @@ import numpy as np
 
 from shardplan.costmodel.disagg import BOUNDS
 from shardplan.models.errors import ProofError
-from shardplan.models.parallel import MODULES, Parallelism
+from shardplan.models.modules import MODULES
+from shardplan.models.parallel import Parallelism
 from shardplan.search.build_plan import (
     bounded_wall_s,
     breakdown,

@@ -16,8 +16,8 @@ from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool, Role, instance_sizes, prefill_grid
 from shardplan.search.evaluate import Question
-from shardplan.search.legality import Subject
 from shardplan.search.request import Asked, Resolved, resolve
+from shardplan.search.rulebook import Subject
 from shardplan.search.space import batch_grid
 
 __all__ = ["Sides", "disagg_question", "resolve_sides", "role_question"]

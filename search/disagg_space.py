@@ -36,8 +36,9 @@ from shardplan.search.layouts import (
     module_splits,
     other_orders,
 )
-from shardplan.search.legality import Subject, first_broken_rule
+from shardplan.search.legality import first_broken_rule
 from shardplan.search.plan import Workload
+from shardplan.search.rulebook import Subject
 from shardplan.search.space import Choice, Ruled
 
 __all__ = [

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = [
     "OUTPUT_COLUMNS",
     "SERVE_COLUMNS",
-    "STEP_COLUMNS",
     "SURE_COLUMNS",
     "Prices",
     "check_columns",

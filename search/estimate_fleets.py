@@ -21,12 +21,9 @@ from shardplan.costmodel.bulk import Dtypes, Fleet
 from shardplan.costmodel.bulk_memory import FleetMemory, Held
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.models.errors import ShardplanError
-from shardplan.search.estimate_layout import (
-    LAYOUT_COLUMNS,
-    Layout,
-    LayoutMaker,
+from shardplan.search.estimate_layout import LAYOUT_COLUMNS, Layout, LayoutMaker, check_switches
+from shardplan.search.estimate_names import (
     attention_for,
-    check_switches,
     kv_dtype_for,
     own_kv_dtype,
     weight_dtype_for,

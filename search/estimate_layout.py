@@ -47,30 +47,19 @@ from shardplan.models.parallel import Parallelism
 from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
 from shardplan.search.estimate_names import (
-    attention_for,
-    default_weight_dtype,
     find_cluster,
     find_engine,
-    kv_dtype_for,
     needed,
-    own_kv_dtype,
-    weight_dtype_for,
 )
-from shardplan.search.legality import Subject, first_broken_switch_rule, rules
+from shardplan.search.legality import first_broken_switch_rule
 from shardplan.search.mtp import check_depth
+from shardplan.search.rulebook import Subject, rules
 
 __all__ = [
     "LAYOUT_COLUMNS",
     "Layout",
     "LayoutMaker",
-    "attention_for",
     "check_switches",
-    "default_weight_dtype",
-    "find_cluster",
-    "find_engine",
-    "kv_dtype_for",
-    "own_kv_dtype",
-    "weight_dtype_for",
 ]
 
 _MODULE_RANKS = tuple(f"{module}_tp" for module in MODULES)

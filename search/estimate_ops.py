@@ -32,7 +32,7 @@ from shardplan.costmodel.kernels.mla import mla_decode, mla_prefill
 from shardplan.costmodel.kernels.moe import moe_block
 from shardplan.costmodel.placement import group_tiers
 from shardplan.models.errors import InputError
-from shardplan.search.estimate_layout import find_cluster, kv_dtype_for
+from shardplan.search.estimate_names import find_cluster, kv_dtype_for
 from shardplan.search.estimate_points import Indices, Points
 
 __all__ = ["COLLECTIVE_OPS", "OP_COLUMNS", "OP_GROUP", "price_ops"]

@@ -25,7 +25,7 @@ from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_request import disagg_question, resolve_sides
 from shardplan.search.disagg_space import PairKey, Pool, pair_key
 from shardplan.search.failure import no_legal_layout
-from shardplan.search.legality import Subject, binding_rules, broken_pair_rules
+from shardplan.search.legality import binding_rules, broken_pair_rules
 from shardplan.search.request import Asked, Resolved, resolve
 from shardplan.search.rule_counts import (
     RuleCount,
@@ -33,6 +33,7 @@ from shardplan.search.rule_counts import (
     count_rules,
     rule_count,
 )
+from shardplan.search.rulebook import Subject
 
 __all__ = ["PoolRules", "count_pools", "explain_space"]
 

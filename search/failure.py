@@ -27,10 +27,11 @@ from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, context_tokens
 from shardplan.search.kept import Kept, Outcome
-from shardplan.search.legality import rules, unsupported_format
+from shardplan.search.legality import unsupported_format
 from shardplan.search.only import only_words
 from shardplan.search.plan import Workload
 from shardplan.search.request import Resolved
+from shardplan.search.rulebook import rules
 from shardplan.search.space import Choice, Space, build_space
 
 __all__ = ["context_message", "no_legal_layout", "nothing_feasible", "out_of_time"]

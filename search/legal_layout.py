@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import LayoutError
-from shardplan.models.parallel import MODULES, Parallelism, make_mesh
+from shardplan.models.modules import MODULES
+from shardplan.models.parallel import Parallelism, make_mesh
 from shardplan.models.ranks import axis_stride
 from shardplan.search.mtp import most_depth
 from shardplan.search.rulebook import Subject, value

@@ -22,16 +22,10 @@ from shardplan.search.legal_choice import ANY_LAYOUT, FORMAT_RULES, SWITCH_RULES
 from shardplan.search.legal_engine import ENGINE_RULES
 from shardplan.search.legal_layout import LAYOUT_RULES
 from shardplan.search.legal_pair import PAIR_RULES
-from shardplan.search.rulebook import Role, Rule, Subject, family_name, rules
+from shardplan.search.rulebook import Role, Subject, family_name, rules
 
 __all__ = [
-    "FORMAT_RULES",
-    "PAIR_RULES",
     "RULES",
-    "SWITCH_RULES",
-    "Role",
-    "Rule",
-    "Subject",
     "binding_rules",
     "broken_pair_rules",
     "broken_rules",
@@ -40,7 +34,6 @@ __all__ = [
     "first_broken_pair_rule",
     "first_broken_rule",
     "first_broken_switch_rule",
-    "rules",
     "unsupported_format",
     "unsupported_switch",
 ]

@@ -26,7 +26,6 @@ from shardplan.models.spec import ModelSpec
 from shardplan.models.weight_groups import groups_of
 from shardplan.search.algorithms import asked_algorithms
 from shardplan.search.asked import (
-    DEFAULT_TRIALS,
     SWITCHES,
     Asked,
     check_words,
@@ -36,14 +35,15 @@ from shardplan.search.asked import (
 )
 from shardplan.search.costs import Prices, read_prices
 from shardplan.search.layouts import Reach
-from shardplan.search.legality import rules, unsupported_format, unsupported_switch
+from shardplan.search.legality import unsupported_format, unsupported_switch
 from shardplan.search.mtp import depths_and_workload
 from shardplan.search.plan import Limits, Request, Workload
+from shardplan.search.rulebook import rules
 from shardplan.search.space import Choice
 from shardplan.search.spare import Spare, read_spare
 from shardplan.search.workload import DEFAULT_TPOT_S, DEFAULT_TTFT_S, read_workload, shown
 
-__all__ = ["DEFAULT_TRIALS", "Asked", "Resolved", "resolve", "without_limits"]
+__all__ = ["Asked", "Resolved", "resolve", "without_limits"]
 
 _NATIVE = {"fp32": "bf16", "fp8": "fp8", "bf16": "bf16", "fp16": "fp16"}
 _SAME_WIDTH = {"bf16": "fp16", "fp16": "bf16", "fp8": "w8a8"}

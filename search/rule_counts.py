@@ -18,13 +18,8 @@ from typing import Any
 
 from shardplan.models.parallel import Parallelism
 from shardplan.search.layouts import base_order
-from shardplan.search.legality import (
-    binding_rules,
-    broken_rules,
-    broken_switch_rules,
-    rules,
-)
-from shardplan.search.rulebook import Scope
+from shardplan.search.legality import binding_rules, broken_rules, broken_switch_rules
+from shardplan.search.rulebook import Scope, rules
 from shardplan.search.space import Ruled
 
 __all__ = ["RuleCount", "SpaceRules", "count_rules", "rule_count"]

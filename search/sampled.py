@@ -40,7 +40,7 @@ from shardplan.search.evaluate import (
     context_tokens,
 )
 from shardplan.search.kept import Kept, Outcome, Tally, keep_best, note_one, rank_key
-from shardplan.search.samplers import ENGINES, SampledEngine, make_sampler, values_of
+from shardplan.search.samplers import SampledEngine, make_sampler, values_of
 from shardplan.search.seeding import plant_seeds
 from shardplan.search.space import Space
 from shardplan.search.storage import quiet_optuna, talking
@@ -52,9 +52,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 __all__ = [
-    "ENGINES",
     "Drawing",
-    "SampledEngine",
     "excess",
     "finished",
     "outcome_of",

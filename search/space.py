@@ -38,13 +38,9 @@ from shardplan.search.layouts import (
     other_orders,
     raw_layouts,
 )
-from shardplan.search.legality import (
-    Role,
-    Subject,
-    first_broken_rule,
-    first_broken_switch_rule,
-)
+from shardplan.search.legality import first_broken_rule, first_broken_switch_rule
 from shardplan.search.plan import StrategyInfo
+from shardplan.search.rulebook import Role, Subject
 
 __all__ = [
     "Choice",

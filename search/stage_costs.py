@@ -23,8 +23,9 @@ import numpy as np
 
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
+from shardplan.costmodel.load import Parts
 from shardplan.costmodel.serving import ServingInput, steady_steps
-from shardplan.costmodel.step import Parts, StepModel
+from shardplan.costmodel.step import StepModel
 from shardplan.models.apply import ShardedGraph, Stage
 from shardplan.models.graph import Phase
 from shardplan.search.cuts import CostRow

@@ -35,9 +35,10 @@ from shardplan.costmodel.validation import (
     shipped_tables,
 )
 from shardplan.models.errors import InputError, ShardplanError
-from shardplan.search.estimate import SERVE_COLUMNS, STEP_COLUMNS, Prices, price_columns
+from shardplan.search.estimate import SERVE_COLUMNS, Prices, price_columns
 from shardplan.search.estimate_csv import PointsTable, read_points_csv
 from shardplan.search.estimate_points import INPUT_COLUMNS
+from shardplan.search.estimate_steps import STEP_COLUMNS
 from shardplan.search.validate_fit import unseen_median
 
 __all__ = ["METRICS", "Report", "read_figures", "to_json", "validate"]

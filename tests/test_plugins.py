@@ -12,10 +12,10 @@ import pytest
 import shardplan
 from shardplan.models.errors import InputError
 from shardplan.models.frontends.registry import GROUP as FRONTENDS
-from shardplan.search.emit import GROUP as EMITTERS
-from shardplan.search.emit import target_names
 from shardplan.search.main import run
 from shardplan.search.oplevel.ask import OperatorResult
+from shardplan.search.targets import GROUP as EMITTERS
+from shardplan.search.targets import target_names
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "plugins" / "layers_text"

@@ -33,7 +33,6 @@ from shardplan.search.oplevel.plan import OperatorPlan
 from shardplan.search.plan import OPERATORS, Plan
 from shardplan.search.targets import (
     BUILT_IN,
-    GROUP,
     OF_GRAPHS,
     OURS,
     SERVING,
@@ -41,7 +40,7 @@ from shardplan.search.targets import (
     target_names,
 )
 
-__all__ = ["BUILT_IN", "GROUP", "OF_GRAPHS", "Emitter", "emit", "target_names"]
+__all__ = ["Emitter", "emit"]
 
 Content = str | bytes | Path
 Emitter = Callable[..., Mapping[str, Content]]

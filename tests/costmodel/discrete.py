@@ -14,8 +14,8 @@ import numpy as np
 
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.kernels.base import Array
+from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.optable import Group
-from shardplan.costmodel.step import Load, Parts
 
 __all__ = ["BASE_S", "TOKEN_S", "LinearModel", "Measured", "Setting", "measure", "run_prompts"]
 

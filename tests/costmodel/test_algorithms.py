@@ -16,9 +16,10 @@ from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.kernels.algorithms import ALGORITHMS, form, runs
 from shardplan.costmodel.kernels.collectives import KINDS, CollectiveKind, collective
+from shardplan.costmodel.load import Load
 from shardplan.costmodel.optable import Overlap
 from shardplan.costmodel.placement import TierSpan, group_tiers, with_algorithm
-from shardplan.costmodel.step import Load, StepModel
+from shardplan.costmodel.step import StepModel
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.catalog import load_model

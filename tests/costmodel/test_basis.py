@@ -7,9 +7,9 @@ from tests.costmodel.priced import CASES, PHASES, Priced, load, price
 
 from shardplan.costmodel.basis import basis_in, row_section
 from shardplan.costmodel.calibration import load_calibration
+from shardplan.costmodel.formulas import FORMULAS
 from shardplan.costmodel.kernels.pointwise import pointwise_kinds
 from shardplan.costmodel.optable import Row, pointwise_bytes, pointwise_kernel
-from shardplan.costmodel.step import FORMULAS
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism

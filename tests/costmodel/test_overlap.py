@@ -13,9 +13,10 @@ from shardplan.costmodel.basis import basis_in
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.kernels.matmul import matmul
+from shardplan.costmodel.load import Load
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap, Row
 from shardplan.costmodel.overlap import prefetched_bytes
-from shardplan.costmodel.step import Load, StepModel
+from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
 
 A2, A3 = "atlas-800t-a2", "atlas-800i-a3"

@@ -14,9 +14,10 @@ from tests.costmodel.discrete import BASE_S, TOKEN_S, LinearModel, Setting, meas
 from tests.costmodel.priced import CASES, case_names, load, price
 
 from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.load import Load
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.serving import Serving, ServingInput, serve
-from shardplan.costmodel.step import Load, StepModel
+from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.parallel import Parallelism

@@ -17,9 +17,10 @@ from shardplan.costmodel.kernels.base import Array, ArrayLike
 from shardplan.costmodel.kernels.collectives import collective
 from shardplan.costmodel.kernels.matmul import matmul
 from shardplan.costmodel.kernels.pointwise import pointwise
+from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.memo import FEW_POINTS, Memo
 from shardplan.costmodel.optable import Group
-from shardplan.costmodel.step import Kept, Load, Parts, StepModel
+from shardplan.costmodel.step import Kept, StepModel
 from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.graph import Phase

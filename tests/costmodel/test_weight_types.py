@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.costmodel.priced import PHASES, Priced, load, price
 
 from shardplan.costmodel.bulk import Dtypes, Fleet
-from shardplan.costmodel.step import Load
+from shardplan.costmodel.load import Load
 from shardplan.costmodel.steps import step_seconds
 from shardplan.costmodel.weight_types import canonical, parts, type_of, with_types
 from shardplan.models.catalog import load_model

@@ -31,7 +31,7 @@ from shardplan.search.analyze import summarise, to_json
 from shardplan.search.asked import Asked
 from shardplan.search.calibrate import calibrate_device
 from shardplan.search.cli_lint import read as read_configuration
-from shardplan.search.emit import BUILT_IN, emit
+from shardplan.search.emit import emit
 from shardplan.search.estimate import price_columns
 from shardplan.search.estimate_csv import priced_csv, read_points_csv
 from shardplan.search.explain import explain
@@ -48,6 +48,7 @@ from shardplan.search.request import resolve
 from shardplan.search.runs import read_runs, side_by_side
 from shardplan.search.simulate import simulate_plan
 from shardplan.search.simulate_demand import read_demand
+from shardplan.search.targets import BUILT_IN
 from shardplan.search.trace import write_trace
 from shardplan.search.validate import to_json as validation_json
 from shardplan.search.validate import validate

@@ -15,8 +15,8 @@ from shardplan.models.spec import ModelSpec
 from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool, Role, instance_layouts
 from shardplan.search.layouts import Reach
-from shardplan.search.legality import Subject
 from shardplan.search.plan import Limits, Workload
+from shardplan.search.rulebook import Subject
 from shardplan.search.space import Choice
 
 __all__ = ["disagg_cases", "order_case"]

@@ -15,7 +15,7 @@ from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
 from shardplan.models.parallel import Axis, Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.legality import Role, Subject
+from shardplan.search.rulebook import Role, Subject
 
 __all__ = ["FORMATS", "LAYOUTS", "PAIRS", "SWITCHES", "Case", "P", "subject"]
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.step import Load
+from shardplan.costmodel.load import Load
 from shardplan.costmodel.steps import step_seconds
 from shardplan.models.catalog import load_model
 from shardplan.models.counts import kv_bytes_per_token, parameter_count

@@ -20,7 +20,8 @@ from shardplan.models.parallel import Parallelism
 from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import prefill_grid
-from shardplan.search.legality import Subject, first_broken_pair_rule
+from shardplan.search.legality import first_broken_pair_rule
+from shardplan.search.rulebook import Subject
 from shardplan.search.spare import Spare
 
 

@@ -17,9 +17,10 @@ from tests.search.emit_cases import emit_plan, tiny_llama
 
 from shardplan.models.errors import InputError, UnknownNameError
 from shardplan.search import targets as module
-from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS, emit, target_names
+from shardplan.search.emit import emit
 from shardplan.search.emit.common import table
 from shardplan.search.plan import Plan
+from shardplan.search.targets import BUILT_IN, GROUP, OF_GRAPHS, target_names
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tests.search.emit_cases import emit_plan
 
-from shardplan.search.emit import BUILT_IN, GROUP, OF_GRAPHS
 from shardplan.search.emit.atc import files
+from shardplan.search.targets import BUILT_IN, GROUP, OF_GRAPHS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "emitters.md").read_text(encoding="utf-8")

@@ -13,9 +13,10 @@ from tests.search.onnx_files import ROWS, WIDTH, mlp
 
 from shardplan.models.errors import InputError
 from shardplan.search.ask import search
-from shardplan.search.emit import OF_GRAPHS, emit
+from shardplan.search.emit import emit
 from shardplan.search.oplevel.ask import OperatorResult
 from shardplan.search.oplevel.plan import OperatorPlan
+from shardplan.search.targets import OF_GRAPHS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -25,7 +25,8 @@ from tests.search.oracle import (
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
-from shardplan.costmodel.step import Load, StepModel
+from shardplan.costmodel.load import Load
+from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.steps import step_seconds
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph

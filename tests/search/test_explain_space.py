@@ -18,16 +18,11 @@ from shardplan.search.api import search
 from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.explain_space import count_pools, explain_space
-from shardplan.search.legality import (
-    Subject,
-    broken_pair_rules,
-    broken_rules,
-    first_broken_rule,
-    rules,
-)
+from shardplan.search.legality import broken_pair_rules, broken_rules, first_broken_rule
 from shardplan.search.main import run
 from shardplan.search.request import Asked
 from shardplan.search.rule_counts import SpaceRules, count_rules
+from shardplan.search.rulebook import Subject, rules
 
 
 def asked(**given: Any) -> Asked:

@@ -33,21 +33,19 @@ from shardplan.models.modules import MODULES
 from shardplan.models.parallel import Parallelism, make_mesh
 from shardplan.models.spec import ModelSpec
 from shardplan.search.families import family_names
+from shardplan.search.legal_choice import FORMAT_RULES, SWITCH_RULES
 from shardplan.search.legal_layout import LAYOUT_RULES
+from shardplan.search.legal_pair import PAIR_RULES
 from shardplan.search.legality import (
-    FORMAT_RULES,
-    PAIR_RULES,
     RULES,
-    SWITCH_RULES,
-    Subject,
     broken_rules,
     first_broken_format_rule,
     first_broken_pair_rule,
     first_broken_rule,
     first_broken_switch_rule,
-    rules,
     unsupported_switch,
 )
+from shardplan.search.rulebook import Subject, rules
 
 
 def test_every_rule_has_a_sentence_a_predicate_and_a_case_here() -> None:

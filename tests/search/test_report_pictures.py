@@ -10,7 +10,6 @@ import pytest
 from tests.search.plan_factory import make_plan, make_strategy, make_trials
 from tests.search.test_report import HOSTILE, _Reader
 
-from shardplan.search.emit import BUILT_IN
 from shardplan.search.plan import Plan
 from shardplan.search.plan_batching import Batching, GraphSizes, OtherSizes, SettingRow
 from shardplan.search.plan_capacity import Capacity, LossRow, Replanned
@@ -26,6 +25,7 @@ from shardplan.search.report.robust import robustness_section
 from shardplan.search.report.timeline import timeline_section
 from shardplan.search.report.tradeoffs import tradeoff_section
 from shardplan.search.report.words import percent, time
+from shardplan.search.targets import BUILT_IN
 from shardplan.search.trial_table import TrialTable
 
 PLANS = Path(__file__).resolve().parent.parent.parent / "results" / "plans"

@@ -19,8 +19,9 @@ from shardplan.search.dimensions import Dimensions
 from shardplan.search.evaluate import LIMITS, LayoutScorer
 from shardplan.search.exact import search_exact
 from shardplan.search.kept import Kept, Outcome, rank_key
-from shardplan.search.legality import rules
-from shardplan.search.sampled import ENGINES, SampledEngine, excess, search_sampled
+from shardplan.search.rulebook import rules
+from shardplan.search.sampled import excess, search_sampled
+from shardplan.search.samplers import ENGINES, SampledEngine
 from shardplan.search.storage import open_storage
 from shardplan.search.study import Place
 
