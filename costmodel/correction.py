@@ -22,6 +22,7 @@ Left out: corrections of memory, of an engine's host time, of one shape.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,6 +38,7 @@ MAX_FACTOR = 20.0
 """A kernel further off than this is not the kernel that was meant."""
 _STEEPEST = 0.95
 Kind = Literal["fitted", "derived"]
+_MOST = sys.float_info.max
 _LISTS = ("knots_s", "factors")
 _COUNTS = ("rows_fitted", "rows_held_out")
 _ERRORS = ("median_error_before", "p90_error_before", "median_error", "p90_error")
@@ -110,7 +112,7 @@ def _correction(name: str, entry: Mapping[str, Any], where: str) -> Correction:
 
 
 def _number(value: object, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MOST:
         raise DataFileError("a finite number is needed", got=f"{where}: {key} = {value!r}"[:120])
     return float(value)
 

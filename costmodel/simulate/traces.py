@@ -77,7 +77,7 @@ class _Row:
         number = math.nan
         try:
             number = float(value) if not isinstance(value, bool) else math.nan  # type: ignore[arg-type]  # refused below
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             if isinstance(value, str):
                 number = _date_s(value)
         if not math.isfinite(number):

@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -251,7 +252,7 @@ def _expand(op: str, entry: Mapping[str, Any], known: tuple[str, ...]) -> Iterat
 def _limit(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise InputError(f"a grid's `{name}` is a number above 0", got=f"{value!r}")
-    return float(value)
+    return float(min(value, sys.float_info.max))
 
 
 def _within(point: Point, entry: Mapping[str, Any]) -> bool:

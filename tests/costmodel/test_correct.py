@@ -342,6 +342,7 @@ BROKEN = {
     "order": ({"[1e-06]": "[1e-6, 1e-7]", "[1.0]": "[1.0, 1.0]"}, "ascend"),
     "fall": ({"[1e-06]": "[1e-6, 2e-6]", "[1.0]": "[1.0, 0.4]"}, "fall as fast"),
     "number": ({"factors = [1.0]": "factors = [nan]"}, "finite number"),
+    "large": ({"factors = [1.0]": f"factors = [1{'0' * 400}]"}, "finite number"),
     "list": ({"factors = [1.0]": "factors = 1.0"}, "list of numbers"),
     "kind": ({'kind = "fitted"': 'kind = "guessed"'}, "fitted or derived"),
     "source": ({'source = "a test"': 'source = " "'}, "source"),

@@ -43,6 +43,12 @@ def test_a_grid_is_every_combination_within_its_limits(tmp_path: Path) -> None:
     assert found == [(1, 2, 3), (8, 2, 3), (1, 4, 8)]
 
 
+def test_a_limit_beyond_floats_leaves_nothing_out(tmp_path: Path) -> None:
+    entry = '[[matmul]]\ndtype = ["bf16"]\nm = [1, 8]\nn = [2]\nk = [2]\nsource = "by hand"\n'
+    path = grid_file(tmp_path, f"{entry}limit_flop = 1{'0' * 400}\n")
+    assert [point.m for point in load_grid(path)] == [1, 8]
+
+
 @pytest.mark.parametrize("name", ["tiny", "full"])
 def test_the_shipped_grids_hold_every_operator_once(name: str) -> None:
     """No point twice, none without its sizes."""

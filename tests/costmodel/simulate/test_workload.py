@@ -97,6 +97,10 @@ BAD = {
     "lacks.jsonl": ('{"timestamp": 1, "input_length": 3}\n', "`output_length`"),
     "zero.jsonl": ('{"timestamp": 1, "input_length": 3, "output_length": 0}\n', "output_length=0"),
     "true.jsonl": ('{"timestamp": true, "input_length": 3, "output_length": 1}\n', "timestamp"),
+    "large.jsonl": (
+        '{"timestamp": 1%s, "input_length": 3, "output_length": 1}\n' % ("0" * 400),
+        "finite",
+    ),
     "inf.jsonl": ('{"timestamp": Infinity, "input_length": 3, "output_length": 1}\n', "finite"),
     "ids.jsonl": (
         '{"timestamp": 1, "input_length": 3, "output_length": 1, "hash_ids": [-1]}\n',
