@@ -192,11 +192,6 @@ class EngineProfile:
         each = self.step_skew_s if phase == "decode" else self.prefill_step_skew_s
         return each * (ranks - 1.0)
 
-    @property
-    def graph_mode(self) -> bool:
-        """Whether any phase replays a captured graph."""
-        return self.prefill_graph or self.decode_graph
-
 
 _RANKS: Mapping[str, Field] = {
     "step_skew_us": number("step_skew_s", low=0, high=1e7, scale=1e-6, optional=True),

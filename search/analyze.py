@@ -82,7 +82,6 @@ THROUGHPUT = "output_tokens_per_s_per_card"
 Cell: TypeAlias = bool | int | float | str | None
 Row: TypeAlias = Mapping[str, Cell]
 """One trial: the columns of `TRIAL_COLUMNS`; None where the table has no number."""
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

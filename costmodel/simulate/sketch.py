@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 __all__ = ["Course", "Spread"]
 
 _LOG_WIDTH = math.log1p(1e-3)
@@ -38,21 +35,6 @@ class Spread:
         self.most = max(self.most, value)
         cell = math.floor(math.log(value) / _LOG_WIDTH) if value > _LEAST else -(1 << 30)
         self._counts[cell] = self._counts.get(cell, 0) + 1
-
-    def add_all(self, values: NDArray[np.float64]) -> None:
-        """Values `[n]`."""
-        if not values.size:
-            return
-        self.count += values.size
-        self.total += float(values.sum())
-        self.square += float((values * values).sum())
-        self.least = min(self.least, float(values.min()))
-        self.most = max(self.most, float(values.max()))
-        some = np.where(values > _LEAST, values, 1.0)
-        cells = np.floor(np.log(some) / _LOG_WIDTH).astype(np.int64)
-        cells = np.where(values > _LEAST, cells, -(1 << 30))
-        for cell, count in zip(*np.unique(cells, return_counts=True), strict=True):
-            self._counts[int(cell)] = self._counts.get(int(cell), 0) + int(count)
 
     @property
     def mean(self) -> float:

@@ -55,9 +55,9 @@ def test_every_field_has_a_fact(name: str) -> None:
 
 def test_eager_mode_differs_from_graph_mode_as_the_flag_says() -> None:
     graph, eager = load_engine("vllm-ascend"), load_engine("VLLM-Ascend-Eager")
-    assert graph.graph_mode
     assert graph.decode_graph
-    assert not eager.graph_mode
+    assert not eager.prefill_graph
+    assert not eager.decode_graph
     assert set(eager.fused) < set(graph.fused)
     assert eager.launch_gap_s > graph.launch_gap_s
     assert (graph.max_num_batched_tokens, graph.max_num_seqs) == (2048, 256)
