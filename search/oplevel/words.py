@@ -33,7 +33,8 @@ def mesh_shape_of(text: str) -> MeshShape:
     if word == "auto":
         return "auto"
     names = [part.partition("=") for part in word.split(",")]
-    if all(equals and name.isidentifier() and _is_count(size) for name, equals, size in names):
+    once = len({name for name, _, _ in names}) == len(names)
+    if once and all(eq and name.isidentifier() and _is_count(size) for name, eq, size in names):
         return {name: int(size) for name, _, size in names}
     sizes = word.split("x")
     if not all(map(_is_count, sizes)):

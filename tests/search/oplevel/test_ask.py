@@ -192,7 +192,9 @@ def test_meshes_in_words(text: str, shape: Any) -> None:
     assert mesh_shape_of(text) == shape
 
 
-@pytest.mark.parametrize("text", ["", "x", "2y4", "x=2,4", "-2x4", "2x", "2x¾", "9" * 40])
+@pytest.mark.parametrize(
+    "text", ["", "x", "2y4", "x=2,4", "x=2,x=4", "-2x4", "2x", "2x¾", "9" * 40]
+)
 def test_words_that_are_no_mesh(text: str) -> None:
     """One error for all."""
     with pytest.raises(InputError, match="a mesh is auto"):
