@@ -8,8 +8,8 @@
 Where instances lie is in `pools`. Both roles name one connector, whose cache a decode
 rank pulls (`kv_transfer` in `search/data/vllm_ascend.toml`, with its sources). A listener a rank
 starts at kv_port: an instance's is the first port plus its first device.
-Left out, and refused: pools of different hardware generations, and nodes without a documented
-port range.
+Left out, and refused: pools of different hardware generations, int8 caches, and nodes without a
+documented port range.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from shardplan.search.emit.pool_folder import (
     side_files,
     start_steps,
 )
-from shardplan.search.emit.pools import Side, check_pools, instance_of, one_server, placed
+from shardplan.search.emit.pools import (
+    ROLES,
+    Side,
+    check_pools,
+    instance_of,
+    one_server,
+    placed,
+)
 from shardplan.search.emit.serving_page import Page, ahead_words, page
 from shardplan.search.emit.vllm_ascend import checked_family, script
 from shardplan.search.emit.vllm_flags import Flag
@@ -117,6 +124,14 @@ def _check_pair(prefill: StrategyInfo, decode: StrategyInfo) -> None:
             got=f"decode pp={decode.pp}",
             hint="search with --only pp=1",
         )
+    for role, way in zip(ROLES, (prefill, decode), strict=True):
+        if way.kv_dtype == "int8":
+            raise refuse(
+                _TARGET,
+                "the connector hands over caches in 16 bit",
+                got=f"{role} kv_dtype=int8",
+                hint="search with --kv-dtype bf16",
+            )
 
 
 def _ports() -> dict[int, int]:

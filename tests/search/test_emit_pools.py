@@ -37,3 +37,13 @@ def test_a_copy_that_crosses_a_border_between_nodes_is_refused(tmp_path: Path, t
     decode = {"tp": 2, "pp": 1, "dp": 4, "ep": 8}
     with pytest.raises(InputError, match=r"group=6, ranks_per_node=8"):
         emit(_plan(8, prefill, decode), target, tmp_path / "out")
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_int8_caches_are_not_handed_over(tmp_path: Path, role: str) -> None:
+    """vllm-ascend ends with an error: the producer keeps its cache in 16 bit."""
+    way: dict[str, Any] = {"tp": 2, "pp": 1, "dp": 4, "ep": 8, "kv_dtype": "bf16"}
+    int8 = {**way, "kv_dtype": "int8"}
+    plan = _plan(8, int8 if role == "prefill" else way, int8 if role == "decode" else way)
+    with pytest.raises(InputError, match=f"{role} kv_dtype=int8"):
+        emit(plan, "vllm-ascend", tmp_path / "out")
