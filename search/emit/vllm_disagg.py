@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shardplan.search.emit.common import model_name, refuse, table
+from shardplan.search.emit.common import model_name, printable, refuse, table
 from shardplan.search.emit.pool_folder import (
     address_lines,
     address_list,
@@ -82,6 +82,13 @@ def sides_of(plan: Plan) -> list[VllmSide]:
             "prefill and decode run on one hardware generation",
             got=f"prefill on {families[0]}, decode on {families[1]}",
             hint="search with both pools on the same devices",
+        )
+    if families[0] not in table("vllm_ascend")["kv_transfer"]["families"]:
+        raise refuse(
+            _TARGET,
+            "caches are handed over on A2, A3 and 950",
+            got=f"device={printable(plan.pools[0].cluster.device)}",
+            hint="search again with --serving agg",
         )
     _check_pair(*(pool.strategy for pool in plan.pools))
     splits = [one_server(_TARGET, one) for one in plans]

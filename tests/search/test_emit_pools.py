@@ -14,7 +14,7 @@ from shardplan.search.plan import Plan
 _PLAN = Path(__file__).parents[2] / "results/plans/deepseek-v3_cloudmatrix-384_disagg/plan.json"
 
 
-def _plan(per_node: int, prefill: dict[str, Any], decode: dict[str, Any]) -> Plan:
+def _plan(per_node: int, prefill: dict[str, Any], decode: dict[str, Any], **cluster: Any) -> Plan:
     """One instance a pool of these sizes, on nodes of `per_node`."""
     plan = Plan.load(_PLAN)
     pools = tuple(
@@ -22,7 +22,7 @@ def _plan(per_node: int, prefill: dict[str, Any], decode: dict[str, Any]) -> Pla
             update={
                 "instances": 1,
                 "strategy": pool.strategy.model_copy(update={"stage_layers": (), **way}),
-                "cluster": pool.cluster.model_copy(update={"ranks_per_node": per_node}),
+                "cluster": pool.cluster.model_copy(update={"ranks_per_node": per_node, **cluster}),
             }
         )
         for pool, way in zip(plan.pools, (prefill, decode), strict=True)
@@ -47,3 +47,13 @@ def test_int8_caches_are_not_handed_over(tmp_path: Path, role: str) -> None:
     plan = _plan(8, int8 if role == "prefill" else way, int8 if role == "decode" else way)
     with pytest.raises(InputError, match=f"{role} kv_dtype=int8"):
         emit(plan, "vllm-ascend", tmp_path / "out")
+
+
+def test_310p_hands_no_cache_over(tmp_path: Path) -> None:
+    """The plugin ends with an error there; a model without latent attention would be taken."""
+    way: dict[str, Any] = {"tp": 2, "pp": 1, "dp": 1, "ep": 1, "weight_dtype": "bf16"}
+    device = {"device": "310p3", "soc_versions": ("Ascend310P3",)}
+    plan = _plan(8, way, way, **device)
+    model = plan.model.model_copy(update={"architecture": "LlamaForCausalLM"})
+    with pytest.raises(InputError, match="caches are handed over"):
+        emit(plan.model_copy(update={"model": model}), "vllm-ascend", tmp_path / "out")
