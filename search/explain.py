@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from shardplan.costmodel.catalog import load_cluster
-from shardplan.costmodel.engines import load_engine
 from shardplan.costmodel.hardware import Cluster, Tier
 from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.models.spec import ModelSpec
@@ -25,7 +24,7 @@ from shardplan.search.evaluate import LIMITS, LayoutScorer, Question
 from shardplan.search.explanation import Binding, Explanation, Shadow
 from shardplan.search.kept import Kept, kept_at
 from shardplan.search.plan import Plan
-from shardplan.search.proof import model_of
+from shardplan.search.proof import model_of, scorer_on
 from shardplan.search.space import Choice, batch_grid
 
 __all__ = ["FASTER", "Known", "explain", "faster", "known_of"]
@@ -65,30 +64,13 @@ def known_of(plan: Plan, model: str | None = None) -> Known:
         raise InputError(
             "the plan's cluster is a preset, or a file in this place", got=str(error)[:160]
         ) from None
-    question = Question(
-        spec=spec,
-        cluster=cluster,
-        engine=load_engine(plan.request.engine_profile),
-        workload=plan.request.workload,
-        limits=plan.request.limits,
-        objective=plan.request.objective,
-        cards=way.ranks,
-    )
-    choice = Choice(
-        attention=way.attention,
-        weight_dtype=way.weight_dtype,
-        kv_dtype=way.kv_dtype,
-        weight_prefetch=way.weight_prefetch,
-        fused_collectives=way.fused_collectives,
-        collectives=way.collectives,
-    )
-    scorer = LayoutScorer(question, way.parallelism())
+    choice, scorer = Choice.of(way), scorer_on(plan, spec, cluster, way)
     kept = priced(scorer, choice, way.batch, way.chunk)
     return Known(
         plan=plan,
         spec=spec,
         cluster=cluster,
-        question=question,
+        question=scorer.question,
         scorer=scorer,
         choice=choice,
         kept=kept,
