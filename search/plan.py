@@ -92,6 +92,12 @@ class ClusterInfo(Part):
     """Ranks that links other than RoCE join: a node, or a supernode; 0 where it is not known."""
 
 
+def _both_roles(pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
+    if pools and [pool.role for pool in pools] != ["prefill", "decode"]:
+        raise ValueError("pools are of prefill and decode, in this order, or none")
+    return pools
+
+
 def _every_axis(order: tuple[Axis, ...]) -> tuple[Axis, ...]:
     if sorted(order) != sorted(AXES):
         raise ValueError("order names every axis once")
@@ -220,7 +226,7 @@ class Pool(Part):
     strategy: StrategyInfo
     """Of one instance. Prefill: `batch` counts the prompts that a dp group holds."""
     times: PoolTimes
-    memory: tuple[MemoryRow, ...]
+    memory: tuple[MemoryRow, ...] = Field(min_length=1)
     largest_lever: str
     breakdown: tuple[BreakdownRow, ...]
 
@@ -296,7 +302,7 @@ class Plan(Part):
     """Of the deployment; with `pools`, of one decode instance, as cluster, memory and breakdown."""
     performance: Performance
     """Of the whole deployment."""
-    pools: tuple[Pool, ...] = ()
+    pools: Annotated[tuple[Pool, ...], AfterValidator(_both_roles)] = ()
     """Prefill and decode instances, where each role has its own."""
     transfer: Transfer | None = None
     """How caches get from prefill to decode instances."""
