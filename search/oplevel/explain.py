@@ -17,7 +17,7 @@ from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.models.onnxout.choose import megatron_strategy
 from shardplan.models.opfold import first_alike, unfolded
 from shardplan.models.opgraph import OpGraph
-from shardplan.search.explain import FASTER, faster
+from shardplan.search.asked_again import FASTER, faster
 from shardplan.search.oplevel.api import price_operators, search_operators
 from shardplan.search.oplevel.plan import KindRow, OperatorPlan
 from shardplan.search.oplevel.program import check_same, mesh_of

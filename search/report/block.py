@@ -18,8 +18,9 @@ from shardplan.models.errors import InputError
 from shardplan.models.graph import Phase
 from shardplan.models.redistribute import PARTIAL
 from shardplan.search.plan import Plan, StrategyInfo
+from shardplan.search.predicted import ways_of
 from shardplan.search.proof import model_of
-from shardplan.search.report.markup import Attribute, Html, tag
+from shardplan.search.report.markup import Attribute, Html, legend, tag
 
 __all__ = ["block_section"]
 
@@ -48,14 +49,14 @@ _DIMS = {
 def block_section(plan: Plan) -> Html:
     """A picture of each kind of layer in both phases; nothing where the model is not at hand."""
     try:
-        graphs = {phase: _graph(plan, way, phase) for phase, way in _ways(plan).items()}
+        graphs = {phase: _graph(plan, way, phase) for phase, _, way, _ in ways_of(plan)}
     except InputError:
         return Html("")
     counts: dict[str, int] = {}
     for name in graphs["decode"].model.layers:
         counts[name] = counts.get(name, 0) + 1
     most = max(counts, key=lambda name: counts[name])
-    sizes = {phase: _sizes(plan, way, phase) for phase, way in _ways(plan).items()}
+    sizes = {phase: _sizes(plan, way, phase) for phase, _, way, _ in ways_of(plan)}
     parts = [
         tag(
             "details",
@@ -83,14 +84,7 @@ def block_section(plan: Plan) -> Html:
 
 def _keys() -> Html:
     names = {"c0": "split", "c5": "partial sum", "c8": "whole on every rank", "c1": "collective"}
-    items = [tag("li", tag("i", class_=f"key {key}"), word) for key, word in names.items()]
-    return tag("ul", *items, class_="legend")
-
-
-def _ways(plan: Plan) -> dict[Phase, StrategyInfo]:
-    """The strategy of each phase: of its pool, where each has one."""
-    pools = {pool.role: pool.strategy for pool in plan.pools}
-    return {phase: pools.get(phase, plan.strategy) for phase in ("prefill", "decode")}
+    return legend(names.items())
 
 
 def _graph(plan: Plan, way: StrategyInfo, phase: Phase) -> ShardedGraph:
