@@ -231,13 +231,11 @@ def _shown(
 
 
 def _question(resolved: Resolved, cards: int) -> Question:
-    return Question(
-        spec=resolved.spec,
-        cluster=resolved.cluster,
-        engine=resolved.engine,
-        workload=resolved.request.workload,
-        limits=resolved.request.limits,
-        objective=resolved.request.objective,
+    return Question.of(
+        resolved.request,
+        resolved.spec,
+        resolved.cluster,
+        resolved.engine,
         cards=cards,
         spare=resolved.spare,
     )

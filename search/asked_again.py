@@ -39,15 +39,8 @@ def known_of(plan: Plan, model: str | None = None) -> Known:
     `model`: its `config.json`, where the plan's own is not found.
     """
     spec, cluster = model_of(plan, model), machine_of(plan.cluster)
-    question = Question(
-        spec=spec,
-        cluster=cluster,
-        engine=load_engine(plan.request.engine_profile),
-        workload=plan.request.workload,
-        limits=plan.request.limits,
-        objective=plan.request.objective,
-        cards=plan.cards,
-    )
+    engine = load_engine(plan.request.engine_profile)
+    question = Question.of(plan.request, spec, cluster, engine, cards=plan.cards)
     return Known(
         plan=plan, spec=spec, cluster=cluster, question=question, choice=Choice.of(plan.strategy)
     )

@@ -79,15 +79,7 @@ class Deployed(NamedTuple):
         memory: tuple[MemoryRow, ...],
     ) -> Deployed:
         """The role with its strategy laid out and ready to be priced."""
-        question = Question(
-            spec=spec,
-            cluster=cluster,
-            engine=engine,
-            workload=plan.request.workload,
-            limits=plan.request.limits,
-            objective=plan.request.objective,
-            cards=way.ranks,
-        )
+        question = Question.of(plan.request, spec, cluster, engine, cards=way.ranks)
         return cls(cluster, way, memory, LayoutScorer(question, way.parallelism()))
 
 

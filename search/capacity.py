@@ -122,13 +122,11 @@ def _replica_losses(
 
 def _loads(plan: Plan, resolved: Resolved) -> dict[str, np.ndarray]:
     """Rate and times of every number of sequences up to the slots; `[slots]`."""
-    question = Question(
-        spec=resolved.spec,
-        cluster=resolved.cluster,
-        engine=resolved.engine,
-        workload=plan.request.workload,
-        limits=plan.request.limits,
-        objective=plan.request.objective,
+    question = Question.of(
+        plan.request,
+        resolved.spec,
+        resolved.cluster,
+        resolved.engine,
         cards=plan.strategy.ranks,
     )
     scorer = LayoutScorer(question, plan.strategy.parallelism())

@@ -38,7 +38,7 @@ from shardplan.models.build import build_graph
 from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
-from shardplan.search.plan import Limits, Workload
+from shardplan.search.plan import Limits, Request, Workload
 from shardplan.search.space import Choice
 from shardplan.search.spare import Spare
 
@@ -73,6 +73,29 @@ class Question:
     cards: int
     spare: Spare | None = None
     """What may be lost while the replicas left still serve the rate."""
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        spec: ModelSpec,
+        cluster: Cluster,
+        engine: EngineProfile,
+        *,
+        cards: int,
+        spare: Spare | None = None,
+    ) -> Question:
+        """The question of a request, on `cards` ranks."""
+        return cls(
+            spec=spec,
+            cluster=cluster,
+            engine=engine,
+            workload=request.workload,
+            limits=request.limits,
+            objective=request.objective,
+            cards=cards,
+            spare=spare,
+        )
 
     def share_left(self, par: Parallelism, *, best: bool = False) -> float:
         """Share of a layout's replicas that must do; `best`: of the best order of its ranks."""

@@ -119,15 +119,8 @@ def scorer_of(
 
 def scorer_on(plan: Plan, spec: ModelSpec, cluster: Cluster, way: StrategyInfo) -> LayoutScorer:
     """The scorer of a strategy on a cluster; `InputError` where the plan's engine is not known."""
-    question = Question(
-        spec=spec,
-        cluster=cluster,
-        engine=load_engine(plan.request.engine_profile),
-        workload=plan.request.workload,
-        limits=plan.request.limits,
-        objective=plan.request.objective,
-        cards=way.ranks,
-    )
+    engine = load_engine(plan.request.engine_profile)
+    question = Question.of(plan.request, spec, cluster, engine, cards=way.ranks)
     return LayoutScorer(question, way.parallelism())
 
 
