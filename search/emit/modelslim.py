@@ -66,7 +66,8 @@ def quantize_steps(plan: Plan) -> list[str]:
     """The step of a README that names the script, where there is one."""
     if not quantize_script(plan):
         return []
+    named = "" if repository(plan) else "MODEL_TYPE=NAME "
     return [
         "If there is no such checkpoint yet, ModelSlim makes it: "
-        "`FLOAT_MODEL=FOLDER MODEL=FOLDER ./quantize.sh`"
+        f"`FLOAT_MODEL=FOLDER MODEL=FOLDER {named}./quantize.sh`"
     ]

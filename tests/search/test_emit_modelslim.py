@@ -49,6 +49,8 @@ def test_a_model_without_a_repository_asks_for_its_name(tmp_path: Path) -> None:
         run_script(script, "msmodelslim", FLOAT_MODEL="a", MODEL="b")
     (call,) = run_script(script, "msmodelslim", FLOAT_MODEL="a", MODEL="b", MODEL_TYPE="Qwen3-8B")
     assert "Qwen3-8B" in call.words
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "MODEL_TYPE=NAME ./quantize.sh" in readme
 
 
 @pytest.mark.parametrize(
