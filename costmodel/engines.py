@@ -18,7 +18,9 @@ Fusions (kernels that the engine merges into one):
     swiglu             activation and product in one kernel
     add_rmsnorm        residual add and RMS norm in one kernel
     qk_norm_rope       query and key norms and rotary embedding in one kernel
-    norm_quant         activation quantization inside the norm that feeds it
+    norm_quant         quantization of a linear layer's input inside the norm that feeds it
+    act_quant          the same inside the activation of a feed-forward network
+    attention_quant    the same inside attention
     mla_kv_norm_rope   latent norm, rotary part and cache write of MLA in one kernel
     cache_write        keys and values of a layer written to the cache by one kernel
     attention_rope     rotary embedding (without norms of its own) and cache write in the kernel
@@ -96,6 +98,8 @@ FUSIONS = (
     "add_rmsnorm",
     "qk_norm_rope",
     "norm_quant",
+    "act_quant",
+    "attention_quant",
     "mla_kv_norm_rope",
     "cache_write",
     "attention_rope",
