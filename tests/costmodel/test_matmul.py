@@ -211,25 +211,6 @@ def test_a_known_scale_is_cheaper_than_one_found_for_each_row() -> None:
     assert (given < known).all()
 
 
-@pytest.mark.parametrize("engine", ["trtllm", "vllm"])
-def test_served_fp8_products_leave_out_what_their_benchmark_spends_on_inputs(engine: str) -> None:
-    """Small ones then take as long as in bf16: the benchmark's fp8 rows take 2 to 10 us longer."""
-    machine = Machine.of(load_device("h200"), engine=engine)
-    rows = np.asarray([1.0, 16.0, 64.0])
-    bench = matmul(machine, rows, 1024, 1024, "fp8").total_s
-    static = matmul(machine, rows, 1024, 1024, "fp8", weights="cold").total_s
-    fed = matmul(machine, rows, 1024, 1024, "fp8", weights="cold", quantized=True).total_s
-    half = matmul(machine, rows, 1024, 1024, "bf16", weights="cold").total_s
-    assert static - fed == pytest.approx(2.3e-6, rel=0.3)
-    assert bench - static == pytest.approx(7.2e-6 if engine == "trtllm" else 0.0, abs=1e-6)
-    assert fed == pytest.approx(half, rel=0.45)
-    large = [
-        matmul(machine, 8192, 8192, 8192, "fp8", weights="cold", quantized=q).total_s
-        for q in (False, True)
-    ]
-    assert 0.75 < large[1] / large[0] < 0.95
-
-
 def test_microscaled_weights_stream_their_scales_and_need_a_950() -> None:
     machine = Machine.of(load_device("950pr"))
     cold = {
