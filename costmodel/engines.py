@@ -7,7 +7,7 @@ A profile turns kernel times into the time of a step, and a card's memory into a
     floor   = device.launch_s where the phase replays a captured graph, else device.host_launch_s
     late    = step_skew_s * (ranks of a tp group - 1)     in the step's collectives (decode)
               and `prefill_step_skew_s` in place of it    (prefill)
-    TTFT    = wait + prefill + request_host_s
+    TTFT    = wait + prefill + request_host_s + request_steps * mean step
     budget  = memory_fraction * hbm_bytes - weights - activations - reserve_bytes
               - communicator_bytes * communicators
 
@@ -18,7 +18,9 @@ Fusions (kernels that the engine merges into one):
     swiglu             activation and product in one kernel
     add_rmsnorm        residual add and RMS norm in one kernel
     qk_norm_rope       query and key norms and rotary embedding in one kernel
-    norm_quant         activation quantization inside the norm that feeds it
+    norm_quant         quantization of a linear layer's input inside the norm that feeds it
+    act_quant          the same inside the activation of a feed-forward network
+    attention_quant    the same inside attention
     mla_kv_norm_rope   latent norm, rotary part and cache write of MLA in one kernel
     cache_write        keys and values of a layer written to the cache by one kernel
     attention_rope     rotary embedding (without norms of its own) and cache write in the kernel
@@ -50,8 +52,10 @@ processes of all its ranks, so it grows with their number: on 4 dies a step is l
 what it is on 16, which published throughput there bears out.
 
 `request_host_s` is what lies between a client and the scheduler, there and back: HTTP, tokenizer,
-the first token's way out. `fp8_cache` engines take the number format of the cache from an fp8
-checkpoint that a 16-bit model was quantized to.
+the first token's way out. `request_steps` is how many steps pass on that way: a prompt comes while
+a step runs, and an engine that prepares the next step meanwhile (an overlap scheduler) takes it up,
+and hands out what a step made, a step late. `fp8_cache` engines take the number format of the cache
+from an fp8 checkpoint that a 16-bit model was quantized to.
 
 Left out: how the front end slows with load, sampling parameters, fragmentation of the KV blocks.
 """
@@ -96,6 +100,8 @@ FUSIONS = (
     "add_rmsnorm",
     "qk_norm_rope",
     "norm_quant",
+    "act_quant",
+    "attention_quant",
     "mla_kv_norm_rope",
     "cache_write",
     "attention_rope",
@@ -155,6 +161,8 @@ class EngineProfile:
     """The same of a prefill step, seconds."""
     request_host_s: float = 0.0
     """What a request waits for beside steps before its first token, seconds."""
+    request_steps: float = 0.0
+    """Steps that pass beside those of its prompt before a request's first token is handed out."""
     fp8_cache: bool = False
     """The cache is fp8 unless said otherwise where weights were quantized to fp8."""
     preempts: bool = False
@@ -199,6 +207,7 @@ _RANKS: Mapping[str, Field] = {
         "prefill_step_skew_s", low=0, high=1e7, scale=1e-6, optional=True
     ),
     "request_host_us": number("request_host_s", low=0, high=1e7, scale=1e-6, optional=True),
+    "request_steps": number("request_steps", low=0, high=1000, optional=True),
     "preempts": Field(target="preempts", shape="flag", optional=True),
     "fp8_cache": Field(target="fp8_cache", shape="flag", optional=True),
     "sequence_parallel_tokens": number(

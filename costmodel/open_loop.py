@@ -114,6 +114,4 @@ def open_state(model: Pricer, given: ServingInput, served: Serving, rate: Array)
     state = waits(one)
     mean, square = ((state.share * state.seconds**k).sum(axis=1) for k in (1, 2))
     first_s = square / (2.0 * mean) + one.first_s + one.rest_s
-    return Open(
-        one, state, model.engine.request_host_s + first_s + given.decode_steps * state.step_s
-    )
+    return Open(one, state, served.front_s + first_s + given.decode_steps * state.step_s)

@@ -106,6 +106,8 @@ class Timed(NamedTuple):
     tpot_s: Array
     end_to_end_s: Array
     requests_per_s: Array
+    front_s: Array
+    """Of TTFT: between client and scheduler."""
     decode_s: Array
     mixed_s: Array
     pace: Pace
@@ -120,7 +122,7 @@ def timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixe
         )
     else:
         pace = _chunked(shares, later, decode_s, mixed_s)
-    front_s = model.engine.request_host_s
+    front_s = model.engine.request_host_s + model.engine.request_steps * pace.step_s
     latency = front_s + pace.wait_s + pace.prefill_s + later * pace.step_s
     each = shares.slots * shares.apart / latency
     outside = _outside_s(given, each)
@@ -129,6 +131,7 @@ def timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixe
         tpot_s=np.where(later > 0, pace.step_s * given.steps_per_token, 0.0),
         end_to_end_s=latency + outside,
         requests_per_s=model.groups * each,
+        front_s=front_s,
         decode_s=decode_s,
         mixed_s=mixed_s,
         pace=pace,

@@ -8,7 +8,7 @@
     inside      norms that the all_reduce before them runs (`all_reduce_norm`, decode): as many as
                 there are such sums in the layer, the first of a layer after the last of another
     norm_quant  a norm whose readers are linear products of one group alone writes their input's
-                type
+                type; so do the activation (`act_quant`) and attention (`attention_quant`)
     fused       a row-parallel product and the all_reduce of its result, in prefill (`overlap`)
     behind      the kernels between a product and the one before it, if its weights are prefetched;
                 before the first product of a layer come the last kernels of the layer before it
@@ -18,7 +18,7 @@ Left out: norm_quant's smaller all_gather under sequence parallelism (its input 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.rows import Overlap, Placed, Row
@@ -37,6 +37,12 @@ _ONE_WEIGHT = ("q_b", "kv_b", "qkv_a")
 
 _CUBE = ("matmul", "grouped_matmul", "attention", "mla_attention", "mla_absorbed")
 _NORMS = ("rmsnorm", "add_rmsnorm")
+_QUANTIZING: Mapping[str, Sequence[str]] = {
+    "norm_quant": _NORMS,
+    "act_quant": ("swiglu",),
+    "attention_quant": ("attention", "mla_attention"),
+}
+"""Kernels that write the type of the products that read them, by fusion."""
 _APART = ("embed", "head", "mtp_head", "send", "recv")
 """Templates that are no layer: nothing of their own kind comes before them."""
 
@@ -112,8 +118,9 @@ def mark(
     overlap: Overlap,
 ) -> list[Placed]:
     """The rows with quantizing norms, fused collectives and prefetches marked."""
-    if "norm_quant" in engine.fused:
-        placed = _quantized(placed, block)
+    kinds = {kind for name in engine.fused for kind in _QUANTIZING.get(name, ())}
+    if kinds:
+        placed = _quantized(placed, block, kinds)
     if "all_reduce_norm" in engine.fused and graph.model.phase == "decode":
         placed = _summed(placed)
     if overlap.fused_collectives and graph.model.phase == "prefill":
@@ -138,18 +145,22 @@ def _linear(node: ShardedOp) -> bool:
     return node.op is not None and node.op.kind == "matmul" and node.op.weight_class == "linear"
 
 
-def _quantized(placed: list[Placed], block: ShardedBlock) -> list[Placed]:
-    """Norms that only linear products read are marked as theirs, and the products as fed so."""
+def _quantized(placed: list[Placed], block: ShardedBlock, kinds: Set[str]) -> list[Placed]:
+    """Kernels that only linear products read: norms are marked as theirs, and the products as fed.
+
+    Activations and attention are left as they are: what they write narrower is not priced.
+    """
     fed: set[str] = set()
     norms: dict[str, WeightGroup] = {}
     read_by = block.readers()
     for row, nodes in placed:
-        if row.kind in _NORMS and len(nodes) == 1:
+        if row.kind in kinds and len(nodes) == 1:
             readers = list(_readers(block, read_by, nodes[0]))
             groups = {group_of(one.op) for one in readers if one.op is not None}
             if readers and all(map(_linear, readers)) and len(groups) == 1:
-                norms[nodes[0]] = groups.pop()
                 fed |= {reader.name for reader in readers}
+                if row.kind in _NORMS:
+                    norms[nodes[0]] = groups.pop()
     return [
         Placed(row._replace(quantized=True), nodes)
         if fed.issuperset(nodes) and row.kind == "matmul"

@@ -150,12 +150,11 @@ def _steady(model: Pricer, case: Case, slots: Slots) -> Values:
     served = slots.served
     shares = mix_of(model, case.given).shares
     one = arrivals_of(model, case.given, served, served.requests_per_s / model.groups)
-    front_s = as_array(model.engine.request_host_s)
     turns = case.steps + np.maximum(np.ceil(shares.prompt / shares.room), 1.0)
     others = np.broadcast_to(shares.slots / turns, case.prompts.shape)
     own = np.broadcast_to(np.maximum(shares.slots, 1.0), others.shape)
-    found = closed_values(one, others, own, served.ttft_s - front_s)
-    return found._replace(seconds=found.seconds + front_s)
+    found = closed_values(one, others, own, served.ttft_s - served.front_s)
+    return found._replace(seconds=found.seconds + served.front_s[:, None])
 
 
 def ttft_spread(
@@ -182,7 +181,8 @@ def ttft_spread(
         one = at_rate.state.arrivals
         alone = np.exp(-at_rate.in_flight * groups)
         values = open_values(one, at_rate.state.waits, filled, alone)
-        values = values._replace(seconds=values.seconds + model.engine.request_host_s)
+        front_s = slots.served.front_s[rows]
+        values = values._replace(seconds=values.seconds + front_s[:, None])
         columns[:, rows] = Spread.of(values.mean, percentiles(values))
         variance[rows] = filled.variance / groups**2
     return Spread(*columns), variance

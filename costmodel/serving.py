@@ -23,7 +23,7 @@ With k = 0 (nothing predicted) E = 1 and n = O - 1. Chunked prefill, prefill mix
                                           another makes the step of all a mixed one; to the others
                                           a request's own prompt counts, too
     t  = h mixed(e, u) + (1 - h) decode(d)             mean step
-    TTFT = front + wait + s mixed                  front: the engine's `request_host_s`
+    TTFT = front + wait + s mixed                  front: `request_host_s` + `request_steps` t
     latency = TTFT + n t                           mean, of a request
     TPOT = t n / (O - 1)    throughput = b O / latency (Little's law)
 
@@ -109,6 +109,8 @@ class Serving:
     pure_share: Array
     """Decode steps in an average step."""
     wait_s: Array
+    front_s: Array
+    """Of a first token's way through the front end."""
     compute_s: Array
     memory_s: Array
     collective_s: Array
@@ -205,6 +207,7 @@ def serve(model: Pricer, given: ServingInput) -> Serving:
         mixed_share=pace.mixed,
         pure_share=pace.pure,
         wait_s=found.ttft_s - pace.prefill_s,
+        front_s=found.front_s,
         compute_s=means.compute_s,
         memory_s=means.memory_s,
         collective_s=means.collective_s,

@@ -52,7 +52,7 @@ from shardplan.costmodel.kernels.matmul import matmul_with
 from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.costmodel.kernels.surface import knot_name
 
-__all__ = ["TABLES", "Samples", "Table", "fit", "fitted_section", "main", "read"]
+__all__ = ["QUANTIZE", "TABLES", "Samples", "Table", "fit", "fitted_section", "main", "read"]
 
 _START: Mapping[str, tuple[float, float, float]] = {
     "floor_s": (5e-6, 1e-6, 2e-5),
@@ -119,9 +119,22 @@ _NVIDIA_KNOTS: Knots = (
     (128, 1024, 2560, 4096, 16384, 65536),
 )
 _SCALE_S = 7.2e-6
-"""TensorRT-LLM's fp8 rows hold a scale found anew for every input: maximum, scale and cast beside
-the product. With at most 64 rows and inputs of at most 2,048 they take this much more than its
-block-scaled product and than vLLM's, on both devices (medians of 7.1 to 7.8 us)."""
+QUANTIZE = 0.7
+"""Of the HBM rate, where kernels quantize large inputs: between 0.5 and 1 it fits alike."""
+_DYNAMIC: Mapping[str, float] = {
+    "scale_s": _SCALE_S,
+    "quantize_floor_s": 2.2e-6,
+    "quantize_row_s": 0.0,
+    "quantize_power": 1.0,
+    "quantize": QUANTIZE,
+}
+"""TensorRT-LLM's fp8 rows make their input fp8 in every call, its scale found anew
+(ai-dynamo/aiconfigurator collector/trtllm/collect_gemm.py: QuantAlgo.FP8 without an input scale):
+maximum, scale and cast beside the product. What that takes is how much longer products of at most
+256 outputs, short ones themselves, take than in bf16: 9.2 to 9.7 us with small inputs, on both
+devices, and up to 2 us more for each million elements. `scale_s` is the part of the scale: with at
+most 64 rows and inputs of at most 2,048 these rows take 7.1 to 7.8 us (medians) more than its
+block-scaled product and than vLLM's, which cast only."""
 _KERNEL_ROWS = 16
 _TOP = 0.7
 _ASCEND = "ascend_ops/aiconfigurator_npu_910b_vllm_ascend_0.18.0/"
@@ -155,7 +168,7 @@ def _nvidia(gpu: str, dtype: str) -> Table:
         dtype=dtype,
         style="nvidia",
         knots=_NVIDIA_KNOTS,
-        fixed={"tile_elements": 32768.0} | ({"scale_s": _SCALE_S} if dtype == "fp8" else {}),
+        fixed={"tile_elements": 32768.0, **(_DYNAMIC if dtype == "fp8" else {})},
         share=0.08,
         source=_NVIDIA_SOURCE.format(dtype=dtype, gpu=gpu.upper()),
     )

@@ -6,7 +6,7 @@
     memory  = max(hbm, l2)
     hbm     = cold * b_w*n*k / (HBM * e_hbm) + (warm * b_w*n*k + b_x*m*k + 2*m*n) / (L2 * e_l2)
     l2      = (b_x * ceil(n/tile_n) * m*k + b_w' * ceil(m/tile_m) * k*n) / (L2 * e_l2)
-    quantize = row_s * (m / vector_cores)^alpha + (2 + 1)*m*k / (HBM * e_quant)
+    quantize = launch_s + row_s * (m / vector_cores)^alpha + (2 + 1)*m*k / (HBM * e_quant)
 
 m rows (tokens), n output features, k input features; sizes padded to the 16 x 16 fractal
 before tiling. peak in FLOP/s, HBM and L2 in bytes/s are the device's; b_w and b_x are bytes per
@@ -38,9 +38,9 @@ two uses) have warm = 0, or the share that was prefetched into L2.
 The body counts as compute where `compute` exceeds one pass over the operands (`hbm`): fetching
 tiles again from L2 is part of feeding the cube.
 
-`scale_s` is what the benchmark of a section spends on finding the scale of every input. Inside a
-model (`cold`) fp8 weights come with scales of their inputs and products run without it, but never
-in less than a quarter of the time.
+Where a section has `scale_s`, its benchmark finds the scale of every input before it quantizes:
+    quantize += scale_s + 2*m*k / (HBM * e_quant)
+Inside a model (`cold`) fp8 weights come with scales of their inputs, and no kernel looks for them.
 
 Sources of the coefficients: the calibration's own `matmul.*` sections. Left out: bank
 conflicts of particular strides, biases, transposes, fused all-reduce.
@@ -86,8 +86,8 @@ Sizes = tuple[Array, Array, Array]
 MATMUL_FAMILY = "matmul"
 _FRACTAL = 16.0
 _OUTPUT_BYTES = 2.0
+_READ_BYTES = 2.0
 _SUM_BYTES = 4.0
-_LEAST_SHARE = 0.25
 _TILE_ROWS = np.asarray([[1.0], [2.0], [0.5]])
 _TILE_COLUMNS = np.asarray([[2.0], [1.0], [2.0]])
 """Sides of the competing tiles, `[shapes, 1]`, in units of the square root of half their area."""
@@ -164,15 +164,23 @@ def _body(
 
 
 def _quantize_s(
-    m: Array, k: Array, coef: Mapping[str, float], device: Device, rule: Precision
+    sizes: Sizes,
+    coef: Mapping[str, float],
+    device: Device,
+    rule: Precision,
+    state: WeightState,
 ) -> Array | float:
-    """Seconds of the kernel that quantizes the input rows before the product."""
+    """Seconds of the kernels that quantize the input rows before the product."""
     if not rule.quantizes or "quantize" not in coef:
         return 0.0
+    m, _, k = sizes
     cores = device.vector_cores or device.cube_cores
-    moved_s = m * k * (2.0 + rule.input_bytes) / (device.hbm_bytes_per_s * coef["quantize"])
+    element_bytes, launch_s = _READ_BYTES + rule.input_bytes, coef.get("quantize_floor_s", 0.0)
+    if "scale_s" in coef and not (state == "cold" and rule.name == "fp8"):
+        element_bytes, launch_s = element_bytes + _READ_BYTES, launch_s + coef["scale_s"]
+    moved_s = m * k * element_bytes / (device.hbm_bytes_per_s * coef["quantize"])
     rows_s = coef["quantize_row_s"] * (m / cores) ** coef["quantize_power"]
-    return np.asarray(moved_s + rows_s, dtype=np.float64)
+    return np.asarray(moved_s + rows_s + launch_s, dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +206,7 @@ class _Pricing:
         body, bound = _body(sizes, coef, device, rule, least_s)
         factor = self.surface.factor(sizes)
         body *= factor
-        over = coef["floor_s"] + _quantize_s(sizes[0], sizes[2], coef, device, rule)
+        over = coef["floor_s"] + _quantize_s(sizes, coef, device, rule, self.state)
         if self.surface.whole:
             over = over * factor
             rate = peak_flop_per_s(device, rule) * coef["compute"]
@@ -206,10 +214,6 @@ class _Pricing:
         if further is not None:
             body = np.where(further > 0.0, np.sqrt(np.sqrt(_fourth(body) + further)), body)
             bound = np.logical_and(bound, body >= given_s)
-        if self.state == "cold" and rule.name == "fp8" and "scale_s" in coef:
-            least = _LEAST_SHARE * (over + body)
-            body = np.maximum(body - np.maximum(coef["scale_s"] - over, 0.0), least)
-            over = np.maximum(over - coef["scale_s"], 0.0)
         compute = np.where(bound, body, 0.0)
         return compute, body - compute, np.broadcast_to(over, body.shape)
 

@@ -107,6 +107,9 @@ def test_a_norm_quantizes_what_only_linear_layers_read() -> None:
         (12800, 5120): True,
         (5120, 6400): False,
     }
+    for fused, narrow in (("act_quant", (5120, 6400)), ("attention_quant", (5120, 2048))):
+        found = rows("qk norm tp4", "decode", "dense", "qkv", "gate_up", "swiglu", fused)
+        assert [(r.n, r.k) for r in found if r.quantized] == [narrow]
     moe = rows("moe tp4 ep4", "decode", "moe", "add_rmsnorm", "norm_quant")
     assert [r.weight_class for r in moe if r.kind == "add_rmsnorm"] == ["linear", "none"]
     apart = rows("qk norm tp4", "decode", "dense", "qkv", "gate_up", "add_rmsnorm")

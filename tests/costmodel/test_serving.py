@@ -299,3 +299,15 @@ def test_the_front_end_delays_the_first_token_and_takes_its_share_of_a_closed_lo
     assert late.end_to_end_s - usual.end_to_end_s == pytest.approx(0.1)
     assert late.tpot_s == pytest.approx(usual.tpot_s)
     assert late.requests_per_s == pytest.approx(1 / late.end_to_end_s)
+
+
+def test_a_request_waits_for_steps_of_the_engine_on_its_way() -> None:
+    """Each of `request_steps` is a mean step, and the more of them the more requests decode."""
+    model = load("dense tp8").model
+    slow = replace(model, engine=replace(model.engine, request_host_s=0.01, request_steps=3.0))
+    slots = np.asarray([1.0, 16.0, 64.0])
+    given = ServingInput(batch=slots, chunk=np.full(3, 2048.0), input_len=1024, output_len=64)
+    late = serve(slow, given)
+    assert late.front_s == pytest.approx(0.01 + 3.0 * late.tpot_s)
+    assert (np.diff(late.front_s) > 0.0).all()
+    assert (serve(model, given).front_s == 0.0).all()
