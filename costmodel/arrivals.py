@@ -21,16 +21,23 @@ A prompt that fills more than one step (c = 1) is taken as one long step of `ste
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 
-__all__ = ["STATES", "Arrivals", "Waits", "seconds_of", "waits"]
+__all__ = ["NEVER", "STATES", "Arrivals", "Waits", "seconds_of", "waits"]
 
+Indices = NDArray[np.int64]
 STATES = 20
 """Prompts that wait in the fullest group, one less at most."""
+_FEW = 7
+NEVER = 1e-13
+"""A state with so small a share of steps is not met."""
+_MOST_SUMMED = 100.0
+"""Mean of a Poisson distribution whose first terms are summed: of larger ones they vanish."""
 _ROWS = 512
 """Rows that are solved at once: what that takes of memory."""
 
@@ -52,6 +59,13 @@ class Arrivals(NamedTuple):
     """Until such a prompt is done, over the time that it keeps others waiting."""
     prompts_first: bool
 
+    def take(self, rows: Indices) -> Arrivals:
+        """Some rows."""
+        columns: dict[str, Any] = {
+            name: one[rows] for name, one in self._asdict().items() if isinstance(one, np.ndarray)
+        }
+        return self._replace(**columns)
+
 
 class Waits(NamedTuple):
     """The steady state of the steps, by the prompts that each begins with; `[rows, states]`."""
@@ -63,6 +77,10 @@ class Waits(NamedTuple):
     step_s: Array
     """Mean seconds a token of a decoding request `[rows]`."""
 
+    def take(self, rows: Indices, states: int = STATES) -> Waits:
+        """Some rows, and their first states."""
+        return Waits(self.share[rows, :states], self.seconds[rows, :states], self.step_s[rows])
+
 
 def seconds_of(one: Arrivals, prompts: Array) -> Array:
     """Seconds of steps with so many prompts in the fullest group, `[rows, ...]`."""
@@ -73,15 +91,23 @@ def seconds_of(one: Arrivals, prompts: Array) -> Array:
 
 
 def waits(one: Arrivals) -> Waits:
-    """The steady state of the chain of steps."""
+    """The steady state of the chain of steps.
+
+    Few prompts wait in most: rows are solved over the first `_FEW` states, and over all where the
+    last of those is met.
+    """
     rows, states = one.rate.size, np.arange(float(STATES))
     seconds = seconds_of(one, np.broadcast_to(states, (rows, STATES)))
     coming = one.rate[:, None] * seconds
     left = np.maximum(states - one.at_once[:, None], 0.0)
-    share = np.empty((rows, STATES))
-    for start in range(0, rows, _ROWS):
-        part = slice(start, start + _ROWS)
-        share[part] = _stationary(_chain(coming[part], left[part], one.groups[part]))
+    share = np.zeros((rows, STATES))
+    unsolved = np.arange(rows)
+    for count in (_FEW, STATES):
+        for start in range(0, unsolved.size, _ROWS):
+            part = unsolved[start : start + _ROWS]
+            chain = _chain(coming[part, :count], left[part, :count], one.groups[part])
+            share[part, :count] = _stationary(chain)
+        unsolved = unsolved[share[unsolved, _FEW - 1] > NEVER]
     total = (share * seconds).sum(axis=-1)
     mixed = 0.0 if one.prompts_first else one.steps * (1.0 - share[:, 0])
     decoding = share[:, 0] + mixed
@@ -93,13 +119,27 @@ def _chain(coming: Array, left: Array, groups: Array) -> Array:
 
     `coming`: mean number that come during a step, `left`: those that it leaves waiting.
     """
-    from scipy.special import pdtr  # slow to import
-
-    new = np.arange(STATES) - left[:, :, None]
-    upto = pdtr(np.maximum(new, 0.0) * groups[:, None, None], coming[:, :, None])
+    states = coming.shape[1]
+    new = np.arange(states) - left[:, :, None]
+    upto = np.take_along_axis(_upto(coming, groups), np.maximum(new, 0.0).astype(np.int64), axis=2)
     reached = np.where(new >= 0.0, upto, 0.0)
     reached[..., -1] = 1.0
     found: Array = np.diff(reached, axis=-1, prepend=0.0)
+    return found
+
+
+def _upto(coming: Array, groups: Array) -> Array:
+    """Probabilities `[rows, states, states]` of 0, 1, ... prompts of each group or fewer."""
+    from scipy.special import pdtr  # slow to import
+
+    numbers = np.arange(float(coming.shape[1]))
+    factors = np.ones((*coming.shape, numbers.size))
+    np.divide(coming[..., None], numbers[1:], out=factors[..., 1:])
+    np.cumprod(factors, axis=-1, out=factors)
+    np.cumsum(factors, axis=-1, out=factors)
+    found = np.exp(-coming)[..., None] * factors
+    many = np.flatnonzero((groups > 1.0) | (coming.max(axis=1) > _MOST_SUMMED))
+    found[many] = pdtr(numbers * groups[many, None, None], coming[many, :, None])
     return found
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 
@@ -26,6 +27,8 @@ __all__ = ["Occupancy", "occupancy"]
 
 _BENDS = (0.05, 4.0)
 """Of g: what slots near those in flight, or far beyond, would make of it."""
+_NEVER = -60.0
+"""Log of odds that leave no trace."""
 
 
 class Occupancy(NamedTuple):
@@ -38,6 +41,10 @@ class Occupancy(NamedTuple):
     variance: Array
     """Of the number in flight."""
 
+    def take(self, rows: NDArray[np.int64]) -> Occupancy:
+        """Some rows."""
+        return Occupancy(*(one[rows] for one in self))
+
 
 def occupancy(rate: Array, capacity: Array, slots: Array, in_flight: Array) -> Occupancy:
     """Of deployments `[rows]`: `rate` of `capacity` requests a second, slots in all.
@@ -47,10 +54,23 @@ def occupancy(rate: Array, capacity: Array, slots: Array, in_flight: Array) -> O
     room = np.maximum(slots / np.maximum(in_flight, 1e-9), 1.0 + 1e-6)
     spare = np.maximum(capacity / rate, 1.0 + 1e-9)
     bend = np.clip(np.log(spare) / np.log(room), *_BENDS)
-    share = np.asarray([_full(*row) for row in zip(slots, in_flight, bend, spare, strict=True)])
+    share, rows = np.zeros(room.shape), np.flatnonzero(_met(slots, in_flight, bend))
+    given = (slots[rows], in_flight[rows], bend[rows], spare[rows])
+    share[rows] = [_full(*row) for row in zip(*given, strict=True)]
     excess = np.maximum(capacity - rate, 1e-12)
     share = np.where(in_flight < slots, share, 1.0)
     return Occupancy(share, 0.5 / excess, in_flight / bend)
+
+
+def _met(slots: Array, in_flight: Array, bend: Array) -> NDArray[np.bool_]:
+    """Whether all slots are ever taken: p(slots) over p of those in flight, both in whole numbers,
+    tells more than nothing."""
+    from scipy.special import gammaln  # slow to import
+
+    usual, most = np.maximum(np.floor(in_flight), 0.0), np.ceil(slots)
+    log = np.log(np.maximum(in_flight, 1e-9))
+    odds = bend * ((most - usual) * log - gammaln(most + 1.0) + gammaln(usual + 1.0))
+    return np.asarray(odds > _NEVER)
 
 
 def _full(slots: float, in_flight: float, bend: float, spare: float) -> float:

@@ -7,6 +7,9 @@ b = rate * latency (Little's law) follows by secants in a few turns.
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import NamedTuple
 
@@ -76,18 +79,45 @@ def slots_for_rate(model: Pricer, case: Case, most: Array, full: Serving) -> Slo
 
 
 def _little(model: Pricer, case: Case, start: Array, most: Array) -> tuple[Array, Serving, Open]:
-    """(slots in use, the state) where slots are rate times latency: secants from `start`."""
-    used, before = start, (start, start)
+    """(slots in use, the state) where slots are rate times latency: secants from `start`.
+
+    Each row goes on until it is close by itself, whatever the others do.
+    """
+    used, before, left = start.copy(), (start.copy(), start.copy()), np.arange(most.size)
+    whole = now = copy.deepcopy(_served_at(model, case, used, most))
     for turn in range(_TURNS):
-        state, found = _served_at(model, case, used, most)
-        wanted = np.clip(case.rate * found.latency_s, 1.0, most)
-        if turn == _TURNS - 1 or np.all(np.abs(wanted - used) <= _CLOSE * used):
+        if turn:
+            few, own = some_rows(model, case, left)
+            now = _served_at(few, own, used[left], most[left])
+            _put(whole, left, now)
+        slots, (_, found) = used[left], now
+        wanted = np.clip(case.rate[left] * found.latency_s, 1.0, most[left])
+        moved = slots - before[0][left]
+        slope = (wanted - before[1][left]) / np.where(moved != 0.0, moved, np.inf)
+        before[0][left], before[1][left] = slots, wanted
+        far = np.abs(wanted - slots) > _CLOSE * slots
+        if turn == _TURNS - 1 or not far.any():
             break
-        moved = used - before[0]
-        slope = (wanted - before[1]) / np.where(moved != 0.0, moved, np.inf)
-        before = used, wanted
-        used = np.clip(used + (wanted - used) / (1.0 - np.clip(slope, -0.9, 0.9)), 1.0, most)
-    return used, state, found
+        step = (wanted - slots)[far] / (1.0 - np.clip(slope[far], -0.9, 0.9))
+        used[left[far]] = np.clip(slots[far] + step, 1.0, most[left][far])
+        left = left[far]
+    return used, *whole
+
+
+def _arrays(one: object) -> Iterator[Array]:
+    """Every array of a state, in the order of its fields."""
+    if isinstance(one, np.ndarray):
+        yield one
+    elif isinstance(one, tuple):
+        yield from itertools.chain.from_iterable(map(_arrays, one))
+    elif isinstance(one, Serving):
+        yield from (getattr(one, each.name) for each in fields(Serving))
+
+
+def _put(whole: object, rows: Indices, part: object) -> None:
+    """Write some rows into every array of a state."""
+    for held, values in zip(_arrays(whole), _arrays(part), strict=True):
+        held[rows] = values
 
 
 def _served_at(model: Pricer, case: Case, slots: Array, most: Array) -> tuple[Serving, Open]:
