@@ -250,4 +250,5 @@ def _occupancy(
         capacity,
         most * groups,
         at_rate.in_flight * groups,
+        at_rate.state.uneven,
     )
