@@ -92,7 +92,8 @@ def arrivals_of(model: Pricer, given: ServingInput, served: Serving, rate: Array
     line = _line(model, given, shares, (held, np.where(at_once > 1.0, 2.0 * held, held / 2.0)))
     locked, groups = wide(model.locked), wide(shares.together)
     alone_s = line.fixed_s + line.token_s * prompt
-    steps, rest_s, first_s = np.ones(shape), np.zeros(shape), wide(served.prefill_s)
+    steps, rest_s = np.ones(shape), np.zeros(shape)
+    first_s = np.where(fills > 1.0, wide(served.prefill_s), alone_s)
     if not first:
         whole = np.ceil(fills)
         work_s = fills * line.fixed_s + line.token_s * prompt
