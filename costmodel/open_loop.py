@@ -45,7 +45,7 @@ class Open(NamedTuple):
     later_s: Array
     """Of it after the first token."""
     uneven: Array
-    """Variance over mean of the requests in flight."""
+    """Variance over mean of the requests in flight, were decode steps as long for any of them."""
 
 
 class _Line(NamedTuple):

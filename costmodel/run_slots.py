@@ -33,6 +33,8 @@ _NARROW = 2e-3
 _CLOSE = 1e-3
 """How much more than what is offered is hardly more."""
 _MOST_TURNS = 32
+_MOST_LONGER = 0.5
+"""Exponent of a decode step over the requests in flight that is followed."""
 
 
 class AtRate(NamedTuple):
@@ -69,7 +71,8 @@ def slots_for_rate(model: Pricer, case: Case, most: Array, full: Serving) -> Slo
         return Slots(most, saturated, full, None)
     few, own = some_rows(model, case, rows)
     start = _fewest(few, own, most[rows], full.requests_per_s[rows], offered[rows])
-    used, state, found = _little(few, own, start, most[rows])
+    full_step_s = np.broadcast_to(full.decode_step_s, most.shape)[rows]
+    used, state, found = _little(few, own, start, (most[rows], full_step_s))
     flight = own.rate * found.latency_s
     slots = most.copy()
     slots[rows] = used
@@ -81,18 +84,22 @@ def slots_for_rate(model: Pricer, case: Case, most: Array, full: Serving) -> Slo
     return Slots(slots, saturated, Serving(**columns), at_rate)
 
 
-def _little(model: Pricer, case: Case, start: Array, most: Array) -> tuple[Array, Serving, Open]:
+def _little(
+    model: Pricer, case: Case, start: Array, full: tuple[Array, Array]
+) -> tuple[Array, Serving, Open]:
     """(slots in use, the state) where slots are rate times latency: secants from `start`.
 
-    Each row goes on until it is close by itself, whatever the others do.
+    Each row goes on until it is close by itself, whatever the others do. `full`: all slots, and the
+    seconds of their decode step.
     """
+    most, full_s = full
     used, before, left = start.copy(), (start.copy(), start.copy()), np.arange(most.size)
     met = crowd_met(used, np.ones_like(used), most)
-    whole = now = copy.deepcopy(_served_at(model, case, met))
+    whole = now = copy.deepcopy(_served_at(model, case, met, full))
     for turn in range(_TURNS):
         if turn:
             few, own = some_rows(model, case, left)
-            now = _served_at(few, own, met[left])
+            now = _served_at(few, own, met[left], (most[left], full_s[left]))
             _put(whole, left, now)
         slots, (_, found) = used[left], now
         wanted = np.clip(case.rate[left] * found.latency_s, 1.0, most[left])
@@ -128,11 +135,21 @@ def _put(whole: object, rows: Indices, part: object) -> None:
         held[rows] = values
 
 
-def _served_at(model: Pricer, case: Case, met: Array) -> tuple[Serving, Open]:
-    """The steady state of random arrivals whose requests are among `met`, themselves counted."""
+def _served_at(
+    model: Pricer, case: Case, met: Array, full: tuple[Array, Array]
+) -> tuple[Serving, Open]:
+    """The steady state of random arrivals whose requests are among `met`, themselves counted.
+
+    `full`: all slots and the seconds of their decode step. The more are in flight the longer each
+    stays, which makes their number more uneven: with d ~ n^e by 1 + e / 2, as n varies while one
+    stays.
+    """
     given = replace(case.given, batch=met, in_flight=None)
     closed = filled(serve(model, given), met.shape)
     found = open_state(model, given, closed, case.rate)
+    room = np.log(np.maximum(full[0] / met, 1.0 + _CLOSE))
+    longer = np.clip(np.log(full[1] / closed.decode_step_s) / room, 0.0, _MOST_LONGER)
+    found = found._replace(uneven=found.uneven * (1.0 + longer / 2.0))
     pure, step_s = found.waits.share[:, 0], found.waits.step_s
     first, decodes = model.engine.prefill_first, case.steps > 0.0
     mixed = (1.0 - pure) / np.maximum(pure, 1e-9) if first else 1.0 - pure
