@@ -6,31 +6,60 @@ M prompts in the fullest group, at most c of them a step, they take
 
     T(0) = d     T(M) = first + (min(M, c) - 1) more
 
-Prompts are spread evenly over the groups, so n of them are ceil(n / G) in the fullest. What waits
-as a step begins is a Markov chain
+What waits as a step begins is a Markov chain
 
-    M' = max(M - c, 0) + ceil(Poisson(l T(M)) / G)
+    M' = max(M - c, 0) + new(l T(M))
 
-with the steady state p over steps. Where prompts go first only steps without any decode, else all
-do:
+with the steady state p over steps. Of n prompts that come during a step the fullest group gets
 
-    step seconds a token of a request = sum p T / (share of the steps that decode)
+    groups        ceil(n / G) where they are spread evenly, the most of G independent Poisson
+                  numbers where as chance has it; who goes to the group with the least in flight is
+                  of the latter kind with a chance of 1 / G
+    microbatches  all that come go with the next of them: the most of independent ones
+    replicas      that requests go to by turns: each R-th, floor((Poisson(R l T) + u) / R)
+
+Where prompts go first only steps without any prompt decode, else all do:
+
+    t = sum p T / (share of the steps that decode)           step seconds a token of a request
+
+The steps after a request's own prompt are not like any: more came during that long step than
+during others. With w steps of a state that decode (0 or 1, or a prompt's own number) and h the
+sums of T - w t over all steps from a state on, h = T - w t + P h, n tokens take
+
+    n t + h(after the step of a prompt) - h(after the last step)
+
+Requests that come because of one (those that meet the stop it makes, and so on) are a branching
+process; with r of them at once the number that decodes together, Poisson clusters of these (Borel's
+distribution), has
+
+    variance / mean = 1 / (1 - r)^2
 
 A prompt that fills more than one step (c = 1) is taken as one long step of `steps` steps.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 
-__all__ = ["STATES", "Arrivals", "Waits", "seconds_of", "waits"]
+__all__ = ["NEVER", "STATES", "Arrivals", "Waits", "seconds_of", "unevenness", "waits"]
 
+Indices = NDArray[np.int64]
 STATES = 20
 """Prompts that wait in the fullest group, one less at most."""
+_FEW = 7
+NEVER = 1e-13
+"""A state with so small a share of steps is not met."""
+_MOST_SUMMED = 100.0
+"""Mean of a Poisson distribution whose first terms are summed: of larger ones they vanish."""
+_MOST_AGAIN = 0.8
+"""Requests that come because of one at most: slots, and queues that grow, bound clusters."""
+_MOST_TURNS = 8
+"""Replicas from which on the stream of each is as regular as it matters."""
 _ROWS = 512
 """Rows that are solved at once: what that takes of memory."""
 
@@ -41,6 +70,10 @@ class Arrivals(NamedTuple):
     rate: Array
     """Requests a second of all of them."""
     groups: Array
+    lanes: Array
+    """Microbatches among these: prompts that come go with the next of them."""
+    replicas: Array
+    """Schedules that do not step together, which requests go to by turns."""
     decode_s: Array
     first_s: Array
     more_s: Array
@@ -52,6 +85,13 @@ class Arrivals(NamedTuple):
     """Until such a prompt is done, over the time that it keeps others waiting."""
     prompts_first: bool
 
+    def take(self, rows: Indices) -> Arrivals:
+        """Some rows."""
+        columns: dict[str, Any] = {
+            name: one[rows] for name, one in self._asdict().items() if isinstance(one, np.ndarray)
+        }
+        return self._replace(**columns)
+
 
 class Waits(NamedTuple):
     """The steady state of the steps, by the prompts that each begins with; `[rows, states]`."""
@@ -62,6 +102,13 @@ class Waits(NamedTuple):
     """Of a step."""
     step_s: Array
     """Mean seconds a token of a decoding request `[rows]`."""
+    begun_s: Array
+    """What the steps after a prompt take beyond that, in all `[rows]`."""
+
+    def take(self, rows: Indices, states: int = STATES) -> Waits:
+        """Some rows, and their first states."""
+        few = self.share[rows, :states], self.seconds[rows, :states]
+        return Waits(*few, self.step_s[rows], self.begun_s[rows])
 
 
 def seconds_of(one: Arrivals, prompts: Array) -> Array:
@@ -73,33 +120,90 @@ def seconds_of(one: Arrivals, prompts: Array) -> Array:
 
 
 def waits(one: Arrivals) -> Waits:
-    """The steady state of the chain of steps."""
+    """The steady state of the chain of steps.
+
+    Few prompts wait in most: rows are solved over the first `_FEW` states, and over all where the
+    last of those is met.
+    """
     rows, states = one.rate.size, np.arange(float(STATES))
     seconds = seconds_of(one, np.broadcast_to(states, (rows, STATES)))
     coming = one.rate[:, None] * seconds
     left = np.maximum(states - one.at_once[:, None], 0.0)
-    share = np.empty((rows, STATES))
-    for start in range(0, rows, _ROWS):
-        part = slice(start, start + _ROWS)
-        share[part] = _stationary(_chain(coming[part], left[part], one.groups[part]))
-    total = (share * seconds).sum(axis=-1)
-    mixed = 0.0 if one.prompts_first else one.steps * (1.0 - share[:, 0])
-    decoding = share[:, 0] + mixed
-    return Waits(share, seconds, total / np.maximum(decoding, 1e-9))
+    share = np.zeros((rows, STATES))
+    step_s, begun_s = np.zeros(rows), np.zeros(rows)
+    unsolved = np.arange(rows)
+    for count in (_FEW, STATES):
+        for start in range(0, unsolved.size, _ROWS):
+            part = unsolved[start : start + _ROWS]
+            chain = _chain(coming[part, :count], left[part, :count], one.take(part))
+            share[part, :count] = _stationary(chain)
+            given = share[part, :count], seconds[part, :count]
+            step_s[part], begun_s[part] = _pace(one.take(part), chain, *given)
+        unsolved = unsolved[share[unsolved, _FEW - 1] > NEVER]
+    return Waits(share, seconds, step_s, begun_s)
 
 
-def _chain(coming: Array, left: Array, groups: Array) -> Array:
+def _pace(one: Arrivals, chain: Array, share: Array, seconds: Array) -> tuple[Array, Array]:
+    """(t, h after the step of a prompt less h after a last step) `[rows]`."""
+    steps = np.ones(share.shape)
+    steps[:, 1:] = 0.0 if one.prompts_first else one.steps[:, None]
+    step_s = (share * seconds).sum(axis=1) / np.maximum((share * steps).sum(axis=1), 1e-9)
+    last = chain[:, 0] if one.prompts_first else share
+    system = np.eye(share.shape[1]) - chain + last[:, None, :]  # of all h that with h(last) = 0
+    more = np.linalg.solve(system, (seconds - step_s[:, None] * steps)[..., None])
+    with_it = share * np.minimum(np.arange(float(share.shape[1])), one.at_once[:, None])
+    with_it /= np.maximum(with_it.sum(axis=1, keepdims=True), 1e-300)
+    return step_s, np.asarray((with_it[:, None, :] @ chain @ more)[:, 0, 0])
+
+
+def unevenness(one: Arrivals, state: Waits) -> Array:
+    """Variance over mean of the requests that decode together `[rows]`.
+
+    A request that comes with no other adds a step, or makes one longer; others share its step.
+    """
+    decoded_s = 0.0 if one.prompts_first else one.steps * one.decode_s
+    alone_s = np.maximum(one.first_s - decoded_s, 0.0)
+    shared_s = np.where(one.at_once > 1.0, one.more_s / one.groups, alone_s)
+    met = state.share * state.seconds
+    first = (met * np.exp(-one.rate[:, None] * state.seconds)).sum(axis=1) / met.sum(axis=1)
+    again = one.rate * (first * alone_s + (1.0 - first) * shared_s)
+    return np.asarray(1.0 / (1.0 - np.minimum(again, _MOST_AGAIN)) ** 2)
+
+
+def _chain(coming: Array, left: Array, one: Arrivals) -> Array:
     """Probabilities `[rows, states, states]` of the prompts that the next step begins with.
 
     `coming`: mean number that come during a step, `left`: those that it leaves waiting.
     """
-    from scipy.special import pdtr  # slow to import
-
-    new = np.arange(STATES) - left[:, :, None]
-    upto = pdtr(np.maximum(new, 0.0) * groups[:, None, None], coming[:, :, None])
+    states = coming.shape[1]
+    new = np.arange(states) - left[:, :, None]
+    upto = np.take_along_axis(_upto(coming, one), np.maximum(new, 0.0).astype(np.int64), axis=2)
     reached = np.where(new >= 0.0, upto, 0.0)
     reached[..., -1] = 1.0
     found: Array = np.diff(reached, axis=-1, prepend=0.0)
+    return found
+
+
+def _upto(coming: Array, one: Arrivals) -> Array:
+    """Probabilities `[rows, states, states]` of 0, 1, ... prompts or fewer in the fullest group."""
+    from scipy.special import pdtr  # slow to import
+
+    numbers = np.arange(float(coming.shape[1]))
+    factors = np.ones((*coming.shape, numbers.size))
+    np.divide(coming[..., None], numbers[1:], out=factors[..., 1:])
+    np.cumprod(factors, axis=-1, out=factors)
+    np.cumsum(factors, axis=-1, out=factors)
+    found = np.exp(-coming)[..., None] * factors
+    many = np.flatnonzero((one.groups * one.replicas > 1.0) | (coming.max(axis=1) > _MOST_SUMMED))
+    lanes, groups = (values[many, None, None] for values in (one.lanes, one.groups / one.lanes))
+    own = coming[many, :, None] / lanes
+    even, chance = pdtr(numbers * groups, own), pdtr(numbers, own / groups) ** groups
+    found[many] = (even + (chance - even) / groups) ** lanes
+    replicas = np.minimum(one.replicas, _MOST_TURNS)
+    for turns in np.unique(replicas[replicas > 1.0]):
+        rows = np.flatnonzero(replicas == turns)
+        every, last = turns * coming[rows, :, None], turns * (numbers + 1.0) - 1.0
+        found[rows] = np.mean([pdtr(last - place, every) for place in range(int(turns))], axis=0)
     return found
 
 

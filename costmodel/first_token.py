@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardplan.costmodel.arrivals import STATES, Arrivals, Waits, seconds_of
+from shardplan.costmodel.arrivals import Arrivals, Waits, seconds_of
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.occupancy import Occupancy
 
@@ -87,10 +87,9 @@ def _served_s(one: Arrivals, ahead: Array, behind: Array, *, coming: bool) -> Ar
     return whole_s + seconds_of(one, own)
 
 
-def _left(one: Arrivals) -> Array:
+def _left(one: Arrivals, states: int) -> Array:
     """Prompts of all groups that a step of each state leaves waiting `[rows, states]`."""
-    states = np.arange(float(STATES))
-    return np.maximum(states - one.at_once[:, None], 0.0) * one.groups[:, None]
+    return np.maximum(np.arange(float(states)) - one.at_once[:, None], 0.0) * one.groups[:, None]
 
 
 def open_values(one: Arrivals, state: Waits, filled: Occupancy, alone: Array) -> Values:
@@ -98,7 +97,7 @@ def open_values(one: Arrivals, state: Waits, filled: Occupancy, alone: Array) ->
     part = even(_PARTS)
     odds = _poisson(one.rate[:, None, None] * state.seconds[:, :, None] * part)
     weights = (state.share * state.seconds)[:, :, None, None] / _PARTS * odds
-    ahead = _left(one)[:, :, None, None] + np.arange(float(_AHEAD))
+    ahead = _left(one, state.share.shape[1])[:, :, None, None] + np.arange(float(_AHEAD))
     later_s = (state.seconds[:, :, None] * (1.0 - part))[..., None]
     behind = one.rate[:, None, None, None] * later_s
     seconds = later_s + _served_s(one, ahead + 0.0 * later_s, behind, coming=True)
@@ -138,7 +137,13 @@ def percentiles(values: Values) -> tuple[Array, ...]:
     order = np.argsort(values.seconds, axis=1, kind="stable")
     seconds = np.take_along_axis(values.seconds, order, axis=1)
     reached = np.cumsum(np.take_along_axis(values.weights, order, axis=1), axis=1)
-    return tuple(
-        np.asarray([np.interp(q, *row) for row in zip(reached, seconds, strict=True)])
-        for q in QUANTILES
-    )
+    rows, last = np.arange(reached.shape[0]), reached.shape[1] - 1
+    found = []
+    for q in QUANTILES:
+        next_ = np.minimum((reached <= q).sum(axis=1), last)
+        before = np.maximum(next_ - 1, 0)
+        low, high = reached[rows, before], reached[rows, next_]
+        rise = seconds[rows, next_] - seconds[rows, before]
+        share = (q - low) / np.where(high > low, high - low, 1.0)
+        found.append(seconds[rows, before] + np.clip(share, 0.0, 1.0) * rise)
+    return tuple(found)

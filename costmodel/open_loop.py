@@ -11,8 +11,12 @@ prompt (or one full step) and two. With x = I / room the steps that a prompt of 
 
 Prompts first: whole prompts, at most `max_prefill_seqs` a step; first = the prompt alone.
 
-    latency = front + E[T^2] / (2 E[T]) + first + n t      of a request: half-way into the step it
-                                                           meets, its prompt, n steps of t seconds
+    latency = front + E[T^2] / (2 E[T]) + first + n t + h      of a request: half-way into the step
+                                                               it meets, its prompt, n steps of t
+                                                               seconds, and h, what those after a
+                                                               prompt take beyond (`arrivals`)
+
+Of groups that do not step together others get some of the requests that come meanwhile: h / groups.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardplan.costmodel.arrivals import Arrivals, Waits, waits
+from shardplan.costmodel.arrivals import Arrivals, Waits, unevenness, waits
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.pace import flow_s, rotate_s, stage_times
@@ -38,6 +42,10 @@ class Open(NamedTuple):
     arrivals: Arrivals
     waits: Waits
     latency_s: Array
+    later_s: Array
+    """Of it after the first token."""
+    uneven: Array
+    """Variance over mean of the requests in flight, were decode steps as long for any of them."""
 
 
 class _Line(NamedTuple):
@@ -84,7 +92,8 @@ def arrivals_of(model: Pricer, given: ServingInput, served: Serving, rate: Array
     line = _line(model, given, shares, (held, np.where(at_once > 1.0, 2.0 * held, held / 2.0)))
     locked, groups = wide(model.locked), wide(shares.together)
     alone_s = line.fixed_s + line.token_s * prompt
-    steps, rest_s, first_s = np.ones(shape), np.zeros(shape), wide(served.prefill_s)
+    steps, rest_s = np.ones(shape), np.zeros(shape)
+    first_s = np.where(fills > 1.0, wide(served.prefill_s), alone_s)
     if not first:
         whole = np.ceil(fills)
         work_s = fills * line.fixed_s + line.token_s * prompt
@@ -98,6 +107,8 @@ def arrivals_of(model: Pricer, given: ServingInput, served: Serving, rate: Array
     return Arrivals(
         rate=rate * locked,
         groups=groups,
+        lanes=groups / locked,
+        replicas=wide(model.groups) / locked,
         decode_s=wide(served.decode_step_s),
         first_s=first_s,
         more_s=line.token_s * prompt,
@@ -114,4 +125,7 @@ def open_state(model: Pricer, given: ServingInput, served: Serving, rate: Array)
     state = waits(one)
     mean, square = ((state.share * state.seconds**k).sum(axis=1) for k in (1, 2))
     first_s = square / (2.0 * mean) + one.first_s + one.rest_s
-    return Open(one, state, served.front_s + first_s + given.decode_steps * state.step_s)
+    begun_s = np.where(given.decode_steps > 0.0, state.begun_s / one.replicas, 0.0)
+    later_s = given.decode_steps * state.step_s + begun_s
+    latency_s = served.front_s + first_s + later_s
+    return Open(one, state, latency_s, later_s, unevenness(one, state))

@@ -92,7 +92,7 @@ def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array) -> P
 def _prompts_first(shares: Shares, later: Array, decode_s: Array, prefill_s: Array) -> Pace:
     """A prompt stops decoding until it is done."""
     others_s = shares.met * prefill_s
-    wait_s = (shares.slots - 1.0) * prefill_s / np.maximum(2.0 * later, 1.0)
+    wait_s = shares.ahead * prefill_s
     met = (others_s - wait_s) / (np.maximum(later, 1.0) * prefill_s) * shares.pieces
     mixed, pure = np.where(later > 0.0, met, 1.0), np.where(later > 0.0, 1.0, 0.0)
     step_s = mixed * (prefill_s / shares.pieces) + pure * decode_s
@@ -143,7 +143,7 @@ def serve_spans(model: Pricer, given: ServingInput, decode: Span, mixed: Span) -
 
     TTFT, TPOT and latency grow with every span, and by a factor where all do.
     """
-    shares = step_shares(given, model.engine.prefill_first, model.stages, model.locked)
+    shares = step_shares(given, model.engine, model.stages, model.locked)
     return timed(model, given, shares, decode, mixed)
 
 

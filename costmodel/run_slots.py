@@ -2,11 +2,16 @@
 
 The slots b at which a closed loop serves the rate are found first (a bracket closed by secants and
 middles; r rises with b). Random arrivals meet other steps (`open_loop`) and stay another time, so
-b = rate * latency (Little's law) follows by secants in a few turns.
+b = rate * latency (Little's law) follows by secants in a few turns. Steps are those of the crowd
+that a request is among (`occupancy.crowd_met`); requests go to the group with the least in flight,
+so that the groups of a deployment share its unevenness.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import NamedTuple
 
@@ -15,6 +20,7 @@ import numpy as np
 from shardplan.costmodel.bulk import Indices
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, as_array
+from shardplan.costmodel.occupancy import crowd_met
 from shardplan.costmodel.open_loop import Open, open_state
 from shardplan.costmodel.run_case import Bools, Case, at_slots, filled, some_rows
 from shardplan.costmodel.serving import Serving, serve
@@ -27,6 +33,8 @@ _NARROW = 2e-3
 _CLOSE = 1e-3
 """How much more than what is offered is hardly more."""
 _MOST_TURNS = 32
+_MOST_LONGER = 0.5
+"""Exponent of a decode step over the requests in flight that is followed."""
 
 
 class AtRate(NamedTuple):
@@ -63,7 +71,8 @@ def slots_for_rate(model: Pricer, case: Case, most: Array, full: Serving) -> Slo
         return Slots(most, saturated, full, None)
     few, own = some_rows(model, case, rows)
     start = _fewest(few, own, most[rows], full.requests_per_s[rows], offered[rows])
-    used, state, found = _little(few, own, start, most[rows])
+    full_step_s = np.broadcast_to(full.decode_step_s, most.shape)[rows]
+    used, state, found = _little(few, own, start, (most[rows], full_step_s))
     flight = own.rate * found.latency_s
     slots = most.copy()
     slots[rows] = used
@@ -75,40 +84,82 @@ def slots_for_rate(model: Pricer, case: Case, most: Array, full: Serving) -> Slo
     return Slots(slots, saturated, Serving(**columns), at_rate)
 
 
-def _little(model: Pricer, case: Case, start: Array, most: Array) -> tuple[Array, Serving, Open]:
-    """(slots in use, the state) where slots are rate times latency: secants from `start`."""
-    used, before = start, (start, start)
-    for turn in range(_TURNS):
-        state, found = _served_at(model, case, used, most)
-        wanted = np.clip(case.rate * found.latency_s, 1.0, most)
-        if turn == _TURNS - 1 or np.all(np.abs(wanted - used) <= _CLOSE * used):
-            break
-        moved = used - before[0]
-        slope = (wanted - before[1]) / np.where(moved != 0.0, moved, np.inf)
-        before = used, wanted
-        used = np.clip(used + (wanted - used) / (1.0 - np.clip(slope, -0.9, 0.9)), 1.0, most)
-    return used, state, found
+def _little(
+    model: Pricer, case: Case, start: Array, full: tuple[Array, Array]
+) -> tuple[Array, Serving, Open]:
+    """(slots in use, the state) where slots are rate times latency: secants from `start`.
 
-
-def _served_at(model: Pricer, case: Case, slots: Array, most: Array) -> tuple[Serving, Open]:
-    """The steady state of random arrivals with so many slots in use.
-
-    A request at random finds as many others as there are on average, one more than in a closed
-    loop of so many.
+    Each row goes on until it is close by itself, whatever the others do. `full`: all slots, and the
+    seconds of their decode step.
     """
-    given = replace(case.given, batch=np.minimum(slots + 1.0, most), in_flight=None)
-    closed = filled(serve(model, given), slots.shape)
+    most, full_s = full
+    used, before, left = start.copy(), (start.copy(), start.copy()), np.arange(most.size)
+    met = crowd_met(used, np.ones_like(used), most)
+    whole = now = copy.deepcopy(_served_at(model, case, met, full))
+    for turn in range(_TURNS):
+        if turn:
+            few, own = some_rows(model, case, left)
+            now = _served_at(few, own, met[left], (most[left], full_s[left]))
+            _put(whole, left, now)
+        slots, (_, found) = used[left], now
+        wanted = np.clip(case.rate[left] * found.latency_s, 1.0, most[left])
+        moved = slots - before[0][left]
+        slope = (wanted - before[1][left]) / np.where(moved != 0.0, moved, np.inf)
+        before[0][left], before[1][left] = slots, wanted
+        uneven = found.uneven / np.broadcast_to(as_array(model.groups), most.shape)[left]
+        crowd = crowd_met(wanted, uneven, most[left])
+        far = np.abs(wanted - slots) > _CLOSE * slots
+        far |= np.abs(crowd - met[left]) > _CLOSE * crowd
+        if turn == _TURNS - 1 or not far.any():
+            break
+        step = (wanted - slots)[far] / (1.0 - np.clip(slope[far], -0.9, 0.9))
+        used[left[far]] = np.clip(slots[far] + step, 1.0, most[left][far])
+        left = left[far]
+        met[left] = crowd_met(used[left], uneven[far], most[left])
+    return used, *whole
+
+
+def _arrays(one: object) -> Iterator[Array]:
+    """Every array of a state, in the order of its fields."""
+    if isinstance(one, np.ndarray):
+        yield one
+    elif isinstance(one, tuple):
+        yield from itertools.chain.from_iterable(map(_arrays, one))
+    elif isinstance(one, Serving):
+        yield from (getattr(one, each.name) for each in fields(Serving))
+
+
+def _put(whole: object, rows: Indices, part: object) -> None:
+    """Write some rows into every array of a state."""
+    for held, values in zip(_arrays(whole), _arrays(part), strict=True):
+        held[rows] = values
+
+
+def _served_at(
+    model: Pricer, case: Case, met: Array, full: tuple[Array, Array]
+) -> tuple[Serving, Open]:
+    """The steady state of random arrivals whose requests are among `met`, themselves counted.
+
+    `full`: all slots and the seconds of their decode step. The more are in flight the longer each
+    stays, which makes their number more uneven: with d ~ n^e by 1 + e / 2, as n varies while one
+    stays.
+    """
+    given = replace(case.given, batch=met, in_flight=None)
+    closed = filled(serve(model, given), met.shape)
     found = open_state(model, given, closed, case.rate)
+    room = np.log(np.maximum(full[0] / met, 1.0 + _CLOSE))
+    longer = np.clip(np.log(full[1] / closed.decode_step_s) / room, 0.0, _MOST_LONGER)
+    found = found._replace(uneven=found.uneven * (1.0 + longer / 2.0))
     pure, step_s = found.waits.share[:, 0], found.waits.step_s
     first, decodes = model.engine.prefill_first, case.steps > 0.0
     mixed = (1.0 - pure) / np.maximum(pure, 1e-9) if first else 1.0 - pure
     own = closed.compute_s + closed.memory_s + closed.collective_s + closed.overhead_s
     scale = np.where(decodes, step_s / own, 1.0)
-    rate, ttft = case.rate * model.groups, found.latency_s - case.steps * step_s
+    rate, ttft = case.rate * model.groups, found.latency_s - found.later_s
     state = replace(
         closed,
         ttft_s=ttft,
-        tpot_s=np.where(decodes, step_s * given.steps_per_token, 0.0),
+        tpot_s=found.later_s / np.maximum(case.steps, 1e-9) * given.steps_per_token,
         end_to_end_s=found.latency_s,
         requests_per_s=rate,
         output_tokens_per_s=rate * as_array(given.output_len),

@@ -21,10 +21,12 @@ No percentile above the median is below the mean.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from shardplan.costmodel.arrivals import NEVER, STATES, Arrivals, Waits
 from shardplan.costmodel.bulk import Indices
 from shardplan.costmodel.first_token import (
     Values,
@@ -37,7 +39,7 @@ from shardplan.costmodel.first_token import (
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, as_array
 from shardplan.costmodel.occupancy import Occupancy, occupancy
-from shardplan.costmodel.open_loop import arrivals_of
+from shardplan.costmodel.open_loop import Open, arrivals_of
 from shardplan.costmodel.run_case import Bools, Case, some_rows
 from shardplan.costmodel.run_slots import AtRate, Slots
 from shardplan.costmodel.serving import Serving
@@ -48,6 +50,7 @@ __all__ = ["Spread", "outside_s", "tpot_spread", "ttft_spread"]
 _NORMAL = (0.0, 1.2816, 2.326)
 """Quantiles of a normal distribution: 50, 90, 99 %."""
 _OWN = 2.0 / 3.0
+_WIDTHS = (3, 5, 8, STATES)
 
 
 class Spread(NamedTuple):
@@ -64,6 +67,12 @@ class Spread(NamedTuple):
         p50_s, p90_s, p99_s = found
         high = np.maximum(p90_s, np.maximum(mean_s, p50_s))
         return cls(mean_s, p50_s, high, np.maximum(p99_s, high))
+
+    @classmethod
+    def told(cls, mean_s: Array, values: Values, tails: bool) -> Spread:
+        """Of values; `tails`: their percentiles, too."""
+        none = np.full(mean_s.shape, np.nan)
+        return cls.of(mean_s, percentiles(values)) if tails else cls(mean_s, none, none, none)
 
     def named(self, what: str) -> dict[str, Array]:
         """By name: `ttft_mean_s`, `ttft_p50_s`, ..."""
@@ -158,12 +167,18 @@ def _steady(model: Pricer, case: Case, slots: Slots) -> Values:
 
 
 def ttft_spread(
-    model: Pricer, case: Case, slots: Slots, most: Array, capacity: Array, waiting: Array
+    model: Pricer,
+    case: Case,
+    slots: Slots,
+    most: Array,
+    capacity: Array,
+    waiting: Array,
+    tails: bool,
 ) -> tuple[Spread, Array]:
     """(TTFT, the variance of the number in flight in one dp group).
 
     `most` slots of a dp group serve `capacity` requests a second of all, `waiting` seconds of
-    TTFT lie before the slots.
+    TTFT lie before the slots. Percentiles are NaN without `tails`.
     """
     shape = case.prompts.shape
     columns = np.zeros((4, *shape))
@@ -174,18 +189,32 @@ def ttft_spread(
     if others.size:
         few, own = some_rows(model, case, others)
         mean, values = _closed(few, own, slots.take(others), waiting[others])
-        columns[:, others] = Spread.of(mean, percentiles(values))
+        columns[:, others] = Spread.told(mean, values, tails)
     if at_rate is not None:
         groups = np.broadcast_to(as_array(model.groups), shape)[rows]
         filled = _occupancy(case, at_rate, (most[rows], capacity[rows], groups), rows)
-        one = at_rate.state.arrivals
         alone = np.exp(-at_rate.in_flight * groups)
-        values = open_values(one, at_rate.state.waits, filled, alone)
         front_s = slots.served.front_s[rows]
-        values = values._replace(seconds=values.seconds + front_s[:, None])
-        columns[:, rows] = Spread.of(values.mean, percentiles(values))
+        for some, state in _by_states(at_rate.state, tails):
+            values = open_values(*state, filled.take(some), alone[some])
+            values = values._replace(seconds=values.seconds + front_s[some, None])
+            columns[:, rows[some]] = Spread.told(values.mean, values, tails)
         variance[rows] = filled.variance / groups**2
     return Spread(*columns), variance
+
+
+def _by_states(state: Open, tails: bool) -> Iterator[tuple[Indices, tuple[Arrivals, Waits]]]:
+    """Rows of a state that meet about as many of its steps, and what they meet.
+
+    A mean needs no others; a percentile lies between values whether they are met or not.
+    """
+    met = STATES - np.argmax(state.waits.share[:, ::-1] > NEVER, axis=1)
+    least = 0
+    for most in (STATES,) if tails else _WIDTHS:
+        rows = np.flatnonzero((met > least) & (met <= most))
+        least = most
+        if rows.size:
+            yield rows, (state.arrivals.take(rows), state.waits.take(rows, most))
 
 
 def tpot_spread(
@@ -221,4 +250,5 @@ def _occupancy(
         capacity,
         most * groups,
         at_rate.in_flight * groups,
+        at_rate.state.uneven,
     )

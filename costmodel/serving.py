@@ -33,13 +33,16 @@ R = D (1 + (b - 1) / b (Q - U / 2)) with Q = b R / (Z + R) and U = b D / (Z + R)
 never below the server's own limit:
     R = max((g + sqrt(g^2 + 4 D Z - 2 D^2 (b - 1))) / 2, g),   g = b D - Z
 
-Prefill first (an engine that stops decoding for a prompt): requests end where decode steps do, so
-a prompt waits for half of those that came at the same step, and a request meets every other
-prompt once, while it waits or while it decodes:
-    wait = (b - 1) prefill(I) / max(2 n, 1)
-    t    = decode(b) + (m prefill(I) - wait) / n              TPOT as above
-with m = b - 1 stops of decoding. Those of g groups that share experts stop all g, and the prompts
-that come with one step stop it once: m = n E[the most of any group], each Poisson of mean b / n.
+Prefill first (an engine that stops decoding for prompts): requests end where decode steps do, and
+those that come with one step begin in one prefill, j of them on average, as far as c tokens hold
+them. A prompt waits for half of those that came with it and do not fit beside it; a request meets
+every other prompt once, while it waits or while it decodes:
+    wait = ((b - 1) / max(2 n, 1) - (j - 1) / 2) prefill(j I) / j
+    t    = decode(b) + (m prefill(j I) / j - wait) / n        TPOT as above
+    j    = m / (n (1 - exp(-g b / n)))                        at least 1, at most floor(c / I), in
+                                                              eighths of an octave
+with m = b - 1 other prompts. Those of g groups that share experts stop all g, and the prompts that
+come with one step stop it once: m = n E[the most of any group], each Poisson of mean b / n.
 
 A step that predicts ahead also runs the prediction layer k times: once over all its tokens, prompt
 tokens with them, and k - 1 times over one token of each sequence that decodes.
@@ -123,7 +126,7 @@ def replay(model: Pricer, given: ServingInput, served: Serving, weigh: Weighed) 
 
     `weigh` is told, before each part of them, how often an average step runs it.
     """
-    mix = Mix(step_shares(given, model.engine.prefill_first, model.stages, model.locked))
+    mix = Mix(step_shares(given, model.engine, model.stages, model.locked))
     beside = served.mixed_share * (np.ceil(mix.shares.beside) > 0.0)
     often = {"decode": served.pure_share, "mixed": served.mixed_share, "beside": beside}
     steps_of(model, given, mix, lambda part: weigh(often[part]))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.memo import FEW_POINTS
@@ -21,6 +23,8 @@ _MOST_AT_ONCE = 48
 """Prompts of a group that begin with one step: the mean of the most of groups counts no more."""
 
 
+_PARTS = 8.0
+"""Of an octave: prompts of one step are priced in so many numbers of them."""
 _ROWS = 16.0
 """Pieces of prompts are priced in these many tokens, the rows of a tile of the cube: far fewer
 sizes to price; the share of mixed steps is that of the priced size, so that no token is lost."""
@@ -118,6 +122,8 @@ class Shares:
     """Schedules whose steps hold one another up: groups that share experts, times microbatches."""
     met: Array
     """Stops of decoding for prompts that a request meets, where prompts go first."""
+    ahead: Array
+    """Such stops that a prompt waits for."""
 
 
 def computed_prompt(input_len: ArrayLike, prefix_hit: ArrayLike) -> Array:
@@ -126,7 +132,7 @@ def computed_prompt(input_len: ArrayLike, prefix_hit: ArrayLike) -> Array:
 
 
 def step_shares(
-    given: ServingInput, prefill_first: bool, stages: ArrayLike = 1, locked: ArrayLike = 1
+    given: ServingInput, engine: EngineProfile, stages: ArrayLike = 1, locked: ArrayLike = 1
 ) -> Shares:
     """The average step of an engine's steady state (the formulas of `serving`).
 
@@ -139,23 +145,8 @@ def step_shares(
     slots = given.batch
     if given.in_flight is not None:
         slots = np.minimum(slots, as_array(given.in_flight))
-    if prefill_first:
-        zero = np.zeros(np.broadcast_shapes(slots.shape, chunk.shape))
-        piece = np.minimum(chunk, prompt) + zero
-        pieces = np.ceil(prompt / piece)
-        return Shares(
-            slots=slots,
-            apart=np.ones(()),
-            decoding=slots / turns + zero,
-            beside=zero,
-            room=piece,
-            pieces=pieces,
-            piece=piece,
-            mixed=zero,
-            prompt=prompt,
-            together=locked,
-            met=_stops(slots, np.maximum(later, 1.0), locked),
-        )
+    if engine.prefill_first:
+        return _prompts_first(given, engine, slots, turns, locked)
     apart = np.clip(turns, 1.0, np.maximum(slots, 1.0))
     slots = slots / apart
     wanted, most = slots / (later + np.ceil(prompt / chunk)), chunk / (prompt + later * width)
@@ -181,24 +172,78 @@ def step_shares(
         prompt=prompt,
         together=locked * apart,
         met=np.zeros(()),
+        ahead=np.zeros(()),
     )
 
 
-def _stops(slots: Array, later: Array, groups: Array) -> Array:
-    """Stops of decoding that a request meets in `later` steps, where prompts go first.
+def _prompts_first(
+    given: ServingInput, engine: EngineProfile, slots: Array, turns: Array, locked: Array
+) -> Shares:
+    """The same where decoding stops for prompts."""
+    chunk, prompt = np.maximum(given.chunk, 1.0), computed_prompt(given.input_len, given.prefix_hit)
+    zero = np.zeros(np.broadcast_shapes(slots.shape, chunk.shape))
+    alone = np.minimum(chunk, prompt) + zero
+    held = np.clip(np.floor(chunk / prompt), 1.0, engine.max_prefill_seqs) + zero
+    stops = _stops(slots, given.decode_steps, locked, held)
+    at_once = np.exp2(np.round(np.log2(stops.at_once) * _PARTS) / _PARTS)
+    at_once = np.minimum(at_once, held)
+    return Shares(
+        slots=slots,
+        apart=np.ones(()),
+        decoding=slots / turns + zero,
+        beside=zero,
+        room=alone,
+        pieces=np.ceil(prompt / alone),
+        piece=np.where(at_once > 1.0, at_once * prompt, alone),
+        mixed=zero,
+        prompt=prompt,
+        together=locked,
+        met=stops.met / at_once,
+        ahead=stops.ahead,
+    )
 
-    Of a group alone one for each of the other slots. Of `groups` that step together those of one
-    step fall together: as many as the largest number of requests that begin with it in any group.
+
+class _Stops(NamedTuple):
+    """Where prompts go first; arrays of the grid."""
+
+    met: Array
+    """Prompts, one after another, that a request meets while it waits or decodes."""
+    at_once: Array
+    """Of those that one step holds, on average."""
+    ahead: Array
+    """Steps with prompts before a request's own, and half of what its own is longer than these."""
+
+
+def _stops(slots: Array, steps: Array, groups: Array, held: Array) -> _Stops:
+    """Of requests of so many decode `steps`, beside `held` other prompts of a step at most.
+
+    Those that begin with one decode step are Poisson. Of a group alone a request meets each of the
+    other slots once; of `groups` that step together those of one step fall together: as many as
+    begin with it in the fullest group.
     """
-    alone = slots - 1.0
-    if np.all(groups <= 1.0):
-        return alone
-    own, each = np.maximum(alone, 0.0) / later, slots / later
-    most = np.zeros(np.broadcast_shapes(own.shape, groups.shape))
+    later, others = np.maximum(steps, 1.0), np.maximum(slots - 1.0, 0.0)
+    own, each = others / later, slots / later
+    begin, stops, ahead, square = (np.zeros(held.shape) for _ in range(4))
     term_own, term = np.exp(-own), np.exp(-each)
     below_own, below = term_own, term
     for number in range(1, _MOST_AT_ONCE):
-        most = most + (1.0 - below_own * below ** (groups - 1.0))
+        reached = 1.0 - below_own * below ** (groups - 1.0)
+        place = np.mod(number - 1.0, held)
+        begin, square = begin + reached, square + reached * (2.0 * place + 1.0)
+        stops = stops + reached * (place == 0.0)
+        ahead = ahead + (1.0 - below_own) * np.floor((number - 1.0) / held)
         term_own, term = term_own * own / number, term * each / number
         below_own, below = below_own + term_own, below + term
-    return np.asarray(np.where(groups > 1.0, np.maximum(most * later, alone), alone))
+    at_once = np.clip(begin / np.maximum(stops, 1e-12), 1.0, held)
+    own_step = np.maximum(square / np.maximum(begin, 1e-12), at_once)
+    ahead = ahead / np.maximum(own, 1e-12) + (own_step / at_once - 1.0) / 2.0
+    met = np.where(groups > 1.0, np.maximum(begin * later, slots - 1.0), slots - 1.0)
+    many = (own > _MOST_AT_ONCE / 2.0) | (steps <= 0.0)  # of so many those that step are even
+    half = np.where(steps > 0.0, 2.0, 1.0)
+    even = np.maximum(own - (held - 1.0), 0.0) / (half * held)
+    few = slots < 1.0
+    return _Stops(
+        met=met,
+        at_once=np.where(many, np.minimum(held, np.maximum(own, 1.0)), at_once),
+        ahead=np.where(few, (slots - 1.0) / (2.0 * later), np.where(many, even, ahead)),
+    )

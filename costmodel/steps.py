@@ -197,14 +197,14 @@ def chunk_stages(
 
 def mix_of(model: Pricer, given: ServingInput) -> Mix:
     """The average step of every grid point; equal ones are told where the model remembers them."""
-    first, stages, locked = model.engine.prefill_first, model.stages, model.locked
+    engine, stages, locked = model.engine, model.stages, model.locked
     memo, key = model.memo, given.key
     if memo is None or key is None:
-        return Mix(step_shares(given, first, stages, locked))
-    key = (*key, first, float(stages), float(locked))
+        return Mix(step_shares(given, engine, stages, locked))
+    key = (*key, engine.prefill_first, engine.max_prefill_seqs, float(stages), float(locked))
     found: Mix | None = memo.mixes.get(key)
     if found is None:
-        shares = step_shares(given, first, stages, locked)
+        shares = step_shares(given, engine, stages, locked)
         decoding, beside = sequences_of(shares)
         decode_at = memo.different((decoding,))
         found = memo.mixes[key] = Mix(shares, decode_at, memo.different((beside, shares.piece)))

@@ -197,7 +197,7 @@ def steady_running(
 ) -> tuple[dict[int, float], str]:
     """Binomial batches of the steady state, or of slots of which a share `used` is taken."""
     model = scorer.model_for(Choice.of(way))
-    shares = step_shares(_given(scorer, way), model.engine.prefill_first, model.stages)
+    shares = step_shares(_given(scorer, way), model.engine, model.stages)
     slots = max(math.ceil(float(np.max(shares.slots))), 1)
     busy = float(np.max(shares.decoding)) / slots if used is None else used
     words = f"{slots:,} slots that decode independently, {min(busy, 1.0):.0%} of the time"

@@ -90,7 +90,7 @@ class _Engine:
 
     def __init__(self, setting: Setting, prompts_first: bool, prompts: int) -> None:
         self.setting, self.prompts_first, self.left = setting, prompts_first, prompts
-        self.now_s = 0.0
+        self.now_s, self.uneven = 0.0, False
         self.waiting: list[_Request] = []
         self.running: list[_Request] = []
         self.ended: list[tuple[_Request, float]] = []
@@ -101,7 +101,10 @@ class _Engine:
         if self.left:
             self.left -= 1
             now = self.now_s
-            self.waiting.append(_Request(self.setting.prompt, self.setting.output - 1, now))
+            later = self.setting.output - 1
+            if self.uneven:
+                later = self.luck.randint(later // 2, later + later // 2)
+            self.waiting.append(_Request(self.setting.prompt, later, now))
 
     def _gained(self) -> int:
         """Tokens of one step: its own, and those predicted ahead up to the first refused."""
@@ -116,7 +119,9 @@ class _Engine:
         decoding = [] if stopped else list(self.running)
         room = self.setting.chunk - len(decoding) * (1 + self.setting.ahead)
         fed: list[_Request] = []
-        for request in self.waiting[:1] if self.prompts_first else self.waiting:
+        for request in self.waiting:
+            if self.prompts_first and fed and request.prompt_left > room:  # whole prompts
+                break
             take = min(request.prompt_left, room)
             request.prompt_left -= take
             room -= take
@@ -158,9 +163,16 @@ def measure(setting: Setting, *, prompts_first: bool = False) -> Measured:
     return _means(setting, late, after / (late[-1][1] - late[0][1]))
 
 
-def run_prompts(setting: Setting, prompts: int, *, prompts_first: bool = False) -> Measured:
-    """A benchmark: all slots filled at time zero, `prompts` in all, until the last token."""
+def run_prompts(
+    setting: Setting, prompts: int, *, prompts_first: bool = False, uneven: bool = False
+) -> Measured:
+    """A benchmark: all slots filled at time zero, `prompts` in all, until the last token.
+
+    `uneven`: outputs are up to a half longer or shorter. Prompts that go first start together, so
+    that those of one length would end and start together for ever.
+    """
     engine = _Engine(setting, prompts_first, prompts)
+    engine.uneven = uneven
     for _ in range(setting.slots):
         engine.start()
     while len(engine.ended) < prompts:

@@ -75,10 +75,17 @@ def test_two_waves_beyond_saturation(setting: Setting, prompts: int) -> None:
 
 @pytest.mark.parametrize(("setting", "prompts"), RUNS + SATURATED)
 def test_where_prompts_stop_decoding_too(setting: Setting, prompts: int) -> None:
+    """Uneven outputs: TTFT within 16 %, TPOT within 12 % (30 % of two waves: start and end).
+
+    Equal ones keep together for ever, which fills the steps of prompts: up to 3 / 10 faster.
+    """
     whole = setting._replace(chunk=max(setting.chunk, setting.prompt))
-    real = run_prompts(whole, prompts, prompts_first=True)
     ours = linear(whole, "mindie", prompts)
-    assert ours.requests_per_s == pytest.approx(real.requests_per_s, rel=0.04)
+    real = run_prompts(whole, prompts, prompts_first=True, uneven=True)
+    assert ours.ttft_mean_s == pytest.approx(real.ttft_s, rel=0.16)
+    assert ours.tpot_mean_s == pytest.approx(real.tpot_s, rel=0.3 if setting.slots > 128 else 0.12)
+    even = run_prompts(whole, prompts, prompts_first=True)
+    assert 0.7 * even.requests_per_s < ours.requests_per_s < 1.02 * even.requests_per_s
 
 
 @settings(max_examples=8)

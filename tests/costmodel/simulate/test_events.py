@@ -47,9 +47,7 @@ def test_a_run_is_that_of_the_reference(setting: Setting, prompts_first: bool) -
     """Which keeps every request, fills every step and counts: the same to rounding."""
     if prompts_first and setting.prompt > setting.chunk:
         pytest.skip("the reference computes no piece of a prompt where prompts go first")
-    policy = Policy(
-        slots=setting.slots, chunk=setting.chunk, prompts_first=prompts_first, most_prompts=1
-    )
+    policy = Policy(slots=setting.slots, chunk=setting.chunk, prompts_first=prompts_first)
     asked = [Asked(0.0, setting.prompt, setting.output)] * PROMPTS
     mine = measured(served(asked, policy=policy, closed=setting.slots))
     told = run_prompts(setting, PROMPTS, prompts_first=prompts_first)
