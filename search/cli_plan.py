@@ -153,7 +153,8 @@ def explain(
         str | None,
         typer.Option(
             "--against",
-            help="A rival: tp=8,pp=2,... or what `shardplan lint` reads (a script, a command).",
+            help="A rival: tp=8,pp=2,... or what `shardplan lint` reads (a script, a command); of "
+            "operators megatron, replicated or a plan.json.",
         ),
     ] = None,
     model: OptionalModel = None,
@@ -194,11 +195,8 @@ def _explain_operators(
     from shardplan.search.oplevel.explain import explain_operators
     from shardplan.search.oplevel.proof import graph_of_plan
 
-    if against is not None:
-        raise InputError(
-            "--against names a deployment, and the plan is one of operators", got=against[:100]
-        )
-    found = explain_operators(plan, graph_of_plan(plan, model), shadows=shadows)
+    graph = graph_of_plan(plan, model)
+    found = explain_operators(plan, graph, shadows=shadows, against=against)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

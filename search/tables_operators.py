@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardplan.search.explanation import Difference
 from shardplan.search.report.words import count_text
 from shardplan.search.tables import add, bytes_text, new_table, seconds_text, show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from shardplan.search.oplevel.against import OperatorRival
     from shardplan.search.oplevel.explain import OperatorExplanation
     from shardplan.search.oplevel.plan import KindRow, OperatorPlan
 
@@ -81,6 +83,32 @@ def print_why(found: OperatorExplanation, console: Console) -> None:
             more = "" if one.ratio is None else f"{one.ratio - 1.0:+.1%}"
             add(table, one.change, spent, more, one.note)
         show(console, table)
+    if found.rival is not None:
+        _print_rival(found, found.rival, console)
+
+
+def _print_rival(found: OperatorExplanation, rival: OperatorRival, console: Console) -> None:
+    """The rival, and the largest of what it spends more or less."""
+    console.print(f"against {rival.name}: {rival.how}", style="bold", markup=False)
+    if not rival.fits:
+        sizes = f"{bytes_text(rival.memory_bytes)} of {bytes_text(rival.capacity_bytes)}"
+        console.print(f"  it does not fit: {sizes}", style="red", markup=False)
+    console.print()
+    numbers = ("plan", "rival", "more")
+    table = new_table("", "what", *numbers, right=numbers)
+    sums = Difference(what="one run", plan=found.total_s, rival=rival.total_s)
+    full = Difference(
+        what="memory of the fullest rank", plan=found.memory_bytes, rival=rival.memory_bytes
+    )
+    parts = {
+        kind: [row for row in rival.differences if row.what.startswith(kind)][:_MOST_ROWS]
+        for kind in ("time", "memory")
+    }
+    for row in (sums, *parts["time"], full, *parts["memory"]):
+        text = bytes_text if row.what.startswith("memory") else seconds_text
+        sign = "-" if row.more < 0 else "+"
+        add(table, row.what, text(row.plan), text(row.rival), sign + text(abs(row.more)))
+    show(console, table)
 
 
 def certificate_text(plan: OperatorPlan) -> str:
