@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shardplan.search.explanation import Difference
+from shardplan.search.oplevel.plan import layout_words
 from shardplan.search.report.words import count_text
 from shardplan.search.tables import add, bytes_text, new_table, seconds_text, show
 
@@ -23,11 +23,6 @@ __all__ = ["print_operators", "print_why"]
 
 _MOST_ROWS = 12
 _MOST_WORDS = 40
-
-
-def _layout_text(layout: dict[str, int | str]) -> str:
-    """`x:0 y:+`, a dim or a partial sum on each axis; whole without any."""
-    return " ".join(f"{axis}:{dim}" for axis, dim in layout.items()) or "whole"
 
 
 def print_operators(
@@ -133,17 +128,10 @@ def _print_costs(costs: Sequence[KindRow], total_s: float, console: Console) -> 
 
 def _print_splits(plan: OperatorPlan, console: Console) -> None:
     """How the operators of each kind are split, those that take longest first."""
-    seconds: Counter[tuple[str, str]] = Counter()
-    calls: Counter[tuple[str, str]] = Counter()
-    for row in plan.operators:
-        words = " ".join(f"{axis}:{loop}" for axis, loop in row.split.items()) or "whole"
-        key = (row.kind, words)
-        seconds[key] += row.times * row.total_s  # type: ignore[assignment]  # seconds are floats
-        calls[key] += row.times
     numbers = ("operators", "time")
     table = new_table("splits, {axis: loop}", "kind", "split", *numbers, right=numbers)
-    for (kind, words), spent in seconds.most_common(_MOST_ROWS):
-        add(table, kind, words, calls[kind, words], seconds_text(spent))
+    for kind, words, calls, spent in plan.splits()[:_MOST_ROWS]:
+        add(table, kind, words, calls, seconds_text(spent))
     show(console, table)
 
 
@@ -155,7 +143,7 @@ def _print_moves(plan: OperatorPlan, console: Console) -> None:
     table = new_table("inserted collectives", *names, *numbers, right=numbers)
     rows = sorted(plan.moves, key=lambda row: -row.times * row.seconds)
     for row in rows[:_MOST_ROWS]:
-        places = (_layout_text(row.before), _layout_text(row.after))
+        places = (layout_words(row.before), layout_words(row.after))
         spent = seconds_text(row.times * row.seconds)
         name, message = row.tensor[:_MOST_WORDS], bytes_text(row.message_bytes)
         add(table, name, row.kind, " ".join(row.axes), *places, row.times, message, spent)

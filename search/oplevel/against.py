@@ -16,7 +16,7 @@ from shardplan.models.opgraph import OpGraph
 from shardplan.search.explanation import Difference
 from shardplan.search.oplevel.api import price_operators
 from shardplan.search.oplevel.known import Split, megatron_splits
-from shardplan.search.oplevel.plan import OperatorPlan, StageRow
+from shardplan.search.oplevel.plan import KindRow, OperatorPlan, StageRow
 from shardplan.search.oplevel.program import mesh_of
 from shardplan.search.plan_confidence import Part
 
@@ -43,6 +43,7 @@ class OperatorRival(Part):
     """Of its fullest rank."""
     capacity_bytes: float
     fits: bool
+    costs: tuple[KindRow, ...]
     differences: tuple[Difference, ...]
     """time KIND in seconds of one run, which add up; then memory PART of the fullest rank."""
 
@@ -110,6 +111,7 @@ def beside(plan: OperatorPlan, other: OperatorPlan, name: str, how: str) -> Oper
         memory_bytes=fullest.total_bytes,
         capacity_bytes=fullest.capacity_bytes,
         fits=other.fits,
+        costs=other.costs,
         differences=tuple(_differences(plan, other)),
     )
 

@@ -46,13 +46,14 @@ def megatron_splits(graph: OpGraph, mesh: Mesh) -> Iterator[tuple[str, Split]]:
         rest = [follow_strategy(graph, mesh, axis, ids) for axis in outer]
     except LayoutError:
         rest, over = [], f"over {inner}"
-    yield f"products by columns and rows {over}", _firsts(graph, both(dense, *rest))
+    how = f"products by columns and rows {over}"
+    yield how, _firsts(graph, both(dense, *rest))
     if experts:
         try:
             apart = follow_strategy(graph, mesh, inner, experts)
         except LayoutError:
             return
-        yield f"the same {over}, experts apart", _firsts(graph, both(both(dense, apart), *rest))
+        yield f"{how}, experts apart", _firsts(graph, both(both(dense, apart), *rest))
 
 
 def _firsts(graph: OpGraph, split: Split) -> Split:
