@@ -20,8 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardplan.models.errors import InputError
+from shardplan.search.emit.common import Slot
 
-__all__ = ["RankDevice", "Server", "check_address", "dump_json", "listed", "rank_table"]
+__all__ = [
+    "RankDevice",
+    "Server",
+    "check_address",
+    "dump_json",
+    "instance_tables",
+    "listed",
+    "rank_table",
+]
 
 _MAX_SERVER_ID = 64
 
@@ -113,6 +122,28 @@ def _check(servers: Sequence[Server], *, super_pod_id: str, needed: bool) -> Non
                 )
         if server.host_ip:
             check_address(server.host_ip, "host_ip")
+
+
+def instance_tables(
+    placed: Sequence[Sequence[Slot]], hosts: Sequence[str], ports: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The table of each instance by itself: its slots are its servers.
+
+    `hosts`: address of each node; `ports`: device address of each rank, instance by instance.
+    """
+    made, rank = [], 0
+    for slots in placed:
+        servers = []
+        for slot in slots:
+            ips = ports[rank : rank + slot.ranks]
+            rank += slot.ranks
+            devices = tuple(
+                RankDevice(device_id=device, device_ip=ip)
+                for device, ip in zip(slot.devices, ips, strict=True)
+            )
+            servers.append(Server(server_id=hosts[slot.node], devices=devices))
+        made.append(rank_table(servers))
+    return made
 
 
 def listed(given: Sequence[str] | str, what: str, count: int) -> tuple[str, ...]:
