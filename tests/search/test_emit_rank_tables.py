@@ -103,7 +103,7 @@ def test_without_addresses_the_page_says_how_they_are_had(tmp_path: Path) -> Non
 def _pools() -> Plan:
     """One prefill instance over nodes 0 and 1, four decode instances on node 2."""
     asked: dict[str, Any] = {"nodes": 4, "input_len": 512, "output_len": 64, "concurrency": 16}
-    plan = search("llama-3.1-8b", "atlas-800t-a2", serving="disagg", **asked).plan
+    plan: Plan = search("llama-3.1-8b", "atlas-800t-a2", serving="disagg", **asked).plan
     prefill, decode = plan.pools
     ways = (
         {"tp": 8, "pp": 2, "dp": 1, "ep": 1, "stage_layers": (16, 16)},
