@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.fuzz.__main__ import page, shares
 from tests.fuzz.drive import Report, drive
 from tests.fuzz.judge import MOST_S, Judge
-from tests.fuzz.mutate import MUTATORS, mutated
+from tests.fuzz.mutators import MUTATORS, mutated
 from tests.fuzz.targets import TARGETS, Target
 
 EXAMPLES = 12
