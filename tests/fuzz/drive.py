@@ -44,6 +44,8 @@ class Report:
 
     target: str
     driver: str
+    command: str = ""
+    """That asked for it first."""
     inputs: int = 0
     accepted: int = 0
     refused: int = 0

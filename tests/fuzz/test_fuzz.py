@@ -90,7 +90,7 @@ def test_a_drive_counts_what_it_judged(tmp_path: Path) -> None:
         driver="y",
         findings=[{"kind": "hang", "where": "a:1", "text": "t", "file": "f"}],
     )
-    text = page([report, bad], "python -m tests.fuzz")
+    text = page([report, bad])
     assert "60 inputs, 1 findings" in text
     assert "## x: hang at a:1" in text
 
