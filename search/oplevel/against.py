@@ -85,8 +85,8 @@ def baseline(plan: OperatorPlan, graph: OpGraph, name: str, cluster: Cluster) ->
 def priced_as(
     plan: OperatorPlan, graph: OpGraph, cluster: Cluster, split: Mapping[str, Mapping[str, str]]
 ) -> OperatorPlan:
-    """A split that is given, on the plan's mesh, stages and pins."""
-    return price_operators(
+    """A split that is given, on the plan's mesh, stages and pins, held against its memory."""
+    found = price_operators(
         graph,
         cluster,
         plan.mesh,
@@ -95,6 +95,10 @@ def priced_as(
         dtype=plan.dtype,
         pins=plan.request.pins,
     )
+    limit = {"capacity_bytes": plan.stages[0].capacity_bytes}
+    stages = tuple(one.model_copy(update=limit) for one in found.stages)
+    fits = all(one.total_bytes <= one.capacity_bytes for one in stages)
+    return found.model_copy(update={"stages": stages, "fits": fits})
 
 
 def beside(plan: OperatorPlan, other: OperatorPlan, name: str, how: str) -> OperatorRival:

@@ -19,7 +19,15 @@ from shardplan.models.redistribute import PARTIAL
 from shardplan.search.plan import Plan, StrategyInfo
 from shardplan.search.proof import model_of
 from shardplan.search.report.markup import Html, tag
-from shardplan.search.report.rows import CUT, PARTIAL_SUM, WHOLE, Row, rows_keys, rows_picture
+from shardplan.search.report.rows import (
+    CUT,
+    PARTIAL_SUM,
+    WHOLE,
+    Row,
+    rows_keys,
+    rows_picture,
+    size_text,
+)
 
 __all__ = ["block_section"]
 
@@ -124,15 +132,7 @@ def _moved(graph: ShardedGraph, block: ShardedBlock, free: dict[str, int]) -> di
     """Bytes of each collective by its name, as text."""
     nodes = [node for node in block.ops() if node.kind in COLLECTIVES]
     found = zip(nodes, transfers(graph, block), strict=True)
-    return {node.name: _bytes(one.elements.at(free) * one.element_bytes) for node, one in found}
-
-
-def _bytes(size_bytes: float) -> str:
-    """Bytes in the binary unit that suits: 64.0 MiB."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size_bytes >= 2**power:
-            return f"{size_bytes / 2**power:,.1f} {unit}"
-    return f"{size_bytes:,.0f} B"
+    return {node.name: size_text(one.elements.at(free) * one.element_bytes) for node, one in found}
 
 
 def _row(graph: ShardedGraph, node: ShardedOp, moved: str) -> Row:

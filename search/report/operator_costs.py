@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from shardplan.search.oplevel.against import OperatorRival
 from shardplan.search.oplevel.plan import KindRow, OperatorPlan, StageRow
 from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.rows import size_text
 from shardplan.search.report.svg import Segment, bar
-from shardplan.search.report.words import gib, milliseconds, percent, signed_percent, time
+from shardplan.search.report.words import milliseconds, percent, signed_percent, time
 
 __all__ = ["memory_section", "rivals_section", "time_section"]
 
@@ -81,20 +82,21 @@ def _time_bar(
 
 def memory_section(plan: OperatorPlan) -> Html:
     """A stacked bar of each stage against what the graph may use, and a table."""
-    full = max(plan.cluster.hbm_bytes, *(row.total_bytes for row in plan.stages))
+    held = (max(row.total_bytes, row.capacity_bytes) for row in plan.stages)
+    full = max(0.0 if plan.request.memory_bytes else plan.cluster.hbm_bytes, *held)
     keys = [
         tag("li", tag("i", class_=f"key c{place}"), name) for place, (_, name) in enumerate(_MEMORY)
     ]
     keys.append(tag("li", tag("i", class_="key track"), "Unused"))
     keys.append(tag("li", tag("i", class_="key capacity"), "What the graph may use"))
-    headings = ["GiB", *[name for _, name in _MEMORY], "Total", "Capacity", "Free"]
+    headings = ["Stage", *[name for _, name in _MEMORY], "Total", "Capacity", "Free"]
     return tag(
         "section",
         tag("h2", "Memory of one rank"),
         tag("ul", *keys, class_="legend"),
         *[_stage(row, plan, full) for row in plan.stages],
         table(
-            "Memory of one rank by stage, GiB",
+            "Memory of one rank by stage",
             headings,
             [_memory_cells(row, plan) for row in plan.stages],
         ),
@@ -113,18 +115,18 @@ def _stage(row: StageRow, plan: OperatorPlan, full_bytes: float) -> Html:
         Segment(
             share=values[key] / full_bytes,
             style=f"c{place}",
-            title=f"{name}: {gib(values[key])} GiB",
+            title=f"{name}: {size_text(values[key])}",
         )
         for place, (key, name) in enumerate(_MEMORY)
     ]
     name = _stage_name(row, plan)
-    used = f"{gib(row.total_bytes)} of {gib(row.capacity_bytes)} GiB"
+    used = f"{size_text(row.total_bytes)} of {size_text(row.capacity_bytes)}"
     used += f" ({percent(row.total_bytes / row.capacity_bytes)})"
     if len(plan.stages) > 1:
         used += f", {time(row.seconds)}"
     marker = (
         row.capacity_bytes / full_bytes,
-        f"what the graph may use: {gib(row.capacity_bytes)} GiB",
+        f"what the graph may use: {size_text(row.capacity_bytes)}",
     )
     head = tag("p", tag("b", name), tag("span", used), class_="bar-head")
     return tag("div", head, bar(f"{name}: {used}", segments, marker=marker))
@@ -138,9 +140,9 @@ def _stage_name(row: StageRow, plan: OperatorPlan) -> str:
 
 def _memory_cells(row: StageRow, plan: OperatorPlan) -> list[str]:
     values = row.model_dump()
-    free = gib(row.capacity_bytes - row.total_bytes)
-    parts = [gib(values[key]) for key, _ in _MEMORY]
-    return [_stage_name(row, plan), *parts, gib(row.total_bytes), gib(row.capacity_bytes), free]
+    free = max(row.capacity_bytes - row.total_bytes, 0.0)
+    sizes = [*(values[key] for key, _ in _MEMORY), row.total_bytes, row.capacity_bytes, free]
+    return [_stage_name(row, plan), *map(size_text, sizes)]
 
 
 def rivals_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Html:
@@ -157,7 +159,14 @@ def rivals_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Html:
     names |= {_OTHER: "other"} if _OTHER in styles.values() else {}
     keys = [tag("li", tag("i", class_=f"key {style}"), name) for style, name in names.items()]
     fullest = max(plan.stages, key=lambda one: one.total_bytes / one.capacity_bytes)
-    own = ("This plan", "chosen here", time(plan.total_s), "", gib(fullest.total_bytes), "yes")
+    own = (
+        "This plan",
+        "chosen here",
+        time(plan.total_s),
+        "",
+        size_text(fullest.total_bytes),
+        "yes",
+    )
     return tag(
         "section",
         tag("h2", "Beside splits that are known"),
@@ -166,7 +175,7 @@ def rivals_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Html:
         *bars,
         table(
             "Other splits",
-            ("Split", "How", "One run", "More", "GiB a rank", "Fits"),
+            ("Split", "How", "One run", "More", "Memory", "Fits"),
             [own, *map(_rival_cells, rivals)],
             words=2,
             chosen=0,
@@ -179,7 +188,7 @@ def _rival_cells(one: OperatorRival) -> tuple[str, ...]:
     more = "" if one.ratio is None else signed_percent(one.ratio - 1.0)
     fits = "yes" if one.fits else "no"
     return (
-        one.name.capitalize(), one.how, time(one.total_s), more, gib(one.memory_bytes), fits,
+        one.name.capitalize(), one.how, time(one.total_s), more, size_text(one.memory_bytes), fits,
     )  # fmt: skip
 
 
@@ -188,11 +197,10 @@ def _differences(rival: OperatorRival) -> Iterator[Html]:
     rows = []
     for row in rival.differences:
         kind, _, name = row.what.partition(" ")
-        text = gib if kind == "memory" else milliseconds
-        unit = "GiB" if kind == "memory" else "ms"
+        text = size_text if kind == "memory" else time
         sign = "\N{MINUS SIGN}" if row.more < 0 else "+"
         cells = (text(row.plan), text(row.rival), sign + text(abs(row.more)))
-        rows.append((f"{name.replace('_', ' ') if kind == 'memory' else name}, {unit}", *cells))
+        rows.append((f"{kind}: {name.replace('_', ' ') if kind == 'memory' else name}", *cells))
     if rows:
         title = f"{rival.name.capitalize()} against this plan"
         headings = ("Of one run, or of the fullest rank", "This plan", "The other", "More")

@@ -17,8 +17,15 @@ from shardplan.search.oplevel.plan import MoveRow, OperatorPlan, OperatorRow
 from shardplan.search.oplevel.program import moves_of
 from shardplan.search.oplevel.quotient import HELD, quotient_of
 from shardplan.search.report.markup import Html, tag
-from shardplan.search.report.rows import CUT, PARTIAL_SUM, WHOLE, Row, rows_keys, rows_picture
-from shardplan.search.tables import bytes_text
+from shardplan.search.report.rows import (
+    CUT,
+    PARTIAL_SUM,
+    WHOLE,
+    Row,
+    rows_keys,
+    rows_picture,
+    size_text,
+)
 
 __all__ = ["MOST_ROWS", "layer_section"]
 
@@ -152,7 +159,7 @@ class _Drawing:
         """A collective or a slice."""
         ranks = math.prod(self.plan.mesh[axis] for axis in move.axes)
         shape = self.shape(self.tensors[tensor], move.after)
-        first = f"{move.kind} {bytes_text(move.message_bytes)}"
+        first = f"{move.kind} {size_text(move.message_bytes)}"
         second = f"{ranks:,} of {' '.join(move.axes)} \N{RIGHTWARDS ARROW} {shape}"
         value = _value(tensor, move.after)
         return _row(value, (source,), first, second, move.after, moves=True)

@@ -26,12 +26,14 @@ from shardplan.search.report.frame import (
 from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.operator_costs import memory_section, rivals_section, time_section
 from shardplan.search.report.operator_layer import layer_section
-from shardplan.search.report.words import count_text, gib, percent, signed_percent, time
-from shardplan.search.tables import bytes_text
+from shardplan.search.report.rows import size_text
+from shardplan.search.report.words import count_text, percent, signed_percent, time
 
 __all__ = ["operators_page", "write_operator_report"]
 
 _MOST_ROWS = 40
+_BILLIONS = 10**8
+"""Parameters that are told in billions from here on."""
 _LEVELS = {
     0: "Level 0: every tensor lies as it is read; seconds, moves and memory are the cost model's.",
     1: "Level 1: all ranks in lock step compute what the graph, its sizes shortened, computes.",
@@ -103,7 +105,7 @@ def _summary_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Htm
     found = [
         ("One run", time(plan.total_s), "the whole graph"),
         ("Collectives", time(collective_s), f"{percent(share)} of the run"),
-        ("Memory of a rank", f"{gib(used.total_bytes)} GiB", _filled(used.total_bytes, plan)),
+        ("Memory of a rank", size_text(used.total_bytes), _filled(used.total_bytes, plan)),
         ("Operators split", f"{split:,}", f"of {total:,}"),
     ]
     if len(plan.stages) > 1:
@@ -124,7 +126,7 @@ def _summary_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Htm
 
 def _filled(total_bytes: float, plan: OperatorPlan) -> str:
     capacity_bytes = plan.stages[0].capacity_bytes
-    return f"{percent(total_bytes / capacity_bytes)} of {gib(capacity_bytes)} GiB"
+    return f"{percent(total_bytes / capacity_bytes)} of {size_text(capacity_bytes)}"
 
 
 def _sentences(plan: OperatorPlan, moves: int) -> Iterator[str]:
@@ -138,7 +140,8 @@ def _sentences(plan: OperatorPlan, moves: int) -> Iterator[str]:
         layers = " + ".join(str(one.layers) for one in plan.stages)
         yield f"{stages} pipeline stages of a mesh each hold {layers} layers. "
     if moves:
-        yield f"{moves:,} moves bring tensors to the layouts in which they are read."
+        many = f"{moves:,} moves bring tensors to the layouts in which they are read."
+        yield many if moves > 1 else "One move brings a tensor to the layout in which it is read."
     else:
         yield "Every tensor is read as it is made: nothing is moved."
 
@@ -148,7 +151,9 @@ def _facts(plan: OperatorPlan) -> Iterator[tuple[str, str]]:
     cluster = plan.cluster
     layers = f"{plan.layers:,} equal layers, " if plan.layers else ""
     nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
-    yield "Graph", f"{layers}{plan.parameters / 1e9:,.2f} billion parameters"
+    large = plan.parameters >= _BILLIONS
+    count = f"{plan.parameters / 1e9:,.2f} billion" if large else f"{plan.parameters:,}"
+    yield "Graph", f"{layers}{count} parameters"
     yield "Products", f"priced in {plan.dtype}" if plan.dtype != "auto" else "as their tensors are"
     machine = f"{nodes} of {cluster.ranks_per_node} {cluster.device}"
     yield "Machine", f"{machine}, {cluster.hbm_bytes / 2**30:,.0f} GiB each"
@@ -200,7 +205,7 @@ def _moves_section(plan: OperatorPlan) -> Html:
             " ".join(row.axes),
             f"{layout_words(row.before)} \N{RIGHTWARDS ARROW} {layout_words(row.after)}",
             f"{row.times:,}",
-            bytes_text(row.message_bytes),
+            size_text(row.message_bytes),
             time(row.times * row.seconds),
         )
         for row in ordered[:_MOST_ROWS]

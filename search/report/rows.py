@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from shardplan.search.report.markup import Attribute, Html, tag
 
-__all__ = ["CUT", "PARTIAL_SUM", "WHOLE", "Row", "rows_keys", "rows_picture"]
+__all__ = ["CUT", "PARTIAL_SUM", "WHOLE", "Row", "rows_keys", "rows_picture", "size_text"]
 
 _ROW, _BOX, _MARGIN = 44, 36, 17.0
 CUT, PARTIAL_SUM, WHOLE = "c0", "c5", "c8"
@@ -114,3 +114,11 @@ def _draw_row(row: Row, place: int) -> list[Html]:
         tag("text", row.first, class_="what", y=top + 15, **text),
         tag("text", row.second, class_="how", y=top + 29, **text),
     ]
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes in the binary unit that suits: 64.0 MiB."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size_bytes >= 2**power:
+            return f"{size_bytes / 2**power:,.1f} {unit}"
+    return f"{size_bytes:,.0f} B"

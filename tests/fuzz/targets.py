@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.fuzz import seeds
 from tests.search.shared_study import search_small
@@ -208,11 +209,11 @@ def _storage(path: Path) -> None:
     """
     own = Path(shutil.copy(path, path.with_name(f"{next(_NUMBERS)}{path.suffix}")))
     address = f"{'journal:' if path.suffix == '.log' else 'sqlite:///'}{own}"
-    workers.GRACE_S = 0.0
-    if _one_of(path, 2):
-        draw_for(address, seeds.STUDY, most=1)
-    else:
-        search_small(Place(storage=address, name=seeds.STUDY, resume=True), 4)
+    with mock.patch.object(workers, "GRACE_S", 0.0):
+        if _one_of(path, 2):
+            draw_for(address, seeds.STUDY, most=1)
+        else:
+            search_small(Place(storage=address, name=seeds.STUDY, resume=True), 4)
     gc.collect()  # its connections
 
 

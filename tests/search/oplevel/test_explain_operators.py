@@ -52,6 +52,9 @@ def test_what_does_not_fit_says_so() -> None:
     assert "MiB more than a rank has" in rows["no operator is split"].note
     assert rows["every matmul whole"].total_s is None
     assert "least that any split needs" in rows["every matmul whole"].note
+    rival = explain_operators(plan, graph, shadows=False, against="replicated").rival
+    assert rival is not None
+    assert (rival.fits, rival.capacity_bytes) == (False, 60e6)
 
 
 def test_another_graph_is_refused() -> None:
