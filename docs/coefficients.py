@@ -37,6 +37,7 @@ figure taken as it is. `derived`: carried over from another section, part or eng
 neither. The last column is a number of the list below the table. An engine's own kernels, where
 they were measured, stand below those of its device.
 """
+Facts = Mapping[str, Mapping[str, Fact]]
 _ASSUMED = """## Assumed facts
 
 What devices, clusters and engine profiles say without a measurement, a datasheet or a derivation. A
@@ -54,7 +55,7 @@ def coefficients() -> str:
             every = load_calibration(name, engine).sections
             own = [one for key, one in every.items() if one != common.get(key)]
             parts += [f"### Of {engine} on {name}\n", _sections(own)]
-    rows = [row for what in ("devices", "clusters", "engines") for row in _assumed(what)]
+    rows = [row for what, files in _files() for row in _assumed(what, files)]
     parts += [_ASSUMED, markdown_table(("file", "fact", "why"), rows)]
     return "\n".join(parts)
 
@@ -77,13 +78,15 @@ def _percent(error: float) -> str:
     return "" if math.isnan(error) else f"{error:.1%}"
 
 
-def _assumed(what: str) -> Iterator[tuple[str, str, str]]:
+def _files() -> Iterator[tuple[str, Facts]]:
+    """The facts of the files of each folder."""
+    yield "devices", {name: load_device(name).facts for name in device_names()}
+    yield "clusters", {name: load_cluster(name).facts for name in cluster_names()}
+    yield "engines", {name: load_engine(name).facts for name in engine_names()}
+
+
+def _assumed(what: str, files: Facts) -> Iterator[tuple[str, str, str]]:
     """File, fact and source of each assumption among the files of a folder."""
-    files: Mapping[str, Mapping[str, Fact]] = {
-        "devices": {name: load_device(name).facts for name in device_names()},
-        "clusters": {name: load_cluster(name).facts for name in cluster_names()},
-        "engines": {name: load_engine(name).facts for name in engine_names()},
-    }[what]
     for name, facts in files.items():
         for key, fact in facts.items():
             if fact.kind == "assumed":

@@ -179,7 +179,7 @@ def _pool_losses(
 def _without(plan: Plan, asked: Asked, cluster: Cluster, place: int, gone: int) -> Asked | None:
     """The question with fewer cards where they are lost."""
     apart = asked.prefill_cluster is not None
-    own = [pool.instances * pool.strategy.ranks for pool in plan.pools]
+    own = [pool.cards for pool in plan.pools]
     count = _most_cards(cluster, (own[place] if apart else sum(own)) - gone)
     if count is None:
         return None

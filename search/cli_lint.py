@@ -24,6 +24,7 @@ from shardplan.search.cli_common import (
 
 if TYPE_CHECKING:
     from shardplan.search.configuration import Configuration
+    from shardplan.search.plan import Plan
 
 __all__ = ["lint"]
 
@@ -99,6 +100,23 @@ def lint(
         raise typer.Exit(_BROKEN)
 
 
+def plan_in(config: str) -> Plan | None:
+    """The plan that a file holds, None where it holds something else; `InputError` for a bad one.
+
+    A file of more than `MAX_PLAN_BYTES` is none.
+    """
+    from shardplan.search.plan_versions import MAX_PLAN_BYTES
+
+    path = Path(config)
+    if not path.is_file() or path.stat().st_size > MAX_PLAN_BYTES:
+        return None
+    if '"shardplan_version"' not in path.read_text(encoding="utf-8", errors="replace"):
+        return None
+    from shardplan.search.plan import Plan
+
+    return Plan.load(path)
+
+
 def read(config: str, arguments: str) -> list[Configuration]:
     """The configurations that an argument names or is; `InputError` for what none can be read."""
     path = Path(config)
@@ -118,11 +136,11 @@ def read(config: str, arguments: str) -> list[Configuration]:
         from shardplan.search.read_vllm import read_vllm
 
         return read_vllm(text, source, shlex.split(arguments))
-    if '"shardplan_version"' in text:
+    plan = plan_in(config)
+    if plan is not None:
         from shardplan.search.lint_case import of_plan
-        from shardplan.search.plan import Plan
 
-        return [of_plan(Plan.load(path), source)]
+        return of_plan(plan, source)
     from shardplan.search.read_mindie import read_mindie
 
     return [read_mindie(text, source)]

@@ -20,9 +20,9 @@ from shardplan.search.cli_common import (
 from shardplan.search.completion import target_names_like
 
 if TYPE_CHECKING:
-    from shardplan.search.explain import Known
+    from shardplan.search.explanation import Rival
     from shardplan.search.oplevel.plan import OperatorPlan
-    from shardplan.search.plan import ProofInfo
+    from shardplan.search.plan import Plan, ProofInfo
 
 __all__ = ["emit", "explain", "verify"]
 
@@ -153,7 +153,8 @@ def explain(
         str | None,
         typer.Option(
             "--against",
-            help="A rival: tp=8,pp=2,... or what `shardplan lint` reads (a script, a command); of "
+            help="A rival: tp=8,pp=2,... or prefill.tp=4,decode.tp=8, the other serving (agg, "
+            "disagg), or what `shardplan lint` reads (a script, a command, a plan.json); of "
             "operators megatron, replicated or a plan.json.",
         ),
     ] = None,
@@ -166,7 +167,6 @@ def explain(
 ) -> None:
     """Say why a plan is best, what would change it, and what loses."""
     from shardplan.search.explain import explain as why
-    from shardplan.search.explain import known_of
     from shardplan.search.plan import Plan
     from shardplan.search.plan_file import load_plan
 
@@ -176,11 +176,7 @@ def explain(
         return
     found = why(loaded, model=model, shadows=shadows)
     if against is not None:
-        from shardplan.search.rival import rival_of
-
-        known = known_of(loaded, model)
-        rival = rival_of(known, _rival(against, known))
-        found = found.model_copy(update={"rival": rival})
+        found = found.model_copy(update={"rival": _rival(against, loaded, model)})
     if json:
         print_json(found.model_dump(mode="json"))
         return
@@ -205,14 +201,31 @@ def _explain_operators(
     print_why(found, stdout_console())
 
 
-def _rival(against: str, known: Known) -> dict[str, Any]:
-    """A rival's axes, of its own words or of a configuration."""
-    from shardplan.search.cli_lint import read
-    from shardplan.search.rival import values_of, words_of
+def _rival(against: str, plan: Plan, model: str | None) -> Rival:
+    """A rival, of its own words, of a configuration or of a plan of pools."""
+    from shardplan.search.asked_again import known_of
+    from shardplan.search.cli_lint import plan_in, read
+    from shardplan.search.explain_pools import known_pools
+    from shardplan.search.rival import rival_of, values_of, words_of
+    from shardplan.search.rival_pools import (
+        SERVINGS,
+        is_of_pools,
+        other_serving,
+        rival_of_pools,
+        rival_plan,
+    )
 
-    if "vllm" in against or Path(against).is_file():
-        return values_of(read(against, "")[0], known)
-    return words_of(against)
+    if is_of_pools(against):
+        return rival_of_pools(known_pools(plan, model), against)
+    known = known_of(plan, model)
+    if against in SERVINGS:
+        return other_serving(known, against)
+    if "vllm" not in against and not Path(against).is_file():
+        return rival_of(known, words_of(against))
+    other = plan_in(against)
+    if other is not None and other.pools:
+        return rival_plan(plan, other)
+    return rival_of(known, values_of(read(against, "")[0], known))
 
 
 def _options(given: list[str]) -> dict[str, str]:

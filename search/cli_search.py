@@ -30,6 +30,8 @@ from shardplan.search.completion import cluster_names_like, device_names_like
 __all__ = ["search"]
 
 _RUNS = Path("results") / "runs"
+_SPLIT = {"operators": False, "mesh": "auto", "stages": 1, "sizes": None, "memory_gib": None}
+"""Options of an operator-level search, and what they are where none is given."""
 _MOST_ALTERNATIVES = 1000
 
 
@@ -240,8 +242,7 @@ def search(
     own = ("out", "parquet", "force", "json", "ablation", "explain_space", "sweep", "jobs", "plans")
     for name in own:
         del asked[name]
-    split = {name: asked.pop(name) for name in ("operators", "mesh", "stages")}
-    split |= {"sizes": asked.pop("sizes"), "memory_gib": asked.pop("memory_gib")}
+    split = {name: asked.pop(name) for name in _SPLIT}
     if explain_space or sweep or ablation:
         _refuse_split(split)
     if parquet:
@@ -281,8 +282,7 @@ def search(
 
 def _refuse_split(split: dict[str, Any]) -> None:
     """`InputError` for options of an operator-level search where there is none."""
-    plain = {"operators": False, "mesh": "auto", "stages": 1, "sizes": None, "memory_gib": None}
-    given = [name for name, value in split.items() if value != plain[name] and value != []]
+    given = [name for name, value in split.items() if value != _SPLIT[name] and value != []]
     if given:
         raise InputError(
             "--sweep, --ablation and --explain-space are of deployments",

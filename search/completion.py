@@ -95,8 +95,10 @@ def without_shell(arguments: Sequence[str]) -> tuple[list[str], str]:
     """
     if not arguments or arguments[0] not in _OPTIONS:
         return list(arguments), ""
-    own = Path(os.environ.get("SHELL", "")).name
-    return [arguments[0], *arguments[2:]], arguments[1] if len(arguments) > 1 else own
+    option, *others = arguments
+    if others and not others[0].startswith("-"):
+        return [option, *others[1:]], others[0]
+    return [option, *others], Path(os.environ.get("SHELL", "")).name
 
 
 def _checked(shell: str, option: str) -> str:

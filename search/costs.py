@@ -72,7 +72,7 @@ def read_prices(asked: Asked, rate: float | None) -> Prices | None:
 
 def cost_of(plan: Plan, prices: Prices) -> Cost:
     """What the plan costs."""
-    used = [pool.instances * pool.strategy.ranks for pool in plan.pools] or [0, plan.cards]
+    used = [pool.cards for pool in plan.pools] or [0, plan.cards]
     an_hour = sum(cards * price for cards, price in zip(used, prices.pair, strict=True))
     most, work = plan.performance.output_tokens_per_s, plan.request.workload
     rate = most if work.request_rate is None else work.request_rate * work.output_len

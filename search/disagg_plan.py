@@ -43,7 +43,7 @@ from shardplan.search.request import Resolved
 from shardplan.search.space import strategy_info
 from shardplan.search.trial_table import TrialTable
 
-__all__ = ["build_disagg_plan", "disagg_front", "disagg_table"]
+__all__ = ["build_disagg_plan", "candidate_of", "disagg_front", "disagg_table"]
 
 _PARETO_KEPT = 200
 _SHOWN = ("tp", "pp", "dp", "ep", "cp", "sp", "exchange", "mtp", *(f"{one}_tp" for one in MODULES))
@@ -56,7 +56,8 @@ def _strategy(pool: Side, options: Options, index: int) -> StrategyInfo:
     return strategy_info(pool.spec, options.way(index), options.choice(index), batch, chunk)
 
 
-def _candidate(outcome: DisaggOutcome, one: Combination) -> Candidate:
+def candidate_of(outcome: DisaggOutcome, one: Combination) -> Candidate:
+    """A deployment as the plan writes it."""
     question = outcome.question
     return Candidate(
         strategy=_strategy(question.decode, outcome.decode.options, one.decode),
@@ -219,7 +220,7 @@ def _quantization(
                 kv_dtype=cache,
                 objective=None if found is None else found.columns["objective"],
                 gain=gain,
-                strategy=None if found is None else _candidate(outcome, found).strategy,
+                strategy=None if found is None else candidate_of(outcome, found).strategy,
             )
         )
     return tuple(rows)
@@ -244,7 +245,7 @@ def build_disagg_plan(
         _pool(outcome, sides.decode, question.decode, outcome.decode.options, best),
     ]
     decode = pools[1][0]
-    chosen = _candidate(outcome, best)
+    chosen = candidate_of(outcome, best)
     front = disagg_front(outcome)[:_PARETO_KEPT]
     model, cluster = plan_info(sides.decode)
     return Plan(
@@ -262,7 +263,7 @@ def build_disagg_plan(
         proof=_proof(pools),
         certificate=_certificate(outcome),
         confidence=pools_confidence(outcome, best),
-        pareto=tuple(_candidate(outcome, one) for one in front),
+        pareto=tuple(candidate_of(outcome, one) for one in front),
         alternatives=tuple(_others(outcome, best, top)),
         quantization=_quantization(quantized, best, question.objective),
         notes=(
@@ -291,7 +292,7 @@ def _others(outcome: DisaggOutcome, best: Combination, top: int) -> Iterable[Can
             break
         if one.feasible and place(one) not in seen:
             seen.add(place(one))
-            yield _candidate(outcome, one)
+            yield candidate_of(outcome, one)
 
 
 def _kept_notes(outcome: DisaggOutcome) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from shardplan.search.plan import BreakdownRow, MemoryRow, Performance, StrategyInfo
 from shardplan.search.plan_confidence import Part
 
-__all__ = ["Binding", "Difference", "Explanation", "Rival", "Shadow"]
+__all__ = ["Binding", "Difference", "Explanation", "PoolPart", "Rival", "Shadow"]
 
 
 class Binding(Part):
@@ -13,7 +15,7 @@ class Binding(Part):
 
     name: str
     value: float
-    """In the unit of the name: seconds, bytes, requests a second."""
+    """Seconds, bytes, or requests a second (of a pool or the transfer)."""
     limit: float
     used: float
     """Share of the limit that is used; 1 is the limit itself."""
@@ -30,6 +32,7 @@ class Shadow(Part):
     gain: float | None
     """Objective over the plan's own."""
     strategy: StrategyInfo | None
+    """With pools, of a decode instance; `note` tells both."""
     note: str = ""
 
 
@@ -59,6 +62,21 @@ class Rival(Part):
     ratio: float | None
     """Its objective over the plan's."""
     differences: tuple[Difference, ...]
+    words: str = ""
+    """What it is, where it is more than one strategy."""
+    notes: tuple[str, ...] = ()
+    """What the comparison leaves out."""
+
+
+class PoolPart(Part):
+    """One pool of a plan of prefill and decode instances."""
+
+    role: Literal["prefill", "decode"]
+    instances: int
+    cards: int
+    """Of all its instances."""
+    strategy: StrategyInfo
+    memory: tuple[MemoryRow, ...]
 
 
 class Explanation(Part):
@@ -74,3 +92,5 @@ class Explanation(Part):
     memory: tuple[MemoryRow, ...]
     shadows: tuple[Shadow, ...]
     rival: Rival | None = None
+    pools: tuple[PoolPart, ...] = ()
+    """Where prefill and decode have their own; strategy and memory are then those of decode."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shardplan.models.errors import UnknownNameError
 from shardplan.search.analyze import THROUGHPUT, Row, row_at, value_name
-from shardplan.search.runs import RUN, best_place
+from shardplan.search.runs import RUN, best_of, best_place
 from shardplan.search.trials import NUMBER_COLUMNS, TRIAL_COLUMNS
 
 if TYPE_CHECKING:
@@ -92,10 +92,8 @@ def _group(
             least_tpot_s=None,
             least_ttft_s=None,
         )
-    objective = frame["objective"].to_numpy(float)[good]
-    tied = good[objective == objective.max()]
-    place = int(tied[frame["rank"].to_numpy()[tied].argmin()])
-    own = float(objective.max())
+    place = best_of(frame, good)
+    own = float(frame["objective"].iloc[place])
     return GroupRow(
         values=values,
         trials=len(inside),

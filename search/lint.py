@@ -25,6 +25,7 @@ from shardplan.search.evaluate import LayoutScorer, context_tokens
 from shardplan.search.kept import Kept, kept_at
 from shardplan.search.legality import broken_rules, broken_switch_rules
 from shardplan.search.lint_case import Case, case_of, parallel_of, spec_of
+from shardplan.search.lint_pool import instance_finding
 from shardplan.search.lint_report import Best, Finding, LintReport
 from shardplan.search.plan import StrategyInfo
 from shardplan.search.request import Asked
@@ -67,11 +68,14 @@ def lint(config: Configuration, asked: Asked, *, best: bool = True) -> LintRepor
         update={
             "strategy": _strategy(case, priced),
             "slots": priced.batch,
-            "performance": performance(priced.columns),
             "memory": rows,
             "lever": lever(rows, priced, case.question.cluster.device),
         }
     )
+    if config.role != "mixed":
+        one = instance_finding(case, priced.batch, priced.chunk)
+        return told.model_copy(update={"findings": (*told.findings, one)})
+    told = told.model_copy(update={"performance": performance(priced.columns)})
     return _beside_best(told, case, asked) if best else told
 
 
@@ -87,7 +91,7 @@ def _notes(config: Configuration, spec: ModelSpec) -> Iterator[Finding]:
         yield _note("expert parallelism does nothing for a model without experts", spec.name)
     if config.role != "mixed":
         yield _note(
-            "one pool of a disaggregated deployment is judged as a server of its own",
+            "one pool of a disaggregated deployment is judged by itself",
             f"role={config.role}",
         )
     for option in config.unread:
@@ -170,7 +174,8 @@ def _price(case: Case, scorer: LayoutScorer, found: list[Finding]) -> Kept | Non
     scores = scorer.score(case.choice, batch, step)
     one = kept_at(scores, case.parallel, case.choice, batch, step, np.zeros(1, dtype=np.int64))
     kept = one.one(0)
-    found += _limits(case, kept)
+    if config.role == "mixed":
+        found += _limits(case, kept)
     return kept
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from shardplan.models.catalog import load_model, model_names
 from shardplan.models.errors import InputError
@@ -16,7 +17,7 @@ from shardplan.models.spec import ModelSpec
 from shardplan.search.configuration import Configuration
 from shardplan.search.evaluate import Question
 from shardplan.search.layouts import base_order
-from shardplan.search.plan import Plan
+from shardplan.search.plan import Plan, StrategyInfo
 from shardplan.search.request import Asked, Resolved, resolve
 from shardplan.search.space import Choice
 
@@ -56,6 +57,8 @@ def spec_of(config: Configuration, asked: Asked) -> ModelSpec:
     if asked.model:
         return asked.model if isinstance(asked.model, ModelSpec) else load_model(asked.model)
     name = model_of(config.model) if config.model else None
+    if name is None and config.model.endswith(".json") and Path(config.model).is_file():
+        return load_model(config.model)
     if name is None:
         raise InputError(
             "the configuration's model is not one that is known by that name",
@@ -129,19 +132,22 @@ def case_of(config: Configuration, spec: ModelSpec, par: Parallelism, asked: Ask
     return Case(config=config, resolved=resolved, question=question, parallel=par, choice=choice)
 
 
-def of_plan(plan: Plan, source: str) -> Configuration:
-    """The configuration that a plan of the search stands for; `InputError` for one of pools."""
-    if plan.pools:
-        raise InputError(
-            "a plan of prefill and decode pools is judged by the search that made it",
-            got=source,
-            hint="lint the scripts that `emit` writes of it, one pool at a time",
-        )
-    way = plan.strategy
+def of_plan(plan: Plan, source: str) -> list[Configuration]:
+    """The configuration that a plan stands for; of pools, that of an instance of each."""
+    if not plan.pools:
+        return [_of_way(plan, plan.strategy, source, "mixed")]
+    return [
+        _of_way(plan, pool.strategy, f"{source}, {pool.role} instance", pool.role)
+        for pool in plan.pools
+    ]
+
+
+def _of_way(plan: Plan, way: StrategyInfo, source: str, role: str) -> Configuration:
     return Configuration(
         source=source,
+        role=role,
         engine_profile=plan.request.engine_profile,
-        model=plan.model.source or plan.model.name,
+        model=plan.model.name if plan.model.name in model_names() else plan.model.source,
         tp=way.tp,
         pp=way.pp,
         dp=way.dp,

@@ -33,7 +33,11 @@ class Best(Part):
 
 
 class LintReport(Part):
-    """A configuration judged. Without `performance` it could not be priced; the errors say why."""
+    """A configuration judged.
+
+    Without `performance` it could not be priced, and errors say why; or it is an instance of a
+    pool, whose speed a note tells.
+    """
 
     source: str
     model: str

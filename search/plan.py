@@ -27,7 +27,7 @@ from shardplan.search.plan_cost import Cost
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
 from shardplan.search.plan_request import Limits, Request, Workload
 from shardplan.search.plan_robustness import PARTS, Robustness
-from shardplan.search.plan_versions import upgraded
+from shardplan.search.plan_versions import read_plan, upgraded
 
 __all__ = [
     "BasisShares",
@@ -58,7 +58,6 @@ __all__ = [
 
 OPERATORS = "operators"
 """`kind` of a plan of operators (`search.oplevel.plan`)."""
-MAX_PLAN_BYTES = 16 * 2**20
 _ASKED_FOR = ("batching", "capacity", "cost")
 """Parts that only some questions ask for."""
 
@@ -91,6 +90,12 @@ class ClusterInfo(Part):
     hbm_bytes: float
     fast_ranks: int = 0
     """Ranks that links other than RoCE join: a node, or a supernode; 0 where it is not known."""
+
+
+def _both_roles(pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
+    if pools and [pool.role for pool in pools] != ["prefill", "decode"]:
+        raise ValueError("pools are of prefill and decode, in this order, or none")
+    return pools
 
 
 def _every_axis(order: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -221,9 +226,14 @@ class Pool(Part):
     strategy: StrategyInfo
     """Of one instance. Prefill: `batch` counts the prompts that a dp group holds."""
     times: PoolTimes
-    memory: tuple[MemoryRow, ...]
+    memory: tuple[MemoryRow, ...] = Field(min_length=1)
     largest_lever: str
     breakdown: tuple[BreakdownRow, ...]
+
+    @property
+    def cards(self) -> int:
+        """Cards in use, of all its instances."""
+        return self.instances * self.strategy.ranks
 
 
 class QuantizationRow(Part):
@@ -292,7 +302,7 @@ class Plan(Part):
     """Of the deployment; with `pools`, of one decode instance, as cluster, memory and breakdown."""
     performance: Performance
     """Of the whole deployment."""
-    pools: tuple[Pool, ...] = ()
+    pools: Annotated[tuple[Pool, ...], AfterValidator(_both_roles)] = ()
     """Prefill and decode instances, where each role has its own."""
     transfer: Transfer | None = None
     """How caches get from prefill to decode instances."""
@@ -324,7 +334,7 @@ class Plan(Part):
     def cards(self) -> int:
         """Cards in use, of all pools."""
         if self.pools:
-            return sum(pool.instances * pool.strategy.ranks for pool in self.pools)
+            return sum(pool.cards for pool in self.pools)
         return self.strategy.ranks
 
     @classmethod
@@ -333,15 +343,11 @@ class Plan(Part):
 
         `InputError` with the place and the rule where it breaks one.
         """
-        file = Path(path)
-        try:
-            if file.stat().st_size > MAX_PLAN_BYTES:
-                raise InputError("a plan.json is at most 16 MiB", got=str(file))
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number too long
-            raise InputError("a plan.json is JSON in UTF-8", got=f"{file}: {error}") from None
+        return cls.of(read_plan(path), path)
+
+    @classmethod
+    def of(cls, data: object, file: str | os.PathLike[str]) -> Plan:
+        """Likewise of what the JSON of `file` says."""
         if isinstance(data, dict) and data.get("kind") == OPERATORS:
             raise InputError(
                 "the plan of a deployment is wanted here",
@@ -349,7 +355,7 @@ class Plan(Part):
                 hint="such a plan goes to `shardplan verify`, `explain` and `emit --target onnx`",
             )
         try:
-            return cls.model_validate(upgraded(data, str(file)))
+            return cls.model_validate(upgraded(data, os.fspath(file)))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])

@@ -1,4 +1,4 @@
-"""Schema versions of plan.json, and how a plan of an earlier one becomes one of today's.
+"""Reading plan.json: its schema versions, and how a plan of an earlier one becomes one of today's.
 
 | version | what a plan says                                                                     |
 |---------|--------------------------------------------------------------------------------------|
@@ -13,14 +13,18 @@ step from the one before; a plan is taken through all that it is behind.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from shardplan.models.errors import InputError
 
-__all__ = ["PLAN_VERSION", "upgraded"]
+__all__ = ["MAX_PLAN_BYTES", "PLAN_VERSION", "read_plan", "upgraded"]
 
 PLAN_VERSION = 2
+MAX_PLAN_BYTES = 16 * 2**20
 
 
 def _from_1(plan: dict[str, Any]) -> dict[str, Any]:
@@ -29,6 +33,19 @@ def _from_1(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 _STEPS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+
+
+def read_plan(path: str | os.PathLike[str]) -> object:
+    """What the JSON of a saved plan says, of either kind. `InputError` where it is none."""
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_PLAN_BYTES:
+            raise InputError("a plan.json is at most 16 MiB", got=str(file))
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or a number too long
+        raise InputError("a plan.json is JSON in UTF-8", got=f"{file}: {error}") from None
 
 
 def upgraded(data: object, file: str) -> dict[str, Any]:

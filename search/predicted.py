@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.program import Program, program_of
@@ -22,7 +23,7 @@ from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
 from shardplan.search.proof import model_of, scorer_on
 from shardplan.search.space import Choice
 
-__all__ = ["MOST_PIECES", "Predicted", "known_steps", "predicted_steps"]
+__all__ = ["MOST_PIECES", "Predicted", "known_steps", "predicted_steps", "ways_of"]
 
 MOST_PIECES = 256
 """Pieces of a prompt whose times are told; a pipeline has no more stages than layers."""
@@ -55,9 +56,14 @@ class Predicted:
         return (program.rotation_s - program.host_s) / self.pieces
 
     @property
-    def end_s(self) -> float:
-        """When the last piece, or the first microbatch, leaves the last stage."""
-        later = self.pieces - 1 if self.phase == "prefill" else 0
+    def what(self) -> str:
+        """What goes through the stages one after another."""
+        return "piece" if self.phase == "prefill" else "microbatch"
+
+    def end_s(self, most: int | None = None) -> float:
+        """When the last piece, of at most the first `most`, or the first microbatch leaves."""
+        drawn = self.pieces if most is None else min(self.pieces, most)
+        later = drawn - 1 if self.phase == "prefill" else 0
         return self.program.step_s + later * self._apart_s
 
     def starts_s(self, most: int = MOST_PIECES) -> list[list[float]]:
@@ -65,15 +71,12 @@ class Predicted:
 
         At most the first `most` of them.
         """
-        rows = []
-        for piece in range(min(self.pieces, most)):
-            at_s = self.program.host_s + piece * self._apart_s
-            row = []
-            for stage in self.program.stages:
-                row.append(at_s)
-                at_s += stage.seconds
-            rows.append(row)
-        return rows
+        host_s, apart_s = self.program.host_s, self._apart_s
+        stages_s = [stage.seconds for stage in self.program.stages[:-1]]
+        return [
+            list(accumulate(stages_s, initial=host_s + piece * apart_s))
+            for piece in range(min(self.pieces, most))
+        ]
 
 
 def predicted_steps(
@@ -85,7 +88,7 @@ def predicted_steps(
     """
     spec = model_of(plan, model)
     found = []
-    for phase, machine, way, instances in _ways(plan):
+    for phase, machine, way, instances in ways_of(plan):
         try:
             place = load_cluster(
                 cluster or machine.name, nodes=machine.nodes, device=device or machine.device
@@ -111,7 +114,7 @@ def known_steps(
         return ()
 
 
-def _ways(plan: Plan) -> Iterator[tuple[Phase, ClusterInfo, StrategyInfo, int]]:
+def ways_of(plan: Plan) -> Iterator[tuple[Phase, ClusterInfo, StrategyInfo, int]]:
     """(phase, machine, strategy, instances) of each phase."""
     pools = {pool.role: pool for pool in plan.pools}
     for phase in _PHASES:

@@ -8,7 +8,7 @@ step are given, the best of both for the rival's layout: it is beaten at its bes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,23 +16,26 @@ import numpy as np
 
 from shardplan.models.errors import InputError, LayoutError
 from shardplan.models.parallel import Parallelism, balanced_stages
+from shardplan.search.asked_again import Known, objective_of
 from shardplan.search.build_plan import breakdown, memory_rows, performance
 from shardplan.search.configuration import Configuration, whole_number
 from shardplan.search.evaluate import LIMITS, LayoutScorer
-from shardplan.search.explain import Known, priced
+from shardplan.search.explain import priced
 from shardplan.search.explanation import Difference, Rival
 from shardplan.search.kept import Kept
 from shardplan.search.layouts import base_order
 from shardplan.search.legality import broken_rules
-from shardplan.search.plan import BreakdownRow, MemoryRow, StrategyInfo
+from shardplan.search.plan import BreakdownRow, MemoryRow, Plan, StrategyInfo
 from shardplan.search.rulebook import Subject, rules
 from shardplan.search.space import Choice, batch_grid, chunk_grid
 
-__all__ = ["rival_of", "values_of", "words_of"]
+__all__ = ["memory_differences", "rival_of", "step_differences", "values_of", "words_of"]
 
 _COUNTS = ("tp", "pp", "dp", "ep", "cp", "mtp", "batch", "chunk")
 _WORDS = ("exchange", "weight_dtype", "kv_dtype", "attention")
 _MOST_SLOTS = 1024
+_ALIKE = 1e-9
+"""What a plan's file rounds away."""
 _MEMORY = (
     "weights_bytes",
     "kv_cache_bytes",
@@ -99,8 +102,8 @@ def rival_of(known: Known, values: Mapping[str, Any]) -> Rival:
         strategy=_strategy(known, par, choice, kept.batch, kept.chunk),
         performance=performance(kept.columns),
         broken=against,
-        ratio=kept.columns["objective"] / known.kept.columns["objective"],
-        differences=tuple(_differences(known, scorer, kept)),
+        ratio=kept.columns["objective"] / objective_of(known.plan),
+        differences=tuple(_differences(known.plan, scorer, kept)),
     )
 
 
@@ -175,30 +178,41 @@ def _strategy(
     return StrategyInfo(**{**graph, **kinds, "stage_layers": layers}, batch=batch, chunk=chunk)
 
 
-def _differences(known: Known, scorer: LayoutScorer, kept: Kept) -> Iterator[Difference]:
-    """Steps by kind of operator, then memory of the fullest rank; the largest first."""
-    ours, theirs = breakdown(known.scorer, known.kept), breakdown(scorer, kept)
+def _differences(plan: Plan, scorer: LayoutScorer, kept: Kept) -> Iterator[Difference]:
+    """Of a plan and what is priced beside it; with pools their own steps, and decode's memory."""
+    yield from step_differences(plan.breakdown, breakdown(scorer, kept))
+    yield from memory_differences(plan.memory, memory_rows(scorer, kept))
+
+
+def step_differences(
+    ours: Sequence[BreakdownRow], theirs: Sequence[BreakdownRow]
+) -> Iterator[Difference]:
+    """Steps by kind of operator; the largest first."""
     for phase in ("decode", "prefill"):
         one, two = _by_kind(ours, phase), _by_kind(theirs, phase)
         kinds = sorted({*one, *two}, key=lambda kind: -abs(two.get(kind, 0) - one.get(kind, 0)))
         for kind in kinds:
-            pair = one.get(kind, 0.0), two.get(kind, 0.0)
-            if pair[0] != pair[1]:
-                yield Difference(what=f"{phase} {kind}", plan=pair[0], rival=pair[1])
-    full, other = (
-        _fullest(memory_rows(known.scorer, known.kept)),
-        _fullest(memory_rows(scorer, kept)),
-    )
+            yield from _differs(f"{phase} {kind}", one.get(kind, 0.0), two.get(kind, 0.0))
+
+
+def memory_differences(
+    ours: Sequence[MemoryRow], theirs: Sequence[MemoryRow], what: str = "memory"
+) -> Iterator[Difference]:
+    """Parts of the memory of the fullest rank."""
+    full, other = _fullest(ours), _fullest(theirs)
     for name in _MEMORY:
-        pair = getattr(full, name), getattr(other, name)
-        if pair[0] != pair[1]:
-            words = name.removesuffix("_bytes").replace("_", " ")
-            yield Difference(what=f"memory {words}", plan=pair[0], rival=pair[1])
+        words = name.removesuffix("_bytes").replace("_", " ")
+        yield from _differs(f"{what} {words}", getattr(full, name), getattr(other, name))
 
 
-def _by_kind(rows: tuple[BreakdownRow, ...], phase: str) -> dict[str, float]:
+def _differs(what: str, plan: float, rival: float) -> Iterator[Difference]:
+    if not math.isclose(plan, rival, rel_tol=_ALIKE):
+        yield Difference(what=what, plan=plan, rival=rival)
+
+
+def _by_kind(rows: Sequence[BreakdownRow], phase: str) -> dict[str, float]:
     return {row.kind: row.total_s for row in rows if row.phase == phase}
 
 
-def _fullest(rows: tuple[MemoryRow, ...]) -> MemoryRow:
+def _fullest(rows: Sequence[MemoryRow]) -> MemoryRow:
     return max(rows, key=lambda row: row.total_bytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.models.errors import InputError
 from shardplan.search.analyze import Row, row_at
@@ -16,7 +17,7 @@ from shardplan.search.trials import PARQUET, columns_of, joined, read_trials
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["RUN", "Run", "RunRow", "as_one", "best_place", "read_runs", "side_by_side"]
+__all__ = ["RUN", "Run", "RunRow", "as_one", "best_of", "best_place", "read_runs", "side_by_side"]
 
 RUN = "run"
 """The name of the table that a row came from, where several are one."""
@@ -126,8 +127,11 @@ def _number(cell: object) -> float | None:
 def best_place(frame: DataFrame) -> int | None:
     """Place of the feasible row of the largest objective, ties by rank and then by place."""
     good = np.flatnonzero(frame["feasible"].to_numpy(bool))
-    if not len(good):
-        return None
+    return best_of(frame, good) if len(good) else None
+
+
+def best_of(frame: DataFrame, good: NDArray[np.int64]) -> int:
+    """Likewise of the rows at the places `good`, one at least."""
     objective = frame["objective"].to_numpy(float)[good]
     tied = good[objective == objective.max()]
     return int(tied[frame["rank"].to_numpy()[tied].argmin()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from shardplan.search.tables import (
@@ -32,7 +32,8 @@ _MOST = 6
 def print_explanation(found: Explanation, console: Console) -> None:
     """Limits, time, memory, what changes would buy, the rival."""
     console.print(f"{found.model} on {found.cluster}", markup=False)
-    console.print(f"plan: {strategy_words(found.strategy)}", style="bold green", markup=False)
+    if not found.pools:
+        console.print(f"plan: {strategy_words(found.strategy)}", style="bold green", markup=False)
     console.print()
     _print_bindings(found, console)
     for phase in ("prefill", "decode"):
@@ -41,7 +42,13 @@ def print_explanation(found: Explanation, console: Console) -> None:
         total = sum(row["total_s"] for row in rows)
         if rows:
             show(console, time_table(f"one {phase} step: {seconds_text(total)}", rows, total))
-    show(console, memory_table([row.model_dump() for row in found.memory]))
+    for pool in found.pools:
+        many = "instance" if pool.instances == 1 else "instances"
+        words = f"{pool.instances} {pool.role} {many} on {pool.cards} cards"
+        console.print(f"{words}: {strategy_words(pool.strategy)}", style="bold", markup=False)
+        show(console, memory_table([row.model_dump() for row in pool.memory]))
+    if not found.pools:
+        show(console, memory_table([row.model_dump() for row in found.memory]))
     _print_shadows(found, console)
     if found.rival is not None:
         _print_rival(found, found.rival, console)
@@ -52,11 +59,22 @@ def _print_bindings(found: Explanation, console: Console) -> None:
         return
     table = new_table("limits", "limit", "value", "allowed", "used", "", right=("value", "allowed"))
     for one in found.bindings:
-        text = bytes_text if one.name == "memory" else seconds_text
+        text = _text_of(one.name)
         mark = "binds" if one.binds else ""
         used = f"{share_bar(one.used, 12)} {one.used:.0%}"
         add(table, one.name, text(one.value), text(one.limit), used, mark)
     show(console, table)
+
+
+def _text_of(limit: str) -> Callable[[float], str]:
+    """How values of a limit are written."""
+    if limit.endswith("memory"):
+        return bytes_text
+    return seconds_text if limit[:4] in ("ttft", "tpot") else _per_s
+
+
+def _per_s(requests: float) -> str:
+    return f"{rate_text(requests)} req/s"
 
 
 def _print_shadows(found: Explanation, console: Console) -> None:
@@ -65,12 +83,16 @@ def _print_shadows(found: Explanation, console: Console) -> None:
     table = new_table("what a change would buy", "change", "gain", "the best plan then")
     for one in found.shadows:
         gain = "-" if one.gain is None else f"{one.gain - 1.0:+.1%}"
-        add(table, one.change, gain, strategy_words(one.strategy) if one.strategy else one.note)
+        best = one.note or (strategy_words(one.strategy) if one.strategy else "")
+        add(table, one.change, gain, best)
     show(console, table)
 
 
 def _print_rival(found: Explanation, rival: Rival, console: Console) -> None:
-    console.print(f"against: {strategy_words(rival.strategy)}", style="bold", markup=False)
+    words = rival.words or strategy_words(rival.strategy)
+    console.print(f"against: {words}", style="bold", markup=False)
+    for sentence in rival.notes:
+        console.print(f"  {sentence}", style="dim", markup=False)
     for sentence in rival.broken:
         console.print(f"  {sentence}", style="red", markup=False)
     if rival.performance is None or rival.ratio is None:

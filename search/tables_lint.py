@@ -32,6 +32,7 @@ def print_lint(report: LintReport, console: Console) -> None:
     console.print()
     if report.performance is not None:
         _print_speed(report, console)
+    if report.memory:
         show(console, memory_table([row.model_dump() for row in report.memory]))
         console.print(report.lever, markup=False)
     _print_best(report, console)

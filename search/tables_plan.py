@@ -150,9 +150,7 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
     """The plan, what it does, why it is the best, what was assumed, and what to run next."""
     machine, work = plan.cluster, plan.request.workload
     if plan.pools:
-        held = (
-            f"{one.instances * one.strategy.ranks} x {one.cluster.device}" for one in plan.pools
-        )
+        held = (f"{one.cards} x {one.cluster.device}" for one in plan.pools)
         cards = " and ".join(held)
     else:
         cards = f"{plan.strategy.ranks} x {machine.device}"

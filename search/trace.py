@@ -105,7 +105,7 @@ def _timed(plan: Plan, steps: Sequence[Predicted]) -> list[_Timed]:
     for step in steps:
         par = step.way.parallelism()
         found.append(_Timed(step=step, begin_s=begin_s, first=first, par=par))
-        begin_s += step.end_s
+        begin_s += step.end_s()
         if plan.pools:
             first += step.instances * step.way.ranks
             begin_s += plan.transfer.request_s if plan.transfer is not None else 0.0
@@ -155,12 +155,13 @@ def _said(plan: Plan, timed: list[_Timed], chosen: list[list[int]]) -> dict[str,
 def _events(plan: Plan, timed: list[_Timed], chosen: list[list[int]]) -> Iterator[_Event]:
     named: set[int] = set()
     for one, ranks in zip(timed, chosen, strict=True):
+        starts = one.step.starts_s()
         for rank in ranks:
             if one.first + rank not in named:
                 named.add(one.first + rank)
                 yield from _names(plan, one, rank)
-            yield from _rank(one, rank)
-        yield from _arrows(one, ranks)
+            yield from _rank(one, rank, starts)
+        yield from _arrows(one, ranks, starts[0])
 
 
 def _names(plan: Plan, one: _Timed, rank: int) -> Iterator[_Event]:
@@ -189,10 +190,9 @@ def _slice(pid: int, tid: int, name: str, begin_s: float, end_s: float, **args: 
     return {**event, "args": args} if args else event
 
 
-def _rank(one: _Timed, rank: int) -> Iterator[_Event]:
-    """One step of one rank."""
+def _rank(one: _Timed, rank: int, starts: Sequence[Sequence[float]]) -> Iterator[_Event]:
+    """One step of one rank; `starts` of each piece and stage."""
     step, pid, stage = one.step, one.first + rank, one.stage_of(rank)
-    starts = step.starts_s()
     at_s = one.begin_s + starts[0][stage.stage]
     if stage.stage == 0 and step.program.host_s:
         host = f"host, before {step.phase}"
@@ -207,8 +207,7 @@ def _rank(one: _Timed, rank: int) -> Iterator[_Event]:
         yield _slice(pid, _STEP, "waiting for launches by the host", at_s, end_s)
     for number, row in enumerate(starts[1:], start=1):
         begin_s = one.begin_s + row[stage.stage]
-        what = "piece" if step.phase == "prefill" else "microbatch"
-        name = f"{step.phase}, {what} {number}"
+        name = f"{step.phase}, {step.what} {number}"
         yield _slice(pid, _OTHERS, name, begin_s, begin_s + stage.seconds)
 
 
@@ -232,9 +231,9 @@ def _parts(kernel: Kernel) -> dict[str, float]:
     return {name: value for name, value in found.items() if value}
 
 
-def _arrows(one: _Timed, ranks: Sequence[int]) -> Iterator[_Event]:
+def _arrows(one: _Timed, ranks: Sequence[int], starts: Sequence[float]) -> Iterator[_Event]:
     """From the end of a stage to the begin of the next, between ranks of like coordinates."""
-    starts, program = one.step.starts_s()[0], one.step.program
+    program = one.step.program
     begins: dict[tuple[int, ...], dict[int, int]] = {}
     for rank in ranks:
         places = coordinates(one.par, rank)

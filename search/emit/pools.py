@@ -35,7 +35,7 @@ def check_pools(target: str, plan: Plan) -> None:
             hint="search again with --serving disagg",
         )
     for pool in plan.pools:
-        used = pool.instances * pool.strategy.ranks
+        used = pool.cards
         if used > min(pool.cluster.ranks, MAX_RANKS):
             raise InputError(
                 f"the instances of a pool fit its cluster, and have at most {MAX_RANKS} ranks",

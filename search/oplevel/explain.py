@@ -16,7 +16,7 @@ from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.models.opfold import unfolded
 from shardplan.models.opgraph import OpGraph
-from shardplan.search.explain import FASTER, faster
+from shardplan.search.asked_again import FASTER, faster
 from shardplan.search.oplevel.against import OperatorRival, priced_as, rival_named
 from shardplan.search.oplevel.api import search_operators
 from shardplan.search.oplevel.known import Split, columns_and_rows

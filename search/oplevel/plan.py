@@ -21,8 +21,9 @@ from shardplan.models.errors import InputError
 from shardplan.models.opfold import first_alike
 from shardplan.models.opgraph import OpGraph
 from shardplan.search.atomic import rounded, write_atomically
-from shardplan.search.plan import MAX_PLAN_BYTES, ClusterInfo, ProofInfo
+from shardplan.search.plan import ClusterInfo, ProofInfo
 from shardplan.search.plan_confidence import Part
+from shardplan.search.plan_versions import read_plan
 
 __all__ = [
     "HeldRow",
@@ -229,13 +230,13 @@ class OperatorPlan(Part):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> OperatorPlan:
         """Read a saved plan. `InputError` with the place and the rule where it breaks one."""
-        file = Path(path)
+        return cls.of(read_plan(path), path)
+
+    @classmethod
+    def of(cls, data: object, file: str | os.PathLike[str]) -> OperatorPlan:
+        """Likewise of what the JSON of `file` says."""
         try:
-            if file.stat().st_size > MAX_PLAN_BYTES:
-                raise InputError("a saved plan is at most 16 MiB", got=str(file))
-            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise InputError("the plan cannot be read", got=f"{file}: {error.strerror}") from None
+            return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -244,8 +245,6 @@ class OperatorPlan(Part):
                 got=f"{file}: {place}: {first['msg']}",
                 hint="make it anew with `search_operators`",
             ) from None
-        except (ValueError, RecursionError) as error:
-            raise InputError("a saved plan is JSON in UTF-8", got=f"{file}: {error}") from None
 
     def verify(
         self, graph: OpGraph | None = None, *, level: int = 1, model: str | None = None

@@ -17,6 +17,7 @@ from shardplan.models.errors import InputError
 from shardplan.models.graph import Phase
 from shardplan.models.redistribute import PARTIAL
 from shardplan.search.plan import Plan, StrategyInfo
+from shardplan.search.predicted import ways_of
 from shardplan.search.proof import model_of
 from shardplan.search.report.markup import Html, tag
 from shardplan.search.report.rows import (
@@ -55,14 +56,14 @@ _DIMS = {
 def block_section(plan: Plan) -> Html:
     """A picture of each kind of layer in both phases; nothing where the model is not at hand."""
     try:
-        graphs = {phase: _graph(plan, way, phase) for phase, way in _ways(plan).items()}
+        graphs = {phase: _graph(plan, way, phase) for phase, _, way, _ in ways_of(plan)}
     except InputError:
         return Html("")
     counts: dict[str, int] = {}
     for name in graphs["decode"].model.layers:
         counts[name] = counts.get(name, 0) + 1
     most = max(counts, key=lambda name: counts[name])
-    sizes = {phase: _sizes(plan, way, phase) for phase, way in _ways(plan).items()}
+    sizes = {phase: _sizes(plan, way, phase) for phase, _, way, _ in ways_of(plan)}
     parts = [
         tag(
             "details",
@@ -86,12 +87,6 @@ def block_section(plan: Plan) -> Html:
         *parts,
         tag("p", _legend(graphs), class_="soft"),
     )
-
-
-def _ways(plan: Plan) -> dict[Phase, StrategyInfo]:
-    """The strategy of each phase: of its pool, where each has one."""
-    pools = {pool.role: pool.strategy for pool in plan.pools}
-    return {phase: pools.get(phase, plan.strategy) for phase in ("prefill", "decode")}
 
 
 def _graph(plan: Plan, way: StrategyInfo, phase: Phase) -> ShardedGraph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardplan.search.plan import Plan
-from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.markup import Html, legend, table, tag
 from shardplan.search.report.svg import Segment, bar
 from shardplan.search.report.words import number, time
 from shardplan.search.tables_capacity import again_words, headroom_words, state_words
@@ -35,7 +35,6 @@ def capacity_section(plan: Plan) -> Html:
             )
         )
     keys = (("c0", "holds the rate"), ("c5", "does not"), ("capacity", asked))
-    items = [tag("li", tag("i", class_=f"key {style}"), words) for style, words in keys]
     rows = [
         (
             row.lost,
@@ -54,7 +53,7 @@ def capacity_section(plan: Plan) -> Html:
         tag("h2", "What may be lost"),
         tag("p", f"{words[0].upper()}{words[1:]}."),
         *bars,
-        tag("ul", *items, class_="legend"),
+        legend(keys),
         table("What is left after each loss, at the rate", _HEADS, rows, words=2),
         tag("ul", *again, class_="notes") if again else "",
     )

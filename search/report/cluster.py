@@ -78,7 +78,7 @@ def cluster_section(plan: Plan) -> Html:
             machine=pool.cluster,
             way=pool.strategy,
             instances=pool.instances,
-            cards=pool.instances * pool.strategy.ranks,
+            cards=pool.cards,
         )
         for pool in plan.pools
     ] or [

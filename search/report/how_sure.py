@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shardplan.search.plan import Plan
-from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.markup import Html, legend, table, tag
 from shardplan.search.report.svg import Segment, bar
 from shardplan.search.report.words import number, percent, time
 
@@ -22,10 +22,7 @@ def confidence_section(plan: Plan) -> Html:
         Segment(share=share, style=_STYLES[kind], title=f"{kind}: {percent(share)}")
         for kind, share in shares.items()
     ]
-    keys = [
-        tag("li", tag("i", class_=f"key {_STYLES[kind]}"), f"{kind} {percent(share)}")
-        for kind, share in shares.items()
-    ]
+    keys = [(_STYLES[kind], f"{kind} {percent(share)}") for kind, share in shares.items()]
     bands = (
         (
             "Output tokens/s",
@@ -47,7 +44,7 @@ def confidence_section(plan: Plan) -> Html:
         tag("h2", "How sure"),
         tag("p", "What the time of an average step rests on:"),
         bar("Time of an average step by what it rests on", segments),
-        tag("ul", *keys, class_="legend"),
+        legend(keys),
         table(f"Bands that hold {level} of true values", ("", "Low", "Plan", "High"), bands),
         tag(
             "p",

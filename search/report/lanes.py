@@ -8,9 +8,11 @@ from typing import NamedTuple
 from shardplan.search.report.markup import Attribute, Html, attribute_text, tag
 from shardplan.search.report.svg import scale
 
-__all__ = ["Lane", "Slice", "lanes"]
+__all__ = ["ROW", "Lane", "Slice", "lane_box", "lanes"]
 
-_ROW, _BOX, _TEXT = 30, 22, 15
+ROW = 30
+"""Height of a lane."""
+_BOX, _TEXT = 22, 15
 _FOOT = 22
 _WORDS_FROM = 0.05
 """Slices of at least this share of the width carry their words; narrower screens clip them."""
@@ -38,7 +40,7 @@ def lanes(label: str, rows: Sequence[Lane], end_s: float) -> Html:
     per_s, unit = (1e3, "ms") if end_s >= 1e-3 else (1e6, "µs")  # noqa: PLR2004
     axis = scale([end_s * per_s], from_zero=True)
     parts: list[Html] = []
-    height = len(rows) * _ROW
+    height = len(rows) * ROW
     for place, tick in enumerate(axis.ticks):
         at = _percent(axis.at(tick))
         ends: dict[str, Attribute] = {"x1": at, "x2": at, "y1": 0, "y2": height}
@@ -50,19 +52,27 @@ def lanes(label: str, rows: Sequence[Lane], end_s: float) -> Html:
         skipped = not last and (place % 2 or place == len(axis.ticks) - 2)
         parts.append(tag("text", words, class_="tick thin" if skipped else "tick", **where))
     for row, lane in enumerate(rows):
-        top = row * _ROW + (_ROW - _BOX) / 2
+        top = row * ROW + (ROW - _BOX) / 2
         for one in lane.slices:
             begin, width = (
                 axis.at(value * per_s) for value in (one.begin_s, max(one.seconds, 0.0))
             )
             parts.append(_slice(one, begin, width, top))
-    names = [
-        tag("text", lane.name, class_="tick", x="100%", y=row * _ROW + _ROW / 2 + 4)
-        for row, lane in enumerate(rows)
+    return lane_box(label, [lane.name for lane in rows], parts)
+
+
+def lane_box(
+    label: str, names: Sequence[str], parts: Sequence[Html], style: str = "lane-box"
+) -> Html:
+    """What is drawn in lanes, their names beside it; `label` tells it in words."""
+    height = len(names) * ROW + _FOOT
+    beside = [
+        tag("text", name, class_="tick", x="100%", y=row * ROW + ROW / 2 + 4)
+        for row, name in enumerate(names)
     ]
-    left = tag("svg", *names, class_="y-axis", height=height + _FOOT, aria_hidden="true")
-    chart = tag("svg", *parts, class_="lanes", height=height + _FOOT, role="img", aria_label=label)
-    return tag("div", left, chart, class_="lane-box")
+    left = tag("svg", *beside, class_="y-axis", height=height, aria_hidden="true")
+    chart = tag("svg", *parts, class_="lanes", height=height, role="img", aria_label=label)
+    return tag("div", left, chart, class_=style)
 
 
 def _slice(one: Slice, begin: float, width: float, top: float) -> Html:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 from typing import TypeAlias
 
-__all__ = ["Attribute", "Html", "attribute_text", "raw", "table", "tag"]
+__all__ = ["Attribute", "Html", "attribute_text", "legend", "raw", "table", "tag"]
 
 Attribute: TypeAlias = str | float | None
 
@@ -37,6 +37,12 @@ def tag(name: str, /, *children: str, **attributes: Attribute) -> Html:
         return Html(f"<{start}>")
     inside = "".join(child if isinstance(child, Html) else html.escape(child) for child in children)
     return Html(f"<{start}>{inside}</{name}>")
+
+
+def legend(keys: Iterable[tuple[str, str]]) -> Html:
+    """(style, words) of each mark of a picture."""
+    items = [tag("li", tag("i", class_=f"key {style}"), words) for style, words in keys]
+    return tag("ul", *items, class_="legend")
 
 
 def table(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from shardplan.search.plan import ClusterInfo, MemoryRow, Plan
-from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.markup import Html, legend, table, tag
 from shardplan.search.report.svg import Segment, bar
 from shardplan.search.report.words import gib, percent
 
@@ -30,13 +30,9 @@ def memory_section(plan: Plan) -> Html:
     parts = [part for fleet in fleets if fleet[1] for part in _fleet(*fleet)]
     if not parts:
         return Html("")
-    keys = [
-        tag("li", tag("i", class_=f"key c{place}"), name) for place, (_, name) in enumerate(_PARTS)
-    ]
-    keys.append(tag("li", tag("i", class_="key track"), "Unused"))
-    keys.append(tag("li", tag("i", class_="key capacity"), "What the engine may use"))
-    legend = tag("ul", *keys, class_="legend")
-    return tag("section", tag("h2", "Memory of one card"), legend, *parts)
+    keys = [(f"c{place}", name) for place, (_, name) in enumerate(_PARTS)]
+    keys += [("track", "Unused"), ("capacity", "What the engine may use")]
+    return tag("section", tag("h2", "Memory of one card"), legend(keys), *parts)
 
 
 def _fleet(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from shardplan.search.oplevel.against import OperatorRival
 from shardplan.search.oplevel.plan import KindRow, OperatorPlan, StageRow
-from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.markup import Html, legend, table, tag
 from shardplan.search.report.rows import size_text
 from shardplan.search.report.svg import Segment, bar
 from shardplan.search.report.words import milliseconds, percent, signed_percent, time
@@ -84,16 +84,13 @@ def memory_section(plan: OperatorPlan) -> Html:
     """A stacked bar of each stage against what the graph may use, and a table."""
     held = (max(row.total_bytes, row.capacity_bytes) for row in plan.stages)
     full = max(0.0 if plan.request.memory_bytes else plan.cluster.hbm_bytes, *held)
-    keys = [
-        tag("li", tag("i", class_=f"key c{place}"), name) for place, (_, name) in enumerate(_MEMORY)
-    ]
-    keys.append(tag("li", tag("i", class_="key track"), "Unused"))
-    keys.append(tag("li", tag("i", class_="key capacity"), "What the graph may use"))
+    keys = [(f"c{place}", name) for place, (_, name) in enumerate(_MEMORY)]
+    keys += [("track", "Unused"), ("capacity", "What the graph may use")]
     headings = ["Stage", *[name for _, name in _MEMORY], "Total", "Capacity", "Free"]
     return tag(
         "section",
         tag("h2", "Memory of one rank"),
-        tag("ul", *keys, class_="legend"),
+        legend(keys),
         *[_stage(row, plan, full) for row in plan.stages],
         table(
             "Memory of one rank by stage",
@@ -157,7 +154,6 @@ def rivals_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Html:
     ]
     names = {style: kind for kind, style in styles.items() if style != _OTHER}
     names |= {_OTHER: "other"} if _OTHER in styles.values() else {}
-    keys = [tag("li", tag("i", class_=f"key {style}"), name) for style, name in names.items()]
     fullest = max(plan.stages, key=lambda one: one.total_bytes / one.capacity_bytes)
     own = (
         "This plan",
@@ -171,7 +167,7 @@ def rivals_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Html:
         "section",
         tag("h2", "Beside splits that are known"),
         tag("p", "The same graph on the same mesh, priced by the same code."),
-        tag("ul", *keys, class_="legend"),
+        legend(names.items()),
         *bars,
         table(
             "Other splits",

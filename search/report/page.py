@@ -159,7 +159,7 @@ def _facts(plan: Plan) -> Html:
     nodes = f"{cluster.nodes:,} nodes" if cluster.nodes > 1 else "1 node"
     machine = f"{nodes} of {cluster.ranks_per_node} {cluster.device}"
     if plan.pools:
-        machine += f"; {sum(pool.instances * pool.strategy.ranks for pool in plan.pools):,} used"
+        machine += f"; {plan.cards:,} used"
     facts: tuple[tuple[str, str], ...] = (
         ("Workload", ", ".join(load)),
         ("Model", f"{model.architecture}, {model.layers:,} layers, {parameters}"),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from shardplan.search.plan import Plan
 from shardplan.search.plan_robustness import GroupRobustness, Robustness
-from shardplan.search.report.markup import Attribute, Html, table, tag
+from shardplan.search.report.lanes import ROW, lane_box
+from shardplan.search.report.markup import Attribute, Html, legend, table, tag
 from shardplan.search.report.words import percent
 from shardplan.search.robust_words import (
     choice_sentence,
@@ -46,7 +47,6 @@ def robustness_section(plan: Plan) -> Html:
     return tag("section", *parts, tag("p", note, class_="soft"))
 
 
-_ROW = 30
 _TICKS = (0.5, 0.67, 0.8, 1.0, 1.25, 1.5, 2.0)
 _SHOWN_TICKS = (0.5, 1.0, 2.0)
 """On narrow screens, too."""
@@ -60,7 +60,7 @@ def _chart(told: Robustness) -> Html:
         share = 0.5 + 0.5 * math.log(factor) / math.log(most)
         return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
 
-    height = len(told.groups) * _ROW
+    height = len(told.groups) * ROW
     parts: list[Html] = []
     for tick in (one for one in _TICKS if 1 / most <= one <= most):
         line: dict[str, Attribute] = {"x1": at(tick), "x2": at(tick), "y1": 0, "y2": height}
@@ -70,22 +70,15 @@ def _chart(told: Robustness) -> Html:
         style = "tick" if tick in _SHOWN_TICKS else "tick thin"
         parts.append(tag("text", words, class_=style, **where))
     for place, row in enumerate(told.groups):
-        parts += _lane(row, place * _ROW + _ROW / 2, at)
-    names = [
-        tag("text", row.group, class_="tick", x="100%", y=place * _ROW + _ROW / 2 + 4)
-        for place, row in enumerate(told.groups)
-    ]
-    left = tag("svg", *names, class_="y-axis", height=height + 22, aria_hidden="true")
+        parts += _lane(row, place * ROW + ROW / 2, at)
     label = "Bands of the cost groups and the factors at which another plan wins"
-    chart = tag("svg", *parts, class_="lanes", height=height + 22, role="img", aria_label=label)
     keys = (
         ("bar band", f"{percent(told.level)} band of the group's time"),
         ("dot flip", "another plan wins from here on"),
         ("dot flip bad", "the same, inside the band"),
     )
-    items = [tag("li", tag("i", class_=f"key {style}"), words) for style, words in keys]
-    legend = tag("ul", *items, class_="legend")
-    return tag("div", tag("div", left, chart, class_="lane-box wide"), legend)
+    names = [row.group for row in told.groups]
+    return tag("div", lane_box(label, names, parts, style="lane-box wide"), legend(keys))
 
 
 def _lane(row: GroupRobustness, y: float, at: Callable[[float], str]) -> Iterator[Html]:

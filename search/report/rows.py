@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shardplan.search.report.markup import Attribute, Html, tag
+from shardplan.search.report.markup import Attribute, Html, legend, tag
 
 __all__ = ["CUT", "PARTIAL_SUM", "WHOLE", "Row", "rows_keys", "rows_picture", "size_text"]
 
@@ -48,8 +48,7 @@ def rows_keys() -> Html:
         WHOLE: "whole on every rank",
         "c1": "collective",
     }
-    items = [tag("li", tag("i", class_=f"key {key}"), word) for key, word in names.items()]
-    return tag("ul", *items, class_="legend")
+    return legend(names.items())
 
 
 def rows_picture(rows: Sequence[Row], label: str) -> Html:

@@ -91,11 +91,7 @@ def _stages(step: Predicted) -> Html:
     )
     if len(program.stages) == 1:
         return lanes(label, [Lane("rank", list(_alone(program)))], program.step_s)
-    if step.phase == "decode":
-        end_s = program.rotation_s
-    else:
-        drawn = min(step.pieces, _MOST_PIECES)
-        end_s = program.step_s + (drawn - 1) * (program.slowest_s + program.host_s)
+    end_s = program.rotation_s if step.phase == "decode" else step.end_s(_MOST_PIECES)
     rows = []
     starts = step.starts_s(_MOST_PIECES) if step.phase == "prefill" else step.starts_s()
     for stage in program.stages:
@@ -113,8 +109,7 @@ def _in_window(
     step: Predicted, stage: StageProgram, piece: int, begin_s: float, end_s: float
 ) -> Iterator[Slice]:
     """A stage's work on a piece; decoding goes round, so what leaves the step comes in again."""
-    what = "piece" if step.phase == "prefill" else "microbatch"
-    title = f"{what} {piece} in stage {stage.stage}: {time(stage.seconds)}, {_held(stage)}"
+    title = f"{step.what} {piece} in stage {stage.stage}: {time(stage.seconds)}, {_held(stage)}"
     style, words = f"c{piece % _COLOURS}", f"{piece}"
     round_s = end_s - step.program.host_s
     if step.phase == "decode" and begin_s >= end_s:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from shardplan.search.analyze import row_name
 from shardplan.search.plan import Candidate, Performance, Plan, StrategyInfo
-from shardplan.search.report.markup import Html, table, tag
+from shardplan.search.report.markup import Html, legend, table, tag
 from shardplan.search.report.svg import Point, scale, scatter
 from shardplan.search.report.words import gib, limit_time, number, signed_percent, time
 from shardplan.search.trial_table import TrialTable
@@ -161,8 +161,7 @@ def _legend(*, has_limit: bool) -> Html:
     keys = [("chosen", "This plan"), ("front", "Pareto front (TTFT included)"), ("cloud", "Trials")]
     if has_limit:
         keys.append(("limit", "TPOT limit"))
-    items = [tag("li", tag("i", class_=f"key dot {style}"), name) for style, name in keys]
-    return tag("ul", *items, class_="legend")
+    return legend((f"dot {style}", name) for style, name in keys)
 
 
 def _candidate_rows(plan: Plan, items: Sequence[Candidate]) -> list[list[str]]:

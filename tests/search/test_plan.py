@@ -14,7 +14,8 @@ import pytest
 from shardplan.models.errors import InputError
 from shardplan.search.api import SearchResult, search
 from shardplan.search.output import write_result
-from shardplan.search.plan import MAX_PLAN_BYTES, Plan, plan_schema
+from shardplan.search.plan import Plan, plan_schema
+from shardplan.search.plan_versions import MAX_PLAN_BYTES
 
 REPRODUCIBLE = ("plan.json", "trials.csv", "pareto.csv", "report.html")
 

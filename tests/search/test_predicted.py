@@ -66,7 +66,7 @@ def test_a_prompt_of_many_pieces_ends_with_the_last_of_them() -> None:
     way = plan.strategy.model_copy(update={"chunk": 1024})
     step = known_steps(plan.model_copy(update={"request": asked, "strategy": way}))[0]
     assert len(step.starts_s()) == MOST_PIECES
-    assert step.end_s == pytest.approx(-(-(10**12) // 1024) * step.program.step_s)
+    assert step.end_s() == pytest.approx(-(-(10**12) // 1024) * step.program.step_s)
 
 
 def test_a_plan_from_files_needs_them() -> None:

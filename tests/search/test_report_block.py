@@ -131,6 +131,8 @@ def test_each_pool_has_its_own_strategy() -> None:
     plan = emit_plan(tp=2)
     pool = {
         "role": "prefill",
+        "cluster": plan.cluster,
+        "instances": 1,
         "strategy": plan.strategy.model_copy(update={"tp": 8}),
     }
     split = plan.model_copy(update={"pools": (type("Pool", (), pool)(),)})
