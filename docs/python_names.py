@@ -32,7 +32,7 @@ def python_section() -> str:
 def _functions() -> Iterator[tuple[str, Callable[..., object]]]:
     yield "shardplan.search", api.search
     yield "shardplan.estimate", api.estimate
-    for name in ("load_model", "load_graph", "load_cluster"):
+    for name in ("simulate", "load_model", "load_graph", "load_cluster"):
         yield f"shardplan.{name}", getattr(shardplan, name)
     for name in ("load", "save", "dumps", "emit", "verify", "apply"):
         yield f"shardplan.Plan.{name}", getattr(Plan, name)

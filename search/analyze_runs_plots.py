@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from shardplan.models.errors import InputError
 from shardplan.search.analyze import THROUGHPUT
 from shardplan.search.analyze_plots import COLOURS, MS, draw, dress, require_matplotlib
 from shardplan.search.groups import GroupRow
+from shardplan.search.kept import pareto_mask
 from shardplan.search.runs import Run
 
 if TYPE_CHECKING:
@@ -29,12 +28,11 @@ def draw_runs(runs: Sequence[Run], out_dir: Path) -> list[Path]:
     require_matplotlib()
     fronts = []
     for run in runs:
-        good = run.frame.loc[run.frame["feasible"].to_numpy(bool), ["tpot_s", THROUGHPUT]]
-        if not good.empty:
-            front = good.sort_values(["tpot_s", THROUGHPUT], ascending=[True, False])
-            rate = front[THROUGHPUT].to_numpy(float)
-            higher = rate > np.maximum.accumulate(np.concatenate([[0.0], rate[:-1]]))
-            fronts.append((run.name, front["tpot_s"].to_numpy(float)[higher] * MS, rate[higher]))
+        good = run.frame.loc[run.frame["feasible"].to_numpy(bool)].sort_values("tpot_s")
+        tpot, rate = (good[name].to_numpy(float) for name in ("tpot_s", THROUGHPUT))
+        front = pareto_mask(rate, tpot)
+        if front.any():
+            fronts.append((run.name, tpot[front] * MS, rate[front]))
     if not fronts:
         raise InputError("plots need a feasible trial", got="0 in all runs")
 

@@ -20,7 +20,6 @@ from shardplan.search.cli_common import (
     Nodes,
     OptionalCluster,
     OptionalModel,
-    check_file_out,
     note,
     print_json,
     progress,
@@ -96,7 +95,7 @@ def estimate(
     ranks: Annotated[Text, _cell("ranks", "op collective: ranks.")] = None,
     message_bytes: Annotated[Text, _cell("message_bytes", "op collective: full tensor.")] = None,
     points: Annotated[Path | None, typer.Option("--points", help="CSV of points.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="CSV of answers.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="CSV of answers, or .parquet.")] = None,
     json: Json = False,
 ) -> None:
     """Price one strategy, or every row of a CSV.
@@ -150,12 +149,12 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _many(points: Path, out: Path | None, defaults: Mapping[str, Any], as_json: bool) -> None:
-    from shardplan.models.atomic import write_atomically
     from shardplan.search.estimate import price_columns
     from shardplan.search.estimate_csv import priced_csv, priced_rows, read_points_csv
+    from shardplan.search.parquet_out import check_table_out, write_table
 
     if out is not None:
-        check_file_out(out)
+        check_table_out(out)
         if out.resolve() == points.resolve():
             raise InputError("`--out` must not be the points file", got=str(out))
     table = read_points_csv(points, defaults=tuple(defaults))
@@ -179,7 +178,7 @@ def _many(points: Path, out: Path | None, defaults: Mapping[str, Any], as_json: 
             f"the first is row {row + 1}: {prices.errors[row]}"
         )
     if out is not None:
-        write_atomically(out, priced_csv(table, prices))
+        write_table(out, priced_csv(table, prices))
     if as_json:
         print_json(priced_rows(table, prices))
     elif out is None:

@@ -154,7 +154,8 @@ def explain(
         typer.Option(
             "--against",
             help="A rival: tp=8,pp=2,... or prefill.tp=4,decode.tp=8, the other serving (agg, "
-            "disagg), or what `shardplan lint` reads (a script, a command, a plan.json).",
+            "disagg), or what `shardplan lint` reads (a script, a command, a plan.json); of "
+            "operators megatron, replicated or a plan.json.",
         ),
     ] = None,
     model: OptionalModel = None,
@@ -190,11 +191,8 @@ def _explain_operators(
     from shardplan.search.oplevel.explain import explain_operators
     from shardplan.search.oplevel.proof import graph_of_plan
 
-    if against is not None:
-        raise InputError(
-            "--against names a deployment, and the plan is one of operators", got=against[:100]
-        )
-    found = explain_operators(plan, graph_of_plan(plan, model), shadows=shadows)
+    graph = graph_of_plan(plan, model)
+    found = explain_operators(plan, graph, shadows=shadows, against=against)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

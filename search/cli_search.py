@@ -226,6 +226,9 @@ def search(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for plan.json, trials.csv, report.html.")
     ] = None,
+    parquet: Annotated[
+        bool, typer.Option("--parquet", help="Each table as Parquet too (extra parquet).")
+    ] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -236,17 +239,22 @@ def search(
     asked = dict(locals())
     if not 0 <= top <= _MOST_ALTERNATIVES:
         raise InputError(f"`--top` is from 0 to {_MOST_ALTERNATIVES}", got=f"top={top}")
-    own = ("out", "force", "json", "ablation", "explain_space", "sweep", "jobs", "plans")
+    own = ("out", "parquet", "force", "json", "ablation", "explain_space", "sweep", "jobs", "plans")
     for name in own:
         del asked[name]
     split = {name: asked.pop(name) for name in _SPLIT}
     if explain_space or sweep or ablation:
         _refuse_split(split)
+    if parquet:
+        from shardplan.search.parquet_out import require_pyarrow
+
+        require_pyarrow("--parquet", "--ablation" * ablation or "--explain-space" * explain_space)
     if explain_space:
         _explain_space(asked, json)
         return
     if sweep:
-        _sweep(asked, sweep, out, jobs=jobs, plans=plans, force=force, as_json=json)
+        files: dict[str, Any] = {"plans": plans, "parquet": parquet, "force": force}
+        _sweep(asked, sweep, out, jobs=jobs, as_json=json, **files)
         return
     if ablation:
         _ablation(asked, out, json)
@@ -259,7 +267,7 @@ def search(
         result = run(**asked, **_split(split), progress=show)
     names = () if prefill_cluster or prefill_device else ("model", "cluster", "device")
     files = {name: asked[name] for name in names}
-    _write(result, folder, overwrite, named=out is not None, files=files)
+    _write(result, folder, overwrite, named=out is not None, parquet=parquet, files=files)
     if json:
         print_json(loads(result.plan.dumps()))
     elif isinstance(result, SearchResult):
@@ -332,7 +340,7 @@ def _folder(asked: dict[str, Any], out: Path | None, force: bool) -> tuple[Path,
 
 
 def _write(
-    result: Any, folder: Path, overwrite: bool, *, named: bool, files: dict[str, str | None]
+    result: Any, folder: Path, overwrite: bool, *, named: bool, parquet: bool, files: dict[str, Any]
 ) -> None:
     """Write the files; a default folder that cannot be written is said, not fatal."""
     from shardplan.search.api import SearchResult
@@ -341,11 +349,15 @@ def _write(
         if isinstance(result, SearchResult):
             from shardplan.search.output import write_result
 
-            write_result(result, folder, force=overwrite, **files)
+            written = write_result(result, folder, force=overwrite, **files)
         else:
             from shardplan.search.oplevel.ask import write_operators
 
-            write_operators(result, folder, force=overwrite)
+            written = write_operators(result, folder, force=overwrite)
+        if parquet:
+            from shardplan.search.parquet_out import write_beside
+
+            write_beside(written)
     except (InputError, OSError) as error:
         if named:
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,12 +21,8 @@ from shardplan.search.cli_common import (
     whole,
 )
 
-if TYPE_CHECKING:
-    from shardplan.search.simulate_demand import Asked
-
 __all__ = ["simulate"]
 
-_MOST_REPLICAS = 4096
 _WORKLOAD = (
     *("rate", "burstiness", "concurrency", "input_len", "output_len", "num_prompts"),
     *("prefix_hit", "mtp_acceptance", "ttft_ms", "tpot_ms", "seed"),
@@ -87,21 +83,8 @@ def simulate(
         )
     if timeline and out is None:
         raise InputError("`--timeline` goes with `--out`", hint="name a folder")
-    _simulate(
-        plan,
-        workload,
-        given,
-        how={"model": model, "router": router, "replicas": replicas, "warmup": warmup},
-        out=out,
-        force=force,
-        drawn=timeline,
-        as_json=json,
-    )
-
-
-def _tell(asked: Asked) -> None:
-    for one in asked.notes:
-        note(f"note: {one}")
+    how = ("workload", "model", "router", "replicas", "warmup", "timeline", "out", "force")
+    _simulate(plan, {**given, **{name: said[name] for name in how}}, json)
 
 
 def _describe(path: str | None, given: dict[str, Any], written: Path | None, as_json: bool) -> None:
@@ -113,7 +96,8 @@ def _describe(path: str | None, given: dict[str, Any], written: Path | None, as_
     from shardplan.search.tables_simulate import print_description
 
     asked = read_demand(path, given, None)
-    _tell(asked)
+    for text in asked.notes:
+        note(f"note: {text}")
     demand = asked.demand
     if written is not None:
         if not is_trace(written) or written.suffix == ".gz":
@@ -131,54 +115,17 @@ def _describe(path: str | None, given: dict[str, Any], written: Path | None, as_
         print_description(found, stdout_console())
 
 
-def _simulate(
-    path: Path,
-    workload: str | None,
-    given: dict[str, Any],
-    *,
-    how: dict[str, Any],
-    out: Path | None,
-    force: bool,
-    drawn: bool,
-    as_json: bool,
-) -> None:
-    from shardplan.costmodel.simulate.router import ROUTERS
-    from shardplan.costmodel.simulate.timeline import Timeline
-    from shardplan.search.output import check_out
-    from shardplan.search.plan import Plan
-    from shardplan.search.simulate import simulate_plan
-    from shardplan.search.simulate_demand import read_demand
-    from shardplan.search.simulate_out import requests_file, write_simulation
+def _simulate(path: Path, asked: dict[str, Any], as_json: bool) -> None:
+    from shardplan.search.simulate_api import simulate as run
     from shardplan.search.tables_simulate import print_simulation
-    from shardplan.search.workload import one_of
-    from shardplan.search.workload import whole as checked
 
-    one_of("router", how["router"], ROUTERS)
-    checked("replicas", how["replicas"], _MOST_REPLICAS, try_=1)
-    checked("warmup", how["warmup"], 10**9, try_=0, least=0)
-    chosen = Plan.load(path)
-    asked = read_demand(workload, given, chosen)
-    demand = asked.demand
-    if out is not None:
-        check_out(out, force=force)
-    _tell(asked)
-    timeline = Timeline() if drawn else None
-    with progress("simulating") as show, requests_file(out) as rows:
-        found = simulate_plan(
-            chosen,
-            demand,
-            limits=asked.limits,
-            acceptance=asked.acceptance,
-            rows=rows,
-            watch=timeline,
-            progress=lambda done: show(done, demand.count or done),
-            **how,
-        )
-    summary = {"model": chosen.model.name, "cluster": chosen.cluster.name, **found.to_json()}
-    if out is not None:
-        write_simulation(out, found, summary, timeline)
-        note(f"wrote {out}")
+    with progress("simulating") as show:
+        found = run(path, **asked, progress=show)
+    for text in found.notes:
+        note(f"note: {text}")
+    if asked["out"] is not None:
+        note(f"wrote {asked['out']}")
     if as_json:
-        print_json(summary)
+        print_json(found.summary)
     else:
-        print_simulation(summary, stdout_console())
+        print_simulation(found.summary, stdout_console())

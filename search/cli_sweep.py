@@ -23,6 +23,7 @@ def sweep_command(
     *,
     jobs: int | None,
     plans: bool | None,
+    parquet: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -32,6 +33,7 @@ def sweep_command(
     finished is written.
     """
     from shardplan.search.output import check_out
+    from shardplan.search.parquet_out import write_beside
     from shardplan.search.sweep import run_sweep
     from shardplan.search.sweep_out import print_sweep, sweep_json, write_sweep
     from shardplan.search.sweep_values import parse_axes
@@ -50,7 +52,9 @@ def sweep_command(
             base, axes, jobs=workers, plans=folder / "plans" if kept else None, progress=show
         )
     write_sweep(found, folder / "sweep.csv")
-    note(f"wrote {folder / 'sweep.csv'}")
+    beside = write_beside([folder / "sweep.csv"]) if parquet else []
+    for path in (folder / "sweep.csv", *beside):
+        note(f"wrote {path}")
     if not kept and plans is None:
         note(f"plans of more than {PLANS_KEPT} combinations are kept with --plans")
     _draw(found, base, folder)

@@ -237,9 +237,18 @@ def _engines() -> int:
 
 
 def _calibrations() -> int:
-    from shardplan.costmodel.calibration import calibration_names, load_calibration
+    from shardplan.costmodel.calibration import (
+        calibration_engines,
+        calibration_names,
+        load_calibration,
+    )
 
-    return len([load_calibration(name) for name in calibration_names()])
+    every = [
+        load_calibration(name, engine)
+        for name in calibration_names()
+        for engine in ("", *calibration_engines(name))
+    ]
+    return len(every)
 
 
 def _rules() -> int:

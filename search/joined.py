@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shardplan.models.errors import InputError
 from shardplan.search.api import subject_of
@@ -12,6 +12,10 @@ from shardplan.search.sampled import Drawing, finished
 from shardplan.search.samplers import make_sampler
 from shardplan.search.storage import masked, quiet_optuna, talking
 from shardplan.search.study import join_study, study_digest
+from shardplan.search.trial_result import read_attribute
+
+if TYPE_CHECKING:
+    from optuna.study import Study
 
 __all__ = ["draw_for"]
 
@@ -43,7 +47,7 @@ def draw_for(
         study = joined.study
         made = Drawing(question, space, joined.engine).draw(
             study,
-            lambda: int(study.user_attrs["shardplan_trials"]),
+            lambda: _wanted(study),
             most=most,
             stop=stop,
             progress=progress,
@@ -54,5 +58,10 @@ def draw_for(
             "engine": joined.engine,
             "made": made,
             "finished": len(finished(study.get_trials(deepcopy=False))),
-            "wanted": int(study.user_attrs["shardplan_trials"]),
+            "wanted": _wanted(study),
         }
+
+
+def _wanted(study: Study) -> int:
+    """How many finished trials it shall hold, by now."""
+    return int(read_attribute(study.user_attrs, "shardplan_trials", int))

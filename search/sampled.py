@@ -45,6 +45,7 @@ from shardplan.search.seeding import plant_seeds
 from shardplan.search.space import Space
 from shardplan.search.storage import quiet_optuna, talking
 from shardplan.search.study import Place, open_study, study_digest
+from shardplan.search.trial_result import read_trial
 from shardplan.search.workers import Watch, beating, queue_again, worker_name
 
 if TYPE_CHECKING:
@@ -137,7 +138,13 @@ class Drawing:
         values = values_of(self.engine, one, missed)
         trial.set_user_attr("violations", list(missed))
         trial.set_user_attr("result", result)
-        study.tell(trial, values or None, state=None if values else TrialState.PRUNED)
+        told = study.tell(trial, values or None, state=None if values else TrialState.PRUNED)
+        if told.state is TrialState.FAIL:  # it would be drawn for ever
+            raise InputError(
+                "a study takes what its trials give",
+                got=f"trial {trial.number}: values {values}, {len(study.directions)} objectives",
+                hint="start the study anew under another name",
+            )
 
     def draw(
         self,
@@ -180,7 +187,8 @@ class Drawing:
         try:
             if shared:
                 trial.set_user_attr("worker", worker_name())
-                before = study.get_trials(deepcopy=False)[: trial.number]
+                held = study.get_trials(deepcopy=False)
+                before = [one for one in held if one.number < trial.number]
                 if sum(one.state is not TrialState.FAIL for one in before) >= wanted:
                     study.tell(trial, state=TrialState.FAIL)
                     return 0
@@ -189,10 +197,10 @@ class Drawing:
             self.make(study, trial)
         except BaseException as error:
             with suppress(Exception):  # a storage that is down keeps it for whoever looks later
-                held = study.get_trials(deepcopy=False)[trial.number]
-                if held.state is TrialState.FAIL and isinstance(error, ValueError | RuntimeError):
+                own = study.get_trials(deepcopy=False)[trial.number]
+                if own.state is TrialState.FAIL and isinstance(error, ValueError | RuntimeError):
                     return 0  # somebody took this process for dead: it is made again
-                queue_again(study, held, len(self.distributions))
+                queue_again(study, own, len(self.distributions))
             raise
         finally:
             pulse.trial = None
@@ -255,14 +263,14 @@ def outcome_of(drawing: Drawing, trials: Sequence[FrozenTrial], start: float) ->
     tally, kept = Tally(), {}
     illegal = set()
     for trial in finished(trials):
-        point, result = drawing.dimensions.point(trial.params), trial.user_attrs["result"]
-        if result["state"] == "illegal":
+        point, result = read_trial(drawing.dimensions, trial)
+        if result.state == "illegal":
             if point not in illegal:
-                tally.pruned_by[f"rule {result['reason']}"] += 1
+                tally.pruned_by[f"rule {result.reason}"] += 1
             illegal.add(point)
         elif point not in kept:
-            limit = LIMITS.index(result["reason"]) if result["reason"] else -1
-            kept[point] = _kept(point, limit, result["columns"])
+            limit = LIMITS.index(result.reason) if result.reason else -1
+            kept[point] = _kept(point, limit, result.columns)
             _count(tally, kept[point])
     order = sorted(
         kept, key=lambda point: (*rank_key(kept[point]), drawing.dimensions.order(point))

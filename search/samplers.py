@@ -30,10 +30,10 @@ import numpy as np
 from shardplan.models.errors import InputError
 from shardplan.search.kept import Kept
 from shardplan.search.optimizer_state import read_states_plainly
+from shardplan.search.trial_result import read_violations
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
-    from optuna.trial import FrozenTrial
 
 __all__ = ["ENGINES", "SampledEngine", "directions", "make_sampler", "per_trial", "values_of"]
 
@@ -74,18 +74,17 @@ def make_sampler(engine: SampledEngine, seed: int) -> BaseSampler:
     """The sampler of an engine. `InputError` for an unknown one, or without its package."""
     from optuna import samplers
 
-    def violations(trial: FrozenTrial) -> tuple[float, ...]:
-        return tuple(trial.user_attrs["violations"])
-
     with warnings.catch_warnings():
         # constraints_func is experimental before Optuna 5 and deprecated from it on: it is the
         # one way that all releases this project allows know.
         warnings.simplefilter("ignore")
         if engine == "tpe":
-            return samplers.TPESampler(seed=seed, constraints_func=violations, constant_liar=True)
+            return samplers.TPESampler(
+                seed=seed, constraints_func=read_violations, constant_liar=True
+            )
         if engine in ("nsga2", "nsga3"):
             kind = samplers.NSGAIISampler if engine == "nsga2" else samplers.NSGAIIISampler
-            return kind(seed=seed, population_size=_POPULATION, constraints_func=violations)
+            return kind(seed=seed, population_size=_POPULATION, constraints_func=read_violations)
         if engine == "random":
             return samplers.RandomSampler(seed=seed)
         if engine == "cmaes":

@@ -180,15 +180,12 @@ def _of_storage(error: Exception) -> bool:
     if isinstance(error, InputError):
         return False
     kinds = {one.__module__.partition(".")[0] for one in type(error).__mro__}
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    trace, within = error.__traceback__, False
+    while trace is not None:  # what a storage holds may be wrong for whatever reads it there
+        place = str(trace.tb_frame.f_globals.get("__name__", ""))
+        within = within or place.startswith(("optuna.storages", "sqlalchemy"))
         trace = trace.tb_next
-    place = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
-    return (
-        isinstance(error, OSError)
-        or bool(kinds & _OF_STORAGES)
-        or place.startswith(("optuna.storages", "sqlalchemy"))
-    )
+    return isinstance(error, OSError) or bool(kinds & _OF_STORAGES) or within
 
 
 def masked(text: str) -> str:

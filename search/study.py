@@ -33,6 +33,7 @@ from shardplan.search.request import Resolved
 from shardplan.search.samplers import SampledEngine, directions, per_trial
 from shardplan.search.space import Space
 from shardplan.search.storage import open_storage, refusal
+from shardplan.search.trial_result import read_attribute
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -262,6 +263,7 @@ def join_study(address: str, name: str) -> Joined:
             hint="start one with `shardplan search --storage URL --study NAME`",
         )
     resolved, cards = decode(text)
-    engine, seed = attributes["shardplan_engine"]
+    read_attribute(attributes, "shardplan_trials", int)
+    engine, seed = read_attribute(attributes, "shardplan_engine", tuple[SampledEngine, int])
     study.sampler = per_trial(engine, seed)
     return Joined(study=study, resolved=resolved, cards=cards, engine=engine, digest=digest)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shardplan.search.explanation import Difference
+from shardplan.search.oplevel.plan import layout_words
 from shardplan.search.report.words import count_text
 from shardplan.search.tables import add, bytes_text, new_table, seconds_text, show
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from shardplan.search.oplevel.against import OperatorRival
     from shardplan.search.oplevel.explain import OperatorExplanation
     from shardplan.search.oplevel.plan import KindRow, OperatorPlan
 
@@ -21,11 +23,6 @@ __all__ = ["print_operators", "print_why"]
 
 _MOST_ROWS = 12
 _MOST_WORDS = 40
-
-
-def _layout_text(layout: dict[str, int | str]) -> str:
-    """`x:0 y:+`, a dim or a partial sum on each axis; whole without any."""
-    return " ".join(f"{axis}:{dim}" for axis, dim in layout.items()) or "whole"
 
 
 def print_operators(
@@ -81,6 +78,32 @@ def print_why(found: OperatorExplanation, console: Console) -> None:
             more = "" if one.ratio is None else f"{one.ratio - 1.0:+.1%}"
             add(table, one.change, spent, more, one.note)
         show(console, table)
+    if found.rival is not None:
+        _print_rival(found, found.rival, console)
+
+
+def _print_rival(found: OperatorExplanation, rival: OperatorRival, console: Console) -> None:
+    """The rival, and the largest of what it spends more or less."""
+    console.print(f"against {rival.name}: {rival.how}", style="bold", markup=False)
+    if not rival.fits:
+        sizes = f"{bytes_text(rival.memory_bytes)} of {bytes_text(rival.capacity_bytes)}"
+        console.print(f"  it does not fit: {sizes}", style="red", markup=False)
+    console.print()
+    numbers = ("plan", "rival", "more")
+    table = new_table("", "what", *numbers, right=numbers)
+    sums = Difference(what="one run", plan=found.total_s, rival=rival.total_s)
+    full = Difference(
+        what="memory of the fullest rank", plan=found.memory_bytes, rival=rival.memory_bytes
+    )
+    parts = {
+        kind: [row for row in rival.differences if row.what.startswith(kind)][:_MOST_ROWS]
+        for kind in ("time", "memory")
+    }
+    for row in (sums, *parts["time"], full, *parts["memory"]):
+        text = bytes_text if row.what.startswith("memory") else seconds_text
+        sign = "-" if row.more < 0 else "+"
+        add(table, row.what, text(row.plan), text(row.rival), sign + text(abs(row.more)))
+    show(console, table)
 
 
 def certificate_text(plan: OperatorPlan) -> str:
@@ -105,17 +128,10 @@ def _print_costs(costs: Sequence[KindRow], total_s: float, console: Console) -> 
 
 def _print_splits(plan: OperatorPlan, console: Console) -> None:
     """How the operators of each kind are split, those that take longest first."""
-    seconds: Counter[tuple[str, str]] = Counter()
-    calls: Counter[tuple[str, str]] = Counter()
-    for row in plan.operators:
-        words = " ".join(f"{axis}:{loop}" for axis, loop in row.split.items()) or "whole"
-        key = (row.kind, words)
-        seconds[key] += row.times * row.total_s  # type: ignore[assignment]  # seconds are floats
-        calls[key] += row.times
     numbers = ("operators", "time")
     table = new_table("splits, {axis: loop}", "kind", "split", *numbers, right=numbers)
-    for (kind, words), spent in seconds.most_common(_MOST_ROWS):
-        add(table, kind, words, calls[kind, words], seconds_text(spent))
+    for kind, words, calls, spent in plan.splits()[:_MOST_ROWS]:
+        add(table, kind, words, calls, seconds_text(spent))
     show(console, table)
 
 
@@ -127,7 +143,7 @@ def _print_moves(plan: OperatorPlan, console: Console) -> None:
     table = new_table("inserted collectives", *names, *numbers, right=numbers)
     rows = sorted(plan.moves, key=lambda row: -row.times * row.seconds)
     for row in rows[:_MOST_ROWS]:
-        places = (_layout_text(row.before), _layout_text(row.after))
+        places = (layout_words(row.before), layout_words(row.after))
         spent = seconds_text(row.times * row.seconds)
         name, message = row.tensor[:_MOST_WORDS], bytes_text(row.message_bytes)
         add(table, name, row.kind, " ".join(row.axes), *places, row.times, message, spent)

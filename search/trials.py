@@ -52,6 +52,7 @@ __all__ = [
     "joined",
     "read_trials",
     "require_columns",
+    "trials_csv",
     "typed",
     "unreadable",
     "write_trials",
@@ -181,12 +182,17 @@ def write_trials(path: Path, trials: TrialTable | DataFrame) -> None:
 
     `InputError` when a column is missing or the file cannot be written.
     """
+    write_atomically(path, trials_csv(trials))
+
+
+def trials_csv(trials: TrialTable | DataFrame) -> str:
+    """A trial table as CSV; `InputError` when a column is missing."""
     table = TrialTable.of(trials)
     require_columns(table.columns, "a trial table")
     rows = len(table)
     missing = {n: [value] * rows for n, value in LATER_COLUMNS.items() if n not in table.columns}
     lines = _lines({**table.columns, **missing}) if rows else ""
-    write_atomically(path, ",".join(TRIAL_COLUMNS) + "\n" + lines)
+    return ",".join(TRIAL_COLUMNS) + "\n" + lines
 
 
 def _completed(frame: DataFrame) -> DataFrame:

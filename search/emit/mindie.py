@@ -34,7 +34,7 @@ from shardplan.search.emit.mindie_config import (
 )
 from shardplan.search.emit.modelslim import quantize_script, quantize_steps
 from shardplan.search.emit.placing import in_order
-from shardplan.search.emit.rank_table import RankDevice, Server, dump_json, listed, rank_table
+from shardplan.search.emit.rank_table import dump_json, instance_tables, listed
 from shardplan.search.emit.schemas import check
 from shardplan.search.emit.serving_page import Page, ahead_words, bench, page
 from shardplan.search.emit.vllm_layout import Launch
@@ -175,15 +175,8 @@ def _rank_tables(
     if len(placed[0]) == 1 or not (hosts and ports):
         return {}
     made = {}
-    for number, slots in enumerate(placed):
-        servers = []
-        for slot in slots:
-            devices = tuple(
-                RankDevice(device_id=device, device_ip=ports[slot.node * per_node + device])
-                for device in slot.devices
-            )
-            servers.append(Server(server_id=hosts[slot.node], devices=devices))
-        found = rank_table(servers)
+    at = {divmod(place, per_node): address for place, address in enumerate(ports)}
+    for number, found in enumerate(instance_tables(placed, hosts, at)):
         for entry in found["server_list"]:
             entry["container_ip"] = entry["server_id"]
         made[f"rank_table{number}.json"] = dump_json(found)

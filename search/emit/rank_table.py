@@ -15,13 +15,22 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shardplan.models.errors import InputError
+from shardplan.search.emit.common import Slot
 
-__all__ = ["RankDevice", "Server", "check_address", "dump_json", "listed", "rank_table"]
+__all__ = [
+    "RankDevice",
+    "Server",
+    "check_address",
+    "dump_json",
+    "instance_tables",
+    "listed",
+    "rank_table",
+]
 
 _MAX_SERVER_ID = 64
 
@@ -113,6 +122,30 @@ def _check(servers: Sequence[Server], *, super_pod_id: str, needed: bool) -> Non
                 )
         if server.host_ip:
             check_address(server.host_ip, "host_ip")
+
+
+def instance_tables(
+    placed: Sequence[Sequence[Slot]], hosts: Sequence[str], ports: Mapping[tuple[int, int], str]
+) -> list[dict[str, Any]]:
+    """The table of each instance by itself: its slots are its servers.
+
+    `hosts`: address of each node; `ports`: that of each device by node and device.
+    """
+    return [
+        rank_table(
+            [
+                Server(
+                    server_id=hosts[slot.node],
+                    devices=tuple(
+                        RankDevice(device_id=device, device_ip=ports[slot.node, device])
+                        for device in slot.devices
+                    ),
+                )
+                for slot in slots
+            ]
+        )
+        for slots in placed
+    ]
 
 
 def listed(given: Sequence[str] | str, what: str, count: int) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Target `vllm-ascend`: one `vllm serve` script a node, a load test, and a README.
 
     serve_node<i>.sh   environment and command of node i; more flags may follow on its line
+    rank_table<k>.json of server k over several nodes, where addresses are given
     balancer.conf      where there are several servers: nginx before them
     quantize.sh        where ModelSlim makes the checkpoint with one command (`modelslim`)
     bench.sh           `vllm bench serve` with the plan's workload (`serving_page`)
@@ -9,7 +10,7 @@
 Environment and quantization schemes are those of `search/data/vllm_ascend.toml`, flags those of
 `vllm_flags.toml`; both name the releases they were read from. How ranks become servers is in
 `vllm_layout`. Lengths are rounded up to the KV block; modules split over data-parallel ranks are in
-`vllm_modules`. There is no rank table: vLLM's groups find each other by the head's address.
+`vllm_modules`, rank tables in `vllm_rank_tables`.
 Left out, and refused: context parallelism (the plugin has it for prefill and decode apart, for some
 models and runners), unfused attention, dtypes without a scheme.
 """
@@ -32,6 +33,7 @@ from shardplan.search.emit.node_script import node_addresses, node_script, serve
 from shardplan.search.emit.vllm_flags import DTYPES, Flag, environment, serve_flags
 from shardplan.search.emit.vllm_layout import Launch, Split, has_experts, launches, split_servers
 from shardplan.search.emit.vllm_modules import module_rules
+from shardplan.search.emit.vllm_rank_tables import Fleet, rank_tables, table_steps
 from shardplan.search.emit.vllm_readme import readme
 from shardplan.search.emit.vllm_schemes import Checkpoint, checkpoint_of
 from shardplan.search.plan import Plan
@@ -48,12 +50,12 @@ _NETWORK = (
 )
 
 
-def files(plan: Plan) -> dict[str, str]:
+def files(plan: Plan, *, addresses: str = "", device_addresses: str = "") -> dict[str, str]:
     """Texts by file name. `InputError` for a plan that vLLM on Ascend cannot run."""
     if plan.pools:
         from shardplan.search.emit.vllm_disagg import disagg_files
 
-        return disagg_files(plan)
+        return disagg_files(plan, addresses, device_addresses)
     family = checked_family(plan)
     checkpoint = checkpoint_of(plan, family)
     split = split_servers(plan)
@@ -66,7 +68,11 @@ def files(plan: Plan) -> dict[str, str]:
         port=table("vllm_ascend")["ports"]["serve"],
         script=lambda here: script(plan, family, checkpoint, split, here),
     )
-    made["README.md"] = readme(plan, checkpoint, split, todo, sorted({*made, "README.md"}))
+    fleets = [Fleet(role="", cluster=plan.cluster, launches=todo)]
+    tables = rank_tables(fleets, addresses=addresses, device_addresses=device_addresses)
+    made |= tables
+    names, steps = sorted({*made, "README.md"}), table_steps(fleets, tables)
+    made["README.md"] = readme(plan, checkpoint, split, todo, names, tuple(steps))
     return made
 
 

@@ -2,6 +2,7 @@
 
     serve_prefill_node<i>.sh   the prefill instances of node i
     serve_decode_node<i>.sh    the decode instances of node i
+    rank_table_<role><k>.json  of instance k over several nodes, where addresses are given
     proxy.sh                   the plugin's example proxy over all instances
     bench.sh, README.md        load test; steps, assumptions, what the plan promises
 
@@ -36,11 +37,13 @@ from shardplan.search.emit.pools import (
     instance_of,
     one_server,
     placed,
+    shares_cards,
 )
 from shardplan.search.emit.serving_page import Page, ahead_words, page
 from shardplan.search.emit.vllm_ascend import checked_family, script
 from shardplan.search.emit.vllm_flags import Flag
 from shardplan.search.emit.vllm_layout import Launch
+from shardplan.search.emit.vllm_rank_tables import Fleet, rank_tables, table_steps
 from shardplan.search.emit.vllm_readme import url_of
 from shardplan.search.emit.vllm_schemes import checkpoint_of
 from shardplan.search.plan import Plan, StrategyInfo
@@ -62,13 +65,31 @@ class VllmSide(Side):
         return _ports()[self.pool.cluster.ranks_per_node]
 
 
-def disagg_files(plan: Plan) -> dict[str, str]:
+def disagg_files(plan: Plan, addresses: str = "", device_addresses: str = "") -> dict[str, str]:
     """Texts by file name. `InputError` for a plan that vLLM on Ascend cannot run."""
     sides = sides_of(plan)
     made = side_files(sides, lambda side, here: pool_script(plan, side, here))
+    fleets = _fleets(plan, sides)
+    tables = rank_tables(fleets, addresses=addresses, device_addresses=device_addresses)
+    made |= tables
     made["proxy.sh"] = proxy_script(plan, sides)
-    made["README.md"] = _readme(plan, sides, sorted({*made, "README.md"}))
+    names, network = sorted({*made, "README.md"}), tuple(table_steps(fleets, tables))
+    made["README.md"] = _readme(plan, sides, names, network)
     return made
+
+
+def _fleets(plan: Plan, sides: Sequence[VllmSide]) -> list[Fleet]:
+    """Both pools; nodes of decode are counted after those of prefill, unless they share them."""
+    after = 0 if shares_cards(plan) else max(sides[0].nodes) + 1
+    return [
+        Fleet(
+            role=side.pool.role,
+            cluster=side.pool.cluster,
+            launches=side.launches,
+            first_node=first,
+        )
+        for side, first in zip(sides, (0, after), strict=True)
+    ]
 
 
 def sides_of(plan: Plan) -> list[VllmSide]:
@@ -196,8 +217,10 @@ def proxy_script(plan: Plan, sides: Sequence[VllmSide]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _readme(plan: Plan, sides: Sequence[VllmSide], names: Sequence[str]) -> str:
-    """README.md of the deployment."""
+def _readme(
+    plan: Plan, sides: Sequence[VllmSide], names: Sequence[str], network: Sequence[str]
+) -> str:
+    """README.md of the deployment; `network`: steps before the servers start."""
     facts = table("vllm_ascend")
     engine, transfer = facts["engine"], facts["kv_transfer"]
     written_for = (
@@ -209,7 +232,7 @@ def _readme(plan: Plan, sides: Sequence[VllmSide], names: Sequence[str]) -> str:
         Page(
             title=f"{model_name(plan)} with vLLM on Ascend: prefill and decode apart",
             about=[*pool_shapes(plan), "", written_for],
-            steps=_steps(plan, sides),
+            steps=[*network, *_steps(plan, sides)],
             url=url_of(transfer["proxy_port"]),
             load="`BASE_URL=http://HOST:PORT ./bench.sh` sends the plan's workload to the proxy.",
             assumed=[

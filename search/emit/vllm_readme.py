@@ -71,8 +71,9 @@ def readme(
     split: Split,
     todo: Sequence[Launch],
     names: Sequence[str],
+    network: Sequence[str],
 ) -> str:
-    """README.md of the vLLM deployment."""
+    """README.md of the vLLM deployment; `network`: steps before the servers start."""
     engine, port = table("vllm_ascend")["engine"], table("vllm_ascend")["ports"]["serve"]
     nodes = {one.slot.node for one in todo}
     written_for = f"vllm {engine['vllm']} and vllm-ascend {engine['vllm_ascend']}"
@@ -81,7 +82,7 @@ def readme(
         Page(
             title=f"{model_name(plan)} with vLLM on Ascend: {shape_of(plan)}",
             about=about(plan, len(nodes), written_for, names),
-            steps=server_steps(plan, checkpoint, split, todo, port),
+            steps=[*network, *server_steps(plan, checkpoint, split, todo, port)],
             url=url_of(port),
             load=f"`./bench.sh` sends the plan's workload{_balancer(split)}.",
             assumed=_assumed(plan, split),

@@ -1,10 +1,11 @@
 """The operator-level search of whatever `load_graph` reads: found, proven, with tables and files.
 
-model -> graph -> search_operators -> proof -> plan.json, operators.csv, moves.csv, timing.json
+model -> graph -> search_operators -> proof -> plan.json, tables (CSV), report.html, timing.json
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.opcost import AUTO_DTYPE
 from shardplan.models.atomic import write_atomically
-from shardplan.models.errors import ProofError
+from shardplan.models.errors import InputError, ProofError
 from shardplan.models.opgraph import Layout, OpGraph
+from shardplan.search.oplevel.against import BASELINES, OperatorRival, baseline
 from shardplan.search.oplevel.api import MeshShape, search_operators
-from shardplan.search.oplevel.plan import OperatorPlan
+from shardplan.search.oplevel.plan import OperatorPlan, layout_words
 from shardplan.search.oplevel.proof import prove_operators
 from shardplan.search.output import check_out
 from shardplan.search.trial_table import TrialTable
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FILES", "OperatorResult", "search_graph", "write_operators"]
 
-FILES = ("plan.json", "operators.csv", "moves.csv", "timing.json")
+FILES = ("plan.json", "operators.csv", "moves.csv", "report.html", "timing.json")
 OPERATOR_COLUMNS = (
     "name", "kind", "where", "layer", "times", "split", "passes", "reads", "writes", "total_s",
     "compute_s", "memory_s", "overhead_s",
@@ -41,13 +43,14 @@ MOVE_COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorResult:
-    """An operator plan, the graph that it splits, and its tables.
+    """An operator plan, the graph that it splits, the machine, and its tables.
 
     `timing`: measured seconds, apart from what is reproducible.
     """
 
     plan: OperatorPlan
     graph: OpGraph
+    cluster: Cluster
     timing: dict[str, float]
 
     @property
@@ -124,6 +127,7 @@ def search_graph(
     return OperatorResult(
         plan=plan.model_copy(update=done),
         graph=graph,
+        cluster=machine,
         timing={"search_s": found - start, "proof_s": end - found, "total_s": end - start},
     )
 
@@ -142,14 +146,24 @@ def _notes(plan: OperatorPlan, cluster: Cluster) -> Iterator[str]:
 
 def write_operators(result: OperatorResult, out: Path, *, force: bool = False) -> list[Path]:
     """Write every file of an operator-level search into `out`; returns their paths."""
+    from shardplan.search.report.operators import write_operator_report
+
     check_out(out, force=force)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / name for name in FILES]
     result.plan.save(paths[0])
     write_atomically(paths[1], _csv(result.operator_table))
     write_atomically(paths[2], _csv(result.move_table))
-    write_atomically(paths[3], json.dumps(result.timing, indent=2, sort_keys=True) + "\n")
+    write_operator_report(result.plan, result.graph, tuple(_rivals(result)), paths[3])
+    write_atomically(paths[4], json.dumps(result.timing, indent=2, sort_keys=True) + "\n")
     return paths
+
+
+def _rivals(result: OperatorResult) -> Iterator[OperatorRival]:
+    """Splits that are known, where the plan's pins allow them."""
+    for name in BASELINES:
+        with contextlib.suppress(InputError):
+            yield baseline(result.plan, result.graph, name, result.cluster)
 
 
 def _csv(table: TrialTable) -> str:
@@ -165,7 +179,7 @@ def _cells(rows: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 def _text(value: Any) -> Any:
     if isinstance(value, dict):
-        return " ".join(f"{axis}:{dim}" for axis, dim in value.items()) or "whole"
+        return layout_words(value)
     if isinstance(value, tuple) and value and isinstance(value[0], dict):
         return "; ".join(map(_text, value))
     return " ".join(value) if isinstance(value, tuple) else value

@@ -14,11 +14,12 @@ from typing import Any
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import InfeasibleError, InputError
-from shardplan.models.onnxout.choose import megatron_strategy
-from shardplan.models.opfold import first_alike, unfolded
+from shardplan.models.opfold import unfolded
 from shardplan.models.opgraph import OpGraph
 from shardplan.search.asked_again import FASTER, faster
-from shardplan.search.oplevel.api import price_operators, search_operators
+from shardplan.search.oplevel.against import OperatorRival, priced_as, rival_named
+from shardplan.search.oplevel.api import search_operators
+from shardplan.search.oplevel.known import Split, columns_and_rows
 from shardplan.search.oplevel.plan import KindRow, OperatorPlan
 from shardplan.search.oplevel.program import check_same, mesh_of
 from shardplan.search.plan_confidence import Part
@@ -53,13 +54,20 @@ class OperatorExplanation(Part):
     capacity_bytes: float
     costs: tuple[KindRow, ...]
     changes: tuple[OperatorChange, ...]
+    rival: OperatorRival | None = None
 
 
 def explain_operators(
-    plan: OperatorPlan, graph: OpGraph, *, shadows: bool = True
+    plan: OperatorPlan, graph: OpGraph, *, shadows: bool = True, against: str | None = None
 ) -> OperatorExplanation:
-    """Why this plan. `InputError` for another graph, or a cluster that is not found by name."""
+    """Why this plan. `InputError` for another graph, or a cluster that is not found by name.
+
+    `against`: a rival beside it (`against.rival_named`).
+    """
     check_same(plan, graph)
+    rival = None
+    if against is not None:
+        rival = rival_named(plan, graph, against, _cluster(plan))
     fullest = max(plan.stages, key=lambda one: one.total_bytes / one.capacity_bytes)
     return OperatorExplanation(
         graph=plan.graph,
@@ -71,22 +79,30 @@ def explain_operators(
         capacity_bytes=fullest.capacity_bytes,
         costs=tuple(sorted(plan.costs, key=lambda row: -row.total_s)),
         changes=tuple(_Changes(plan, graph).all()) if shadows else (),
+        rival=rival,
     )
+
+
+def _cluster(plan: OperatorPlan) -> Cluster:
+    """The plan's cluster, which has a name."""
+    machine = plan.cluster
+    return load_cluster(machine.name, nodes=machine.nodes, device=machine.device)
 
 
 class _Changes:
     def __init__(self, plan: OperatorPlan, graph: OpGraph) -> None:
         self.plan, self.graph = plan, graph
-        machine = plan.cluster
-        self.cluster = load_cluster(machine.name, nodes=machine.nodes, device=machine.device)
+        self.cluster = _cluster(plan)
 
     def all(self) -> Iterator[OperatorChange]:
         """One change after another."""
         plan = self.plan
         yield self.known("no operator is split", {})
+        whole, mesh = unfolded(self.graph), mesh_of(plan)
         for axis, size in plan.mesh.items():
             if size > 1:
-                yield self.known(f"products by columns and rows over {axis}", self.megatron(axis))
+                split = columns_and_rows(whole, mesh, axis)
+                yield self.known(f"products by columns and rows over {axis}", split)
         for kind in self.split_kinds():
             forbid = {**plan.request.forbid, kind: tuple(plan.mesh)}
             yield self.searched(f"every {kind} whole", forbid=forbid)
@@ -107,21 +123,10 @@ class _Changes:
                 spent[row.kind] += round(row.times * row.total_s * 1e12)
         return [kind for kind, _ in spent.most_common(_MOST_KINDS)]
 
-    def megatron(self, axis: str) -> dict[str, dict[str, str]]:
-        """Megatron's split over one axis, of the first of equal layers."""
-        whole = unfolded(self.graph)
-        first = first_alike(whole)
-        split = megatron_strategy(whole, mesh_of(self.plan), axis)
-        return {name: chosen for name, chosen in split.items() if first[name] == name}
-
-    def known(self, words: str, split: dict[str, dict[str, str]]) -> OperatorChange:
+    def known(self, words: str, split: Split) -> OperatorChange:
         """A split that is given."""
-        request = self.plan.request
         try:
-            found = price_operators(
-                self.graph, self.cluster, self.plan.mesh, split, stages=len(self.plan.stages),
-                dtype=self.plan.dtype, pins=request.pins,
-            )  # fmt: skip
+            found = priced_as(self.plan, self.graph, self.cluster, split)
         except InputError as error:  # pins that the split breaks
             return OperatorChange(change=words, total_s=None, ratio=None, note=str(error))
         fullest = max(one.total_bytes for one in found.stages)

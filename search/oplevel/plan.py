@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,12 +35,18 @@ __all__ = [
     "OperatorRequest",
     "OperatorRow",
     "StageRow",
+    "layout_words",
     "operator_plan_schema",
 ]
 
 _VERSION = 1
 Layout = dict[str, int | str]
 Size = Annotated[int, Field(ge=1, le=2**20)]
+
+
+def layout_words(layout: Mapping[str, int | str]) -> str:
+    """`x:0 y:+`, a dim or a partial sum on each axis; whole without any."""
+    return " ".join(f"{axis}:{dim}" for axis, dim in layout.items()) or "whole"
 
 
 class OperatorRow(Part):
@@ -195,6 +202,16 @@ class OperatorPlan(Part):
     def strategy(self) -> dict[str, dict[str, str]]:
         """{operator: {axis: loop}}, {} for one that runs whole; of equal layers the first's."""
         return {one.name: dict(one.split) for one in self.operators}
+
+    def splits(self) -> list[tuple[str, str, int, float]]:
+        """(kind, split as `x:n`, operators, seconds of one run), those that take longest first."""
+        found: dict[tuple[str, str], tuple[int, float]] = {}
+        for row in self.operators:
+            words = layout_words(row.split)
+            calls, seconds = found.get((row.kind, words), (0, 0.0))
+            found[row.kind, words] = calls + row.times, seconds + row.times * row.total_s
+        ordered = sorted(found.items(), key=lambda item: -item[1][1])
+        return [(*names, *numbers) for names, numbers in ordered]
 
     def strategy_of(self, graph: OpGraph) -> dict[str, dict[str, str]]:
         """The same of every operator of the graph that it was made of, all layers.

@@ -40,6 +40,6 @@ def write_report(
         raise InputError(
             "a report tells the plan of a deployment",
             got=f"a plan of the operators of {plan.graph!r}",
-            hint="`shardplan explain` tells such a plan; operators.csv and moves.csv hold its rows",
+            hint="`shardplan search` writes its report; `shardplan explain` tells such a plan",
         )
     write_atomically(path, page(plan, trials, known_steps(plan, **files)))

@@ -9,7 +9,6 @@ group, as the price has it) in the plan's own step: a chunk of prompt, or all re
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from shardplan.models.accounting import transfers
 from shardplan.models.apply import COLLECTIVES, ShardedBlock, ShardedGraph, ShardedOp, apply
@@ -20,11 +19,19 @@ from shardplan.models.redistribute import PARTIAL
 from shardplan.search.plan import Plan, StrategyInfo
 from shardplan.search.predicted import ways_of
 from shardplan.search.proof import model_of
-from shardplan.search.report.markup import Attribute, Html, legend, tag
+from shardplan.search.report.markup import Html, tag
+from shardplan.search.report.rows import (
+    CUT,
+    PARTIAL_SUM,
+    WHOLE,
+    Row,
+    rows_keys,
+    rows_picture,
+    size_text,
+)
 
 __all__ = ["block_section"]
 
-_ROW, _BOX, _MARGIN = 44, 36, 17.0
 _DIMS = {
     "B": "batch",
     "T": "new tokens",
@@ -76,15 +83,10 @@ def block_section(plan: Plan) -> Html:
             " collectives, with the bytes of the full tensor of one group, its ranks, and how the"
             " result lies.",
         ),
-        _keys(),
+        rows_keys(),
         *parts,
         tag("p", _legend(graphs), class_="soft"),
     )
-
-
-def _keys() -> Html:
-    names = {"c0": "split", "c5": "partial sum", "c8": "whole on every rank", "c1": "collective"}
-    return legend(names.items())
 
 
 def _graph(plan: Plan, way: StrategyInfo, phase: Phase) -> ShardedGraph:
@@ -113,99 +115,32 @@ def _figures(
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Line:
-    """A line in the margin: from the row that makes a tensor to the rows that read it."""
-
-    source: int
-    readers: tuple[int, ...]
-    lane: int
-
-
 def _picture(graph: ShardedGraph, block: ShardedBlock, free: dict[str, int], label: str) -> Html:
     nodes = list(block.ops())
     moved = _moved(graph, block, free)
-    lines = _lines(nodes)
-    lanes = max((line.lane for line in lines), default=0) + 1
-    parts = [part for line in lines for part in _draw_line(line, lanes)]
-    for row, node in enumerate(nodes):
-        parts += _row(graph, node, row, moved.get(node.name, ""))
-        if row and nodes[row - 1].name in node.inputs:
-            ends: dict[str, Attribute] = {"x1": "50%", "x2": "50%"}
-            ends |= {"y1": row * _ROW - _ROW + _BOX, "y2": row * _ROW}
-            parts.append(tag("line", class_="flow", **ends))
     words = ", ".join(f"{node.kind} {text}" for node in nodes if (text := moved.get(node.name)))
-    label = f"{label}: {words or 'no collectives'}"
-    return tag(
-        "svg", *parts, class_="block", height=len(nodes) * _ROW, role="img", aria_label=label
-    )
+    rows = [_row(graph, node, moved.get(node.name, "")) for node in nodes]
+    return rows_picture(rows, f"{label}: {words or 'no collectives'}")
 
 
 def _moved(graph: ShardedGraph, block: ShardedBlock, free: dict[str, int]) -> dict[str, str]:
     """Bytes of each collective by its name, as text."""
     nodes = [node for node in block.ops() if node.kind in COLLECTIVES]
     found = zip(nodes, transfers(graph, block), strict=True)
-    return {node.name: _bytes(one.elements.at(free) * one.element_bytes) for node, one in found}
+    return {node.name: size_text(one.elements.at(free) * one.element_bytes) for node, one in found}
 
 
-def _bytes(size_bytes: float) -> str:
-    """Bytes in the binary unit that suits: 64.0 MiB."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size_bytes >= 2**power:
-            return f"{size_bytes / 2**power:,.1f} {unit}"
-    return f"{size_bytes:,.0f} B"
-
-
-def _lines(nodes: list[ShardedOp]) -> list[_Line]:
-    """One line a tensor that some row reads which is not the next; lanes are shared in turn."""
-    rows = {node.name: row for row, node in enumerate(nodes)}
-    readers: dict[int, list[int]] = {}
-    for row, node in enumerate(nodes):
-        for source in dict.fromkeys(node.inputs):
-            if rows[source] < row - 1:
-                readers.setdefault(rows[source], []).append(row)
-    busy: list[int] = []
-    found = []
-    for first in sorted(readers):
-        lane = next((i for i, end in enumerate(busy) if end < first), len(busy))
-        busy[lane : lane + 1] = [readers[first][-1]]
-        found.append(_Line(source=first, readers=tuple(readers[first]), lane=lane))
-    return found
-
-
-def _draw_line(line: _Line, lanes: int) -> Iterator[Html]:
-    """Out of the row's left side, down its lane, into each reader with an arrow."""
-    at = f"{_MARGIN * (1 - (line.lane + 1) / (lanes + 1)):.2f}%"
-    out, edge = line.source * _ROW + 0.7 * _BOX, f"{_MARGIN:.2f}%"
-    turns = [row * _ROW + 0.3 * _BOX for row in line.readers]
-    yield _flow(at, edge, out, out)
-    yield _flow(at, at, out, turns[-1])
-    for turn in turns:
-        yield _flow(at, edge, turn, turn)
-        place: dict[str, Attribute] = {"x": edge, "y": turn + 4, "text_anchor": "end"}
-        yield tag("text", "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}", class_="tip", **place)
-
-
-def _flow(x1: str, x2: str, y1: float, y2: float) -> Html:
-    ends: dict[str, Attribute] = {"x1": x1, "x2": x2, "y1": y1, "y2": y2}
-    return tag("line", class_="flow", **ends)
-
-
-def _row(graph: ShardedGraph, node: ShardedOp, row: int, moved: str) -> list[Html]:
-    """The box of an operator or a collective, its two lines of text and the stripe of its cut."""
-    top, edge = row * _ROW, f"{_MARGIN:.2f}%"
-    style = "move" if moved else "op"
-    stripe = "c5" if PARTIAL in dict(node.layout).values() else "c0" if node.layout else "c8"
+def _row(graph: ShardedGraph, node: ShardedOp, moved: str) -> Row:
     first, second = _texts(graph, node, moved)
-    box: dict[str, Attribute] = {"x": edge, "y": top, "width": f"{100 - _MARGIN:.2f}%"}
-    mark: dict[str, Attribute] = {"x": edge, "y": top, "width": 5, "height": _BOX}
-    text: dict[str, Attribute] = {"x": edge, "dx": 13}
-    return [
-        tag("rect", tag("title", f"{first}: {second}"), class_=style, height=_BOX, rx=4, **box),
-        tag("rect", class_=stripe, **mark),
-        tag("text", first, class_="what", y=top + 15, **text),
-        tag("text", second, class_="how", y=top + 29, **text),
-    ]
+    sums = PARTIAL in dict(node.layout).values()
+    return Row(
+        name=node.name,
+        inputs=tuple(node.inputs),
+        first=first,
+        second=second,
+        stripe=PARTIAL_SUM if sums else CUT if node.layout else WHOLE,
+        moves=bool(moved),
+    )
 
 
 def _texts(graph: ShardedGraph, node: ShardedOp, moved: str) -> tuple[str, str]:

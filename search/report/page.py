@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
@@ -14,8 +13,17 @@ from shardplan.search.report.breakdown import breakdown_section
 from shardplan.search.report.capacity import capacity_section
 from shardplan.search.report.cluster import cluster_section
 from shardplan.search.report.emitting import next_section
+from shardplan.search.report.frame import (
+    Section,
+    document,
+    notes_section,
+    pairs,
+    proof_badge,
+    proof_section,
+    tiles,
+)
 from shardplan.search.report.how_sure import confidence_section
-from shardplan.search.report.markup import Html, raw, table, tag
+from shardplan.search.report.markup import Html, table, tag
 from shardplan.search.report.memory import memory_section
 from shardplan.search.report.pools import pools_section, servings_section
 from shardplan.search.report.robust import robustness_section
@@ -45,8 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["page"]
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_MOST_CHECKS = 8
 _PROOFS = {
     0: "Level 0: shapes, ownership of every weight, bytes and collectives.",
     1: "Level 1: the sharded graph, shrunk with its ratios kept, computes what the whole one does.",
@@ -58,31 +64,11 @@ _PROOFS = {
 def page(plan: Plan, trials: TrialTable | DataFrame, steps: Sequence[Predicted] = ()) -> str:
     """The whole HTML document; `steps` are drawn over time."""
     title = f"{plan.model.name} on {plan.cluster.name}: deployment plan"
-    style = resources.files("shardplan.search.report").joinpath("assets", "report.css")
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        tag("style", raw(style.read_text(encoding="utf-8"))),
-    )
-    sections = [
-        (name, title, section)
-        for name, title, section in _sections(plan, TrialTable.of(trials), steps)
-        if section
-    ]
-    parts = [tag("div", section, id=name, class_="part") for name, _, section in sections]
-    skip = tag("a", "Skip to the plan", href="#summary", class_="skip")
-    body = tag("body", skip, _header(plan), _contents(sections), tag("main", *parts))
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+    return document(title, _header(plan), _sections(plan, TrialTable.of(trials), steps))
 
 
-def _sections(
-    plan: Plan, trials: TrialTable, steps: Sequence[Predicted]
-) -> Iterator[tuple[str, str, Html]]:
-    """(id, short title, section) in the order of the page; empty ones are left out of it."""
+def _sections(plan: Plan, trials: TrialTable, steps: Sequence[Predicted]) -> Iterator[Section]:
+    """In the order of the page; empty ones are left out of it."""
     yield "summary", "Summary", _summary_section(plan)
     yield "pools", "Pools", pools_section(plan)
     yield "servings", "Ways of serving", servings_section(plan)
@@ -100,16 +86,10 @@ def _sections(
     yield "confidence", "Confidence", confidence_section(plan)
     yield "batching", "Graph sizes", batching_section(plan)
     yield "capacity", "Losses", capacity_section(plan)
-    yield "proof", "Proof", _proof_section(plan)
+    yield "proof", "Proof", proof_section(plan.proof, _level(plan.proof.level))
     yield "deploy", "Deploy", next_section(plan)
-    yield "notes", "Notes", _notes_section(plan)
+    yield "notes", "Notes", notes_section(plan.notes)
     yield "made", "How made", _making_section(plan)
-
-
-def _contents(sections: list[tuple[str, str, Html]]) -> Html:
-    """Links to the sections."""
-    items = [tag("li", tag("a", title, href=f"#{name}")) for name, title, _ in sections]
-    return tag("nav", tag("ul", *items), aria_label="Contents")
 
 
 def _header(plan: Plan) -> Html:
@@ -121,10 +101,7 @@ def _header(plan: Plan) -> Html:
         badges = [tag("span", f"within {percent(gap)} of the bound", class_="badge")]
     else:
         badges = [tag("span", "sampled, no bound", class_="badge")]
-    if plan.proof.passed:
-        badges.append(tag("span", f"proof level {plan.proof.level} passed", class_="badge good"))
-    else:
-        badges.append(tag("span", "proof failed", class_="badge bad"))
+    badges.append(proof_badge(plan.proof))
     return tag(
         "header",
         tag("p", "shardplan deployment plan", class_="kicker"),
@@ -139,7 +116,7 @@ def _summary_section(plan: Plan) -> Html:
     limits = asked.limits
     ttft = "" if limits.ttft_s is None else f"limit {limit_time(limits.ttft_s)}"
     tpot = "" if limits.tpot_s is None else f"limit {limit_time(limits.tpot_s)}"
-    tiles = (
+    found = (
         ("Output tokens/s", number(does.output_tokens_per_s), "whole deployment"),
         ("Tokens/s per card", number(does.output_tokens_per_s_per_card), "output tokens"),
         ("Time to first token", time(does.ttft_s), ttft),
@@ -147,18 +124,9 @@ def _summary_section(plan: Plan) -> Html:
         ("End to end", time(does.end_to_end_s), "mean of one request"),
         ("Requests/s", number(does.requests_per_s), f"{does.concurrency:,.0f} in flight"),
     )
-    boxes = [
-        tag(
-            "div",
-            tag("dt", name),
-            tag("dd", value, class_="big"),
-            tag("dd", note or "no limit", class_="soft"),
-        )
-        for name, value, note in tiles
-    ]
     return tag(
         "section",
-        tag("dl", *boxes, class_="tiles"),
+        tiles((name, value, note or "no limit") for name, value, note in found),
         tag("h2", "The strategy"),
         *_strategy(plan),
         _facts(plan),
@@ -192,20 +160,15 @@ def _facts(plan: Plan) -> Html:
     machine = f"{nodes} of {cluster.ranks_per_node} {cluster.device}"
     if plan.pools:
         machine += f"; {plan.cards:,} used"
-    pairs: tuple[tuple[str, str], ...] = (
+    facts: tuple[tuple[str, str], ...] = (
         ("Workload", ", ".join(load)),
         ("Model", f"{model.architecture}, {model.layers:,} layers, {parameters}"),
         ("Machine", f"{machine}, {cluster.hbm_bytes / 2**30:,.0f} GiB each"),
         ("Engine", f"{plan.request.engine_profile}, objective {plan.request.objective}"),
     )
     if plan.cost is not None:
-        pairs += (("Cost", cost_words(plan.cost)),)
-    return _pairs(pairs)
-
-
-def _pairs(pairs: tuple[tuple[str, str], ...]) -> Html:
-    cells = [cell for name, value in pairs for cell in (tag("dt", name), tag("dd", value))]
-    return tag("dl", *cells, class_="pairs")
+        facts += (("Cost", cost_words(plan.cost)),)
+    return pairs(facts)
 
 
 def _certificate_section(plan: Plan) -> Html:
@@ -238,46 +201,20 @@ def _values(values: list[object]) -> str:
     return ", ".join(names[value] if isinstance(value, bool) else str(value) for value in values)
 
 
-def _proof_section(plan: Plan) -> Html:
-    """What failed in the open; what passed too, unless it is a long list."""
-    proof = plan.proof
-    failed = [_check("\N{MULTIPLICATION X}", "bad", text) for text in proof.failures]
-    passed = [_check("\N{CHECK MARK}", "good", text) for text in proof.checks]
-    verdict = "Passed." if proof.passed else "Failed: do not deploy this plan."
-    level = _PROOFS.get(proof.level, f"Level {proof.level}.")
-    checks = tag("ul", *passed, class_="checks")
-    if len(passed) > _MOST_CHECKS:
-        checks = tag("details", tag("summary", f"The {len(passed)} checks that passed"), checks)
-    return tag(
-        "section",
-        tag("h2", "What was proven"),
-        tag("p", f"{level} {verdict}"),
-        tag("ul", *failed, class_="checks") if failed else "",
-        checks if passed else "",
-    )
-
-
-def _check(mark: str, style: str, text: str) -> Html:
-    return tag("li", tag("span", mark, class_=f"mark {style}", aria_hidden="true"), text)
-
-
-def _notes_section(plan: Plan) -> Html:
-    if not plan.notes:
-        return Html("")
-    items = [tag("li", note) for note in plan.notes]
-    return tag("section", tag("h2", "Notes"), tag("ul", *items, class_="notes"))
+def _level(level: int) -> str:
+    return _PROOFS.get(level, f"Level {level}.")
 
 
 def _making_section(plan: Plan) -> Html:
     """The command that makes the plan again, and what it is bound to."""
-    pairs = (
+    facts = (
         ("Made by", f"shardplan {plan.shardplan_version}"),
         ("Model from", plan.model.source),
         ("Model digest", plan.model.digest),
     )
     words = [tag("span", words, class_="option") for words in command(plan)]
     line = tag("pre", tag("code", Html(" ".join(words))))
-    parts = [tag("h2", "How it was made"), line, _pairs(pairs)]
+    parts = [tag("h2", "How it was made"), line, pairs(facts)]
     if plan.request.workload.prefix_hit:
         hit = percent(plan.request.workload.prefix_hit)
         parts.append(

@@ -6,6 +6,7 @@ Public names, each loaded on first use so that `import shardplan` stays instant:
 
     search(...)          the best plan for a model on a cluster; also the package of that name
     estimate(...)        the price of a given strategy
+    simulate(...)        what requests see that a plan serves one by one
     load_model(...)      a model's sizes, from a preset's name, a `config.json` or a PyTorch module
     load_graph(...)      a model's operators, from a PyTorch module or export, or an ONNX file
     load_cluster(...)    a cluster, from its name or a TOML file
@@ -24,8 +25,18 @@ if TYPE_CHECKING:
     from shardplan.search.api import estimate
     from shardplan.search.ask import search
     from shardplan.search.plan import Plan
+    from shardplan.search.simulate_api import simulate
 
-__all__ = ["Plan", "__version__", "estimate", "load_cluster", "load_graph", "load_model", "search"]
+__all__ = [
+    "Plan",
+    "__version__",
+    "estimate",
+    "load_cluster",
+    "load_graph",
+    "load_model",
+    "search",
+    "simulate",
+]
 
 __version__ = "0.1.0"
 
@@ -35,6 +46,7 @@ _HOMES = {
     "load_cluster": "shardplan.costmodel.catalog",
     "load_graph": "shardplan.models.frontends.load",
     "load_model": "shardplan.models.catalog",
+    "simulate": "shardplan.search.simulate_api",
 }
 
 

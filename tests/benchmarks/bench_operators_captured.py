@@ -5,7 +5,7 @@
 
 Classes of transformers with the sizes of presets on the meta device, ids [2, 2048].
 Seconds are from the graph to the plan (`search_operators`), and from the plan to its proof
-(`prove_operators`). Megatron's split follows from the graph (`models.onnxout.choose`): products by
+(`prove_operators`). Megatron's split follows from the graph (`oplevel.known`): products by
 columns and rows over the last axis, sequences over the first where there are two, experts by width
 or apart; the fastest of these is priced by the same code.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from measuring import best_seconds, machine, table  # type: ignore[import-not-fo
 
 import shardplan
 from shardplan.costmodel.catalog import load_cluster
-from shardplan.models.onnxout.choose import both, follow_strategy, megatron_strategy
-from shardplan.models.opfold import first_alike, unfolded
+from shardplan.models.opfold import unfolded
 from shardplan.models.opgraph import OpGraph
 from shardplan.models.parallel import Mesh
 from shardplan.search.oplevel.api import price_operators, search_operators
+from shardplan.search.oplevel.known import megatron_splits
 from shardplan.search.oplevel.proof import prove_operators
 
 CLUSTER, BATCH, TOKENS = "atlas-800t-a2", 2, 2048
@@ -37,8 +37,6 @@ CASES: Mapping[str, str] = {
     "mixtral-8x7b": "Mixtral",
 }
 MESHES: Mapping[str, tuple[int, ...]] = {"8": (8,), "2x8": (2, 8)}
-_EXPERT_DIMS = 3
-Split = dict[str, dict[str, str]]
 
 
 def captured(preset: str, family: str) -> OpGraph:
@@ -54,21 +52,6 @@ def captured(preset: str, family: str) -> OpGraph:
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")
     return shardplan.load_graph(model, config, batch=BATCH, tokens=TOKENS)
-
-
-def known_splits(graph: OpGraph, mesh: Mesh) -> Iterator[Split]:
-    """Megatron's, of the first of equal layers."""
-    first, inner = first_alike(graph), mesh.axes[-1]
-    tensors = graph.tensors.values()
-    experts = {
-        one.name: 0 for one in tensors if one.kind == "parameter" and len(one.shape) == _EXPERT_DIMS
-    }
-    ids = {one.name: 0 for one in tensors if one.kind == "input"}
-    rest = [follow_strategy(graph, mesh, axis, ids) for axis in mesh.axes[:-1]]
-    dense = megatron_strategy(graph, mesh, inner)
-    for own in (dense, both(dense, follow_strategy(graph, mesh, inner, experts))):
-        split = both(own, *rest)
-        yield {name: chosen for name, chosen in split.items() if first[name] == name}
 
 
 def row(preset: str, graph: OpGraph, name: str, runs: int) -> list[str]:
@@ -93,7 +76,7 @@ def row(preset: str, graph: OpGraph, name: str, runs: int) -> list[str]:
         raise SystemExit(f"{preset} on {name}: the plan is not proven")
     known_s = min(
         price_operators(graph, cluster, shape, split, dtype="bf16").total_s
-        for split in known_splits(unfolded(graph), mesh)
+        for _, split in megatron_splits(unfolded(graph), mesh)
     )
     operators = sum(one.times for one in plan.operators)
     milli = (f"{1e3 * seconds:.1f}" for seconds in (plan.total_s, known_s))

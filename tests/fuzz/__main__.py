@@ -135,7 +135,8 @@ def _keep(kept: Path, name: str, data: bytes) -> None:
 
 def _joined(reports: Sequence[Report]) -> Report:
     """The batches of one target and driver as one; a place that was found twice counts once."""
-    whole = Report(target=reports[0].target, driver=reports[0].driver)
+    first = reports[0]
+    whole = Report(target=first.target, driver=first.driver, command=first.command)
     known: dict[tuple[str, str], dict[str, str]] = {}
     for one in reports:
         whole.inputs += one.inputs
@@ -150,7 +151,7 @@ def _joined(reports: Sequence[Report]) -> Report:
     return whole
 
 
-def page(reports: Sequence[Report], command: str) -> str:
+def page(reports: Sequence[Report]) -> str:
     """The results as Markdown."""
     inputs, found = sum(one.inputs for one in reports), sum(len(one.findings) for one in reports)
     seconds = sum(one.seconds for one in reports)
@@ -158,7 +159,7 @@ def page(reports: Sequence[Report], command: str) -> str:
     lines = [
         "# Fuzzed inputs",
         "",
-        f"    {command}",
+        *(f"    {command}" for command in dict.fromkeys(one.command for one in reports)),
         "",
         f"{inputs:,} inputs, {found} findings, in {seconds / 60:.0f} minutes. A finding is an "
         "input that ends neither in success nor in one of shardplan's own errors: another "
@@ -199,13 +200,14 @@ def main(words: Sequence[str]) -> int:
     done = _before(asked.out / _COUNTS)
     for driver in drivers:
         for name, count in shares(targets, asked.inputs // len(drivers)).items():
-            own = done.setdefault((name, driver), Report(target=name, driver=driver))
+            fresh = Report(target=name, driver=driver, command=command)
+            own = done.setdefault((name, driver), fresh)
             for inputs, start in _batches(count, own.inputs):
                 ran = run_batch(name, driver, inputs, start + asked.seed * asked.inputs, kept)
                 done[(name, driver)] = own = _joined([own, ran])
                 own.seconds += time.monotonic() - begin
                 begin = time.monotonic()
-                _write(asked.out, list(done.values()), command)
+                _write(asked.out, list(done.values()))
             print(f"{name}, {driver}: {own.inputs} inputs, {len(own.findings)} findings")
     return 1 if any(one.findings for one in done.values()) else 0
 
@@ -218,12 +220,12 @@ def _before(counts: Path) -> dict[tuple[str, str], Report]:
     return {(one.target, one.driver): one for one in found}
 
 
-def _write(out: Path, reports: Sequence[Report], command: str) -> None:
+def _write(out: Path, reports: Sequence[Report]) -> None:
     """Counts so far: a run can be ended and gone on with."""
     ordered = sorted(reports, key=lambda one: (list(TARGETS).index(one.target), one.driver))
     counts = json.dumps([asdict(one) for one in ordered], indent=1)
     (out / _COUNTS).write_text(counts + "\n", encoding="utf-8")
-    (out / "fuzz.md").write_text(page(ordered, command), encoding="utf-8")
+    (out / "fuzz.md").write_text(page(ordered), encoding="utf-8")
 
 
 if __name__ == "__main__":

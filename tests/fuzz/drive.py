@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from tests.fuzz.mutate import mutated
+from tests.fuzz.mutators import mutated
 
 if TYPE_CHECKING:
     from tests.fuzz.judge import Judge
@@ -44,6 +44,8 @@ class Report:
 
     target: str
     driver: str
+    command: str = ""
+    """That asked for it first."""
     inputs: int = 0
     accepted: int = 0
     refused: int = 0

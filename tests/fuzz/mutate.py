@@ -10,20 +10,29 @@ from __future__ import annotations
 import copy
 import csv
 import functools
-import gzip
 import io
 import json
 import re
 import shlex
 import tomllib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-__all__ = ["MUTATORS", "WORDS", "Mutator", "edit_bytes", "mutated"]
-
-Mutator = Callable[[bytes, Sequence[bytes], Random], bytes]
+__all__ = [
+    "EDITS",
+    "MOST_BYTES",
+    "VALUES",
+    "WORDS",
+    "edit_bytes",
+    "edit_csv",
+    "edit_json",
+    "edit_jsonl",
+    "edit_lines",
+    "edit_toml",
+    "edit_tree",
+    "edit_words",
+]
 
 WORDS = (
     *("", " ", "0", "-0", "-1", "1", "2", "3", "1e400", "-1e400", "nan", "inf", "1e-400", "0.5"),
@@ -47,27 +56,14 @@ VALUES: tuple[Any, ...] = (
 )
 _PART = re.compile(r"\d+(?:\.\d+)?|[^\W\d]+")
 _RAW = (b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\n\n", b"[" * 200, b"{" * 200, b"\xc3\x28")
-_MOST_BYTES = 1 << 16
-_EDITS = (1, 1, 1, 2, 2, 4)
-_BYTES_TOO = 0.1
-"""Share of structured inputs whose bytes are edited as well."""
-
-
-def mutated(kind: str, data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
-    """An example of a kind with a few edits."""
-    try:
-        found = MUTATORS[kind](data, others, chance)
-    except Exception:  # what no parser reads any more is edited as bytes
-        found = edit_bytes(data, others, chance)
-    if chance.random() < _BYTES_TOO:
-        found = edit_bytes(found, others, chance)
-    return found[:_MOST_BYTES]
+MOST_BYTES = 1 << 16
+EDITS = (1, 1, 1, 2, 2, 4)
 
 
 def edit_bytes(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
     """Bytes flipped, cut, repeated, put in, or taken over from another example."""
     held = bytearray(data)
-    for _ in range(chance.choice(_EDITS)):
+    for _ in range(chance.choice(EDITS)):
         at = chance.randint(0, len(held))
         match chance.randint(0, 5):
             case 0 if held:
@@ -84,7 +80,7 @@ def edit_bytes(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
                 other = chance.choice(others) if others else data
                 start = chance.randint(0, len(other))
                 held[at : at + chance.randint(0, 64)] = other[start : start + 64]
-    return bytes(held[:_MOST_BYTES])
+    return bytes(held[:MOST_BYTES])
 
 
 def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -104,7 +100,7 @@ def edit_tree(value: Any, others: Sequence[Any], chance: Random) -> Any:
     """A few values of a tree of dicts and lists replaced, removed, doubled, renamed, nested."""
     if not isinstance(value, dict | list) or not value or chance.random() < 0.02:
         return copy.deepcopy(chance.choice(VALUES))
-    for _ in range(chance.choice(_EDITS)):
+    for _ in range(chance.choice(EDITS)):
         places = _places(value, [])
         if not places:
             break
@@ -176,7 +172,7 @@ def edit_json(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
 def edit_jsonl(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
     """Lines of JSON, some of them edited, moved or doubled."""
     lines = data.splitlines()
-    for _ in range(chance.choice(_EDITS)):
+    for _ in range(chance.choice(EDITS)):
         at = chance.randrange(len(lines))
         match chance.randint(0, 3):
             case 0:
@@ -218,7 +214,7 @@ def edit_toml(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
 def edit_csv(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
     """Cells replaced, columns doubled or removed, rows repeated, cut or made longer."""
     rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline="")))
-    for _ in range(chance.choice(_EDITS)):
+    for _ in range(chance.choice(EDITS)):
         row = rows[0] if chance.random() < 0.15 else chance.choice(rows)
         column = chance.randrange(len(row)) if row else 0
         match chance.randint(0, 9):
@@ -248,7 +244,7 @@ def edit_csv(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
 def edit_lines(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
     """Words of a text (a script, a log) replaced, removed, doubled; lines moved."""
     lines = [line.split(" ") for line in data.decode("utf-8").split("\n")]
-    for _ in range(chance.choice(_EDITS)):
+    for _ in range(chance.choice(EDITS)):
         line = chance.choice(lines)
         at = chance.randrange(len(line))
         match chance.randint(0, 4):
@@ -267,7 +263,7 @@ def edit_words(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
     """A command line: words replaced, removed, doubled, or taken from another."""
     words = shlex.split(data.decode("utf-8"))
     pool = shlex.split(chance.choice(others).decode("utf-8")) if others else words
-    for _ in range(chance.choice(_EDITS)):
+    for _ in range(chance.choice(EDITS)):
         at = chance.randint(0, len(words))
         match chance.randint(0, 4):
             case 0:
@@ -282,83 +278,3 @@ def edit_words(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
             case _:
                 words[at : at + 1] = [chance.choice(WORDS)]
     return shlex.join(words).encode("utf-8", "surrogatepass")
-
-
-def edit_gzip(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
-    """The text inside edited, or the archive's own bytes."""
-    if chance.random() < 0.5:
-        return edit_bytes(data, others, chance)
-    return gzip.compress(edit_bytes(gzip.decompress(data), (), chance), mtime=0)
-
-
-def edit_zip(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
-    """One member edited, JSON as a tree, or removed."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        held = {name: archive.read(name) for name in archive.namelist()}
-    name = chance.choice([one for one in held if one.endswith(".json")] * 2 + list(held))
-    match chance.randint(0, 9):
-        case 0:
-            del held[name]
-        case 1:
-            held[name] = edit_bytes(held[name], (), chance)
-        case _:
-            edit = edit_json if name.endswith(".json") else edit_bytes
-            held[name] = edit(held[name], (), chance)
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for one, content in held.items():
-            archive.writestr(one, content)
-    return out.getvalue()
-
-
-def edit_onnx(data: bytes, others: Sequence[bytes], chance: Random) -> bytes:
-    """An ONNX model: names, operators, attributes, dims and types changed, nodes removed."""
-    import onnx
-
-    model = onnx.load_from_string(data)
-    graph = model.graph
-    for _ in range(chance.choice(_EDITS)):
-        node = chance.choice(graph.node) if graph.node else None
-        match chance.randint(0, 8):
-            case 0 if node is not None:
-                graph.node.remove(node)
-            case 1 if node is not None:
-                node.op_type = chance.choice(
-                    [one.op_type for one in graph.node] + ["If", "Loop", "Foo", "Reshape", "Slice"]
-                )
-            case 2 if node is not None and node.input:
-                names = [one for other in graph.node for one in (*other.input, *other.output)]
-                node.input[chance.randrange(len(node.input))] = chance.choice([*names, "", "none"])
-            case 3 if node is not None and node.attribute:
-                one = chance.choice(node.attribute)
-                one.i = chance.choice((0, -1, 1, 2**31, 2**62, -(2**62), 7))
-                one.ints[:] = [chance.choice((0, -1, 2**40, 3)) for _ in one.ints]
-            case 4 if graph.initializer:
-                tensor = chance.choice(graph.initializer)
-                tensor.dims[:] = [chance.choice((0, -1, 1, 8, 2**40)) for _ in tensor.dims]
-            case 5 if graph.initializer:
-                chance.choice(graph.initializer).data_type = chance.randint(0, 25)
-            case 6 if graph.input:
-                for dim in chance.choice(graph.input).type.tensor_type.shape.dim:
-                    dim.dim_value = chance.choice((0, -1, 1, 8, 2**31, 2**62))
-            case 7 if node is not None:
-                graph.node.insert(chance.randrange(len(graph.node)), node)
-            case _:
-                if model.opset_import:
-                    model.opset_import[0].version = chance.choice((0, 1, 12, 13, 18, 99, 2**40))
-    found: bytes = model.SerializeToString()
-    return found
-
-
-MUTATORS: Mapping[str, Mutator] = {
-    "bytes": edit_bytes,
-    "csv": edit_csv,
-    "gzip": edit_gzip,
-    "json": edit_json,
-    "jsonl": edit_jsonl,
-    "lines": edit_lines,
-    "onnx": edit_onnx,
-    "toml": edit_toml,
-    "words": edit_words,
-    "zip": edit_zip,
-}

@@ -3,8 +3,10 @@ times."""
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +14,19 @@ from pathlib import Path
 from tests.costmodel.test_cluster_files import DATAFLOW, OPEN_SOURCE
 from tests.search.emit_cases import CLUSTERS, emit_plan, moe
 from tests.search.plan_factory import make_plan, make_trials
+from tests.search.shared_study import search_small
 
 from shardplan.costmodel.profiler_files.measurement import ReadOptions
 from shardplan.search.calibrate import calibrate_device
+from shardplan.search.study import Place
 from shardplan.search.trials import write_trials
 
 ROOT = Path(__file__).resolve().parents[2]
 _SAMPLES = ROOT / "tests" / "costmodel" / "profiler_samples"
 _LINT = ROOT / "tests" / "search" / "lint_samples"
 _MOST_ROWS = 12
+STUDY = "s"
+"""Name of the study that a storage holds."""
 
 WORKLOAD = """\
 input_len = 512
@@ -250,6 +256,40 @@ def trials() -> list[bytes]:
         write_trials(path, make_trials().head(_MOST_ROWS))
         made = path.read_bytes()
     return [made, *map(_first_rows, _files("results/plans", "*/trials.csv"))]
+
+
+def parquet_trials() -> list[bytes]:
+    """Trial tables as Parquet: by pandas, and as a search writes them."""
+    from shardplan.search.parquet_out import write_table
+
+    def frame(path: Path) -> None:
+        make_trials().head(_MOST_ROWS).to_parquet(path, index=False)
+
+    def ours(path: Path) -> None:
+        write_table(path, trials()[0].decode())
+
+    return [_saved(save, "trials.parquet") for save in (frame, ours)]
+
+
+def journals() -> list[bytes]:
+    """A journal of Optuna's with a study of three trials."""
+    return [_saved(lambda path: _study(f"journal:{path}"), "study.log")]
+
+
+def databases() -> list[bytes]:
+    """The same as an SQLite file, of small pages: it is whole within what an input may have."""
+
+    def save(path: Path) -> None:
+        _study(f"sqlite:///{path}.large")
+        with contextlib.closing(sqlite3.connect(f"{path}.large")) as held:
+            held.execute("PRAGMA page_size=512")
+            held.execute("VACUUM INTO ?", (str(path),))
+
+    return [_saved(save, "study.db")]
+
+
+def _study(address: str) -> None:
+    search_small(Place(storage=address, name=STUDY), 3)
 
 
 def grids() -> list[bytes]:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import io
+import itertools
 import shlex
+import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.fuzz import seeds
+from tests.search.shared_study import search_small
 
 from shardplan.costmodel.catalog import cluster_summary, load_cluster
 from shardplan.costmodel.devices import device_summary, load_device
@@ -27,6 +32,7 @@ from shardplan.costmodel.simulate.workload import requests
 from shardplan.models.catalog import load_model, model_summary
 from shardplan.models.errors import InputError
 from shardplan.models.frontends.load import load_graph
+from shardplan.search import workers
 from shardplan.search.analyze import summarise, to_json
 from shardplan.search.asked import Asked
 from shardplan.search.calibrate import calibrate_device
@@ -35,6 +41,7 @@ from shardplan.search.emit import emit
 from shardplan.search.estimate import price_columns
 from shardplan.search.estimate_csv import priced_csv, read_points_csv
 from shardplan.search.explain import explain
+from shardplan.search.joined import draw_for
 from shardplan.search.lint import lint
 from shardplan.search.main import run
 from shardplan.search.oplevel.plan import OperatorPlan
@@ -48,6 +55,7 @@ from shardplan.search.request import resolve
 from shardplan.search.runs import read_runs, side_by_side
 from shardplan.search.simulate import simulate_plan
 from shardplan.search.simulate_demand import read_demand
+from shardplan.search.study import Place
 from shardplan.search.targets import BUILT_IN
 from shardplan.search.trace import write_trace
 from shardplan.search.validate import to_json as validation_json
@@ -60,6 +68,7 @@ _MODEL = "llama-3.1-8b"
 _FEW = 20
 """Requests of a simulation, rows that are priced."""
 _EXITS = (0, 2, 3)
+_NUMBERS = itertools.count()
 
 
 class WrongEndError(Exception):
@@ -193,6 +202,22 @@ def _analyzed(path: Path) -> None:
     render_summary(summary, Console(file=io.StringIO(), width=100))
 
 
+def _storage(path: Path) -> None:
+    """A study that a worker joins, or that a search goes on with.
+
+    A copy of its own: a database is held open by what read the one before. Nobody works on what
+    is running there, and that is waited for as briefly as it can be.
+    """
+    own = Path(shutil.copy(path, path.with_name(f"{next(_NUMBERS)}{path.suffix}")))
+    address = f"{'journal:' if path.suffix == '.log' else 'sqlite:///'}{own}"
+    with mock.patch.object(workers, "GRACE_S", 0.0):
+        if _one_of(path, 2):
+            draw_for(address, seeds.STUDY, most=1)
+        else:
+            search_small(Place(storage=address, name=seeds.STUDY, resume=True), 4)
+    gc.collect()  # its connections
+
+
 def _lint(path: Path) -> None:
     asked = Asked(model=_MODEL, cluster=_CLUSTER)
     for one in read_configuration(str(path), "a b"):
@@ -254,6 +279,17 @@ _ALL = (
     Target("points", "csv", ".csv", seeds.points, _points, 0.7),
     Target("validate", "csv", ".csv", seeds.figures, _figures, 0.5),
     Target("trials.csv", "csv", ".csv", seeds.trials, _analyzed, 0.4),
+    Target(
+        "trials.parquet",
+        "parquet",
+        ".parquet",
+        seeds.parquet_trials,
+        _analyzed,
+        0.4,
+        extra="pyarrow",
+    ),
+    Target("study journal", "jsonl", ".log", seeds.journals, _storage, 0.15),
+    Target("study sqlite", "sqlite", ".db", seeds.databases, _storage, 0.15),
     Target("vllm script", "lines", ".sh", seeds.scripts, _lint, 1.5),
     Target("mindie", "json", ".json", seeds.mindie, _lint, 0.7),
     Target("onnx", "onnx", ".onnx", seeds.onnx_files, _onnx, 0.4, extra="onnx"),

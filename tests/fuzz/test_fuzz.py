@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.fuzz.__main__ import page, shares
 from tests.fuzz.drive import Report, drive
 from tests.fuzz.judge import MOST_S, Judge
-from tests.fuzz.mutate import MUTATORS, mutated
+from tests.fuzz.mutators import MUTATORS, mutated
 from tests.fuzz.targets import TARGETS, Target
 
 EXAMPLES = 12
@@ -90,7 +90,7 @@ def test_a_drive_counts_what_it_judged(tmp_path: Path) -> None:
         driver="y",
         findings=[{"kind": "hang", "where": "a:1", "text": "t", "file": "f"}],
     )
-    text = page([report, bad], "python -m tests.fuzz")
+    text = page([report, bad])
     assert "60 inputs, 1 findings" in text
     assert "## x: hang at a:1" in text
 

@@ -35,7 +35,7 @@ def test_search_writes_the_plan_its_tables_and_a_summary(tmp_path: Path, capsys:
     for words in ("plan: mesh x4", "inserted collectives", "gap 0", "proof: 6 checks", "emit"):
         assert words in told
     assert {one.name for one in file.parent.iterdir()} == {
-        "plan.json", "operators.csv", "moves.csv", "timing.json",
+        "plan.json", "operators.csv", "moves.csv", "report.html", "timing.json",
     }  # fmt: skip
     plan = load_plan(file)
     assert isinstance(plan, OperatorPlan)

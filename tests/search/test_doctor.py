@@ -79,6 +79,10 @@ def test_a_whole_installation(capsys: pytest.CaptureFixture[str]) -> None:
         assert rows["entry point", f"target {name}"]["state"] == "ok"
     for name in ("models", "devices", "clusters", "engine profiles", "calibrations", "rules"):
         assert int(rows["data", name]["found"]) > 0
+    root = ROOT / "costmodel" / "data" / "calibrations"
+    sections = [path for path in root.iterdir() if path.is_dir()]
+    sections += [path for one in sections for path in one.iterdir() if path.is_dir()]
+    assert int(rows["data", "calibrations"]["found"]) == len(sections)
     assert {name for part, name in rows if part == "extra"} == {*PROJECT["optional-dependencies"]}
     tools = {name for part, name in rows if part == "tool"}
     assert tools == {*doctor.told_of("tools")} > {"atc", "npu-smi", "vllm"}

@@ -93,7 +93,7 @@ def test_unknown_targets_and_options_name_what_there_is(tmp_path: Path) -> None:
     ):
         emit(emit_plan(), "atc", tmp_path, can=8)
     with pytest.raises(InputError, match="options: none"):
-        emit(emit_plan(), "vllm-ascend", tmp_path, cann=8)
+        emit(emit_plan(), "sglang", tmp_path, cann=8)
 
 
 def test_another_package_can_add_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,6 +250,22 @@ def test_the_command_shows_each_way(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["tolerance"] == pytest.approx(0.6)
 
 
+def test_a_regression_fails_the_command_where_that_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 3 beyond the tolerance, 0 within it; the comparison is told all the same."""
+    slower = make_trials(100)
+    slower["tpot_s"] *= 1.5
+    first, second = _files(tmp_path, first=make_trials(100), second=slower)
+    asked = ["analyze", second, "--against", first, "--fail-on-regression"]
+    assert run([*asked, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["regressed"] is True
+    assert run(asked) == 3
+    assert "most worse in tpot_s" in capsys.readouterr().out
+    assert run([*asked, "--tolerance", "60"]) == 0
+    assert run(["analyze", first, "--against", second, "--fail-on-regression"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -257,6 +273,8 @@ def test_the_command_shows_each_way(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["a", "--against", "b", "--by", "tp"], "one run with one base"),
         (["a", "--tolerance", "1"], "beside --against"),
         (["a", "--against", "b", "--tolerance", "-1"], "from 0 to 1000"),
+        (["a", "--fail-on-regression"], "goes with `--against`"),
+        (["a", "--against", "b", "--out", "c.csv"], "without `--against`"),
         (["a", "--by", "nonsense"], "nonsense"),
         (["a", "--by", ""], "column"),
         (["nowhere"], "nowhere"),
@@ -278,6 +296,30 @@ def test_bad_questions_are_told(
     assert len(told.splitlines()) == 1
 
 
+def test_the_front_of_each_run_is_that_of_its_feasible_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rising TPOT, each point with more throughput than all before it."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from shardplan.search import analyze_runs_plots
+
+    points = [(0.03, 30.0), (0.01, 10.0), (0.02, 9.0), (0.02, 20.0), (0.04, 30.0)]
+    rows = [{"tpot_s": t, "output_tokens_per_s_per_card": rate} for t, rate in points]
+    drawn: list[tuple[list[float], list[float]]] = []
+
+    def draw(path: Path, drawing: Any) -> Path:
+        axes = pyplot.figure().subplots()
+        drawing(axes)
+        drawn.extend((list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines)
+        pyplot.close("all")
+        return path
+
+    monkeypatch.setattr(analyze_runs_plots, "draw", draw)
+    frame = _table(*rows, {**REFUSED, "tpot_s": 0.001})
+    analyze_runs_plots.draw_runs([Run("a", Path("a"), frame)], tmp_path)
+    assert drawn == [([10.0, 20.0, 30.0], [10.0, 20.0, 30.0])]
+
+
 @pytest.mark.slow
 def test_pictures_of_runs_and_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PNG files of a size worth looking at; names with a dollar are no formulas."""
@@ -287,7 +329,7 @@ def test_pictures_of_runs_and_groups(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     out = str(tmp_path / "plots")
     assert run(["analyze", first, second, "--plots", out]) == 0
-    assert run(["analyze", first, second, "--by", "run,tp", "--plots", out]) == 0
+    assert run(["analyze", first, second, "--by", "run,tp, tp", "--plots", out]) == 0
     assert run(["analyze", first, "--against", second, "--plots", out]) == 0
     capsys.readouterr()
     names = {one.name: one.read_bytes() for one in (tmp_path / "plots").iterdir()}

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import shardplan
+from shardplan.models.errors import InputError
 from shardplan.search.main import run
 from shardplan.search.plan import Plan
 from shardplan.search.simulate_demand import read_demand
@@ -69,6 +71,44 @@ def test_files_are_whole_and_the_same_twice(
     events = json.loads((tmp_path / "one" / "timeline.json").read_text("utf-8"))["traceEvents"]
     assert {one["ph"] for one in events} == {"M", "X", "C", "b", "e"}
     assert "what requests see" in capsys.readouterr().out
+
+
+def test_python_says_what_the_command_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a file or a plan; the same files; notes are told, not printed; progress to the end."""
+    found = told(capsys, DENSE, "--rate", "1.5", "--num-prompts", "200", "--seed", "3")
+    calls: list[tuple[int, int]] = []
+    asked: dict[str, Any] = {"rate": 1.5, "num_prompts": 200, "seed": 3}
+    for plan in (DENSE, Plan.load(Path(DENSE))):
+        served = shardplan.simulate(plan, **asked, progress=lambda *call: calls.append(call))
+        assert json.loads(json.dumps(served.summary)) == found
+        assert served.simulated.recorder.requests == 200
+    assert capsys.readouterr() == ("", "")
+    assert all(total == 200 for _, total in calls)
+    shardplan.simulate(DENSE, **asked, out=tmp_path / "py", timeline=True)
+    words = ["--rate", "1.5", "--num-prompts", "200", "--seed", "3", "--timeline"]
+    assert run(["simulate", DENSE, *words, "--out", str(tmp_path / "cli")]) == 0
+    for one in (tmp_path / "cli").iterdir():
+        assert one.read_bytes() == (tmp_path / "py" / one.name).read_bytes()
+    assert "no rate or concurrency" in " ".join(shardplan.simulate(DENSE, num_prompts=9).notes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ({"router": "random"}, "router"),
+        ({"replicas": 0}, "replicas"),
+        ({"warmup": -1}, "warmup"),
+        ({"timeline": True}, "`timeline` goes with `out`"),
+        ({"rate": 1.0, "concurrency": 4}, "one of the two"),
+        ({"workload": "none.toml"}, "none.toml"),
+    ],
+)
+def test_python_refuses_what_the_command_refuses(asked: dict[str, Any], match: str) -> None:
+    """With the same rules."""
+    with pytest.raises(InputError, match=match):
+        shardplan.simulate(DENSE, **asked)
 
 
 def test_a_rate_above_capacity_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
