@@ -38,6 +38,8 @@ NEVER = 1e-13
 """A state with so small a share of steps is not met."""
 _MOST_SUMMED = 100.0
 """Mean of a Poisson distribution whose first terms are summed: of larger ones they vanish."""
+_SUMMED = 16.0
+"""Of groups no more: a term each."""
 _ROWS = 512
 """Rows that are solved at once: what that takes of memory."""
 
@@ -130,16 +132,29 @@ def _chain(coming: Array, left: Array, groups: Array) -> Array:
 
 def _upto(coming: Array, groups: Array) -> Array:
     """Probabilities `[rows, states, states]` of 0, 1, ... prompts of each group or fewer."""
-    from scipy.special import pdtr  # slow to import
+    most = coming.shape[1]
+    found = np.empty((*coming.shape, most))
+    whole = (groups <= _SUMMED) & (groups == np.floor(groups))
+    summed = whole & (coming.max(axis=1) <= _MOST_SUMMED)
+    for count in np.unique(groups[summed]):
+        rows = np.flatnonzero(summed & (groups == count))
+        found[rows] = _sums(coming[rows], int(count), most)
+    others = np.flatnonzero(~summed)
+    if others.size:
+        from scipy.special import pdtr  # slow to import
 
-    numbers = np.arange(float(coming.shape[1]))
-    factors = np.ones((*coming.shape, numbers.size))
-    np.divide(coming[..., None], numbers[1:], out=factors[..., 1:])
+        numbers = np.arange(float(most)) * groups[others, None, None]
+        found[others] = pdtr(numbers, coming[others, :, None])
+    return found
+
+
+def _sums(coming: Array, groups: int, most: int) -> Array:
+    """The same by the sums of the terms themselves."""
+    factors = np.ones((*coming.shape, (most - 1) * groups + 1))
+    np.divide(coming[..., None], np.arange(1.0, factors.shape[-1]), out=factors[..., 1:])
     np.cumprod(factors, axis=-1, out=factors)
     np.cumsum(factors, axis=-1, out=factors)
-    found = np.exp(-coming)[..., None] * factors
-    many = np.flatnonzero((groups > 1.0) | (coming.max(axis=1) > _MOST_SUMMED))
-    found[many] = pdtr(numbers * groups[many, None, None], coming[many, :, None])
+    found: Array = np.exp(-coming)[..., None] * factors[..., ::groups]
     return found
 
 

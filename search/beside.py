@@ -16,6 +16,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.search.build_plan import candidate
 from shardplan.search.evaluate import Question
 from shardplan.search.exact import search_exact
+from shardplan.search.judged import Wanted
 from shardplan.search.kept import Kept, Outcome, first_of_each
 from shardplan.search.plan import QuantizationRow, StrategyInfo, SwitchRow
 from shardplan.search.request import Resolved
@@ -55,7 +56,9 @@ def search_beside(
         broken_ways={},
         reach=replace(outcome.space.reach, ways=False),
     )
-    found = search_exact(question, space, time_limit_s=time_limit_s, memo=memo)
+    found = search_exact(
+        question, space, time_limit_s=time_limit_s, memo=memo, wanted=Wanted(layouts=1)
+    )
     return Beside(
         quantization=_quantization(found, best),
         switches=_switches(found, best),

@@ -39,7 +39,7 @@ from shardplan.search.evaluate import (
     Question,
     context_tokens,
 )
-from shardplan.search.kept import Kept, Outcome, Tally, keep_best, note_one, rank_key
+from shardplan.search.kept import Kept, Outcome, Tally, keep_best, missing_s, note_one, rank_key
 from shardplan.search.samplers import ENGINES, SampledEngine, make_sampler, values_of
 from shardplan.search.seeding import plant_seeds
 from shardplan.search.space import Space
@@ -79,7 +79,7 @@ def excess(question: Question, one: Kept) -> tuple[float, ...]:
         "memory": columns["memory_bytes"] / capacity,
         "context": context_tokens(work) / (spec.max_context or float("inf")),
         "step": one.batch * (1 + one.parallel.mtp) / one.chunk,
-        "ttft": columns["ttft_s"] / (limits.ttft_s or float("inf")),
+        "ttft": missing_s("ttft", columns) / (limits.ttft_s or float("inf")),
         "tpot": columns["tpot_s"] / (limits.tpot_s or float("inf")),
         "ttft_p99": columns.get("ttft_p99_s", 0.0) / (limits.ttft_p99_s or float("inf")),
         "tpot_p99": columns.get("tpot_p99_s", 0.0) / (limits.tpot_p99_s or float("inf")),

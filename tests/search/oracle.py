@@ -19,6 +19,7 @@ from tests.search.small_models import dense, latent, sparse, specs
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
+from shardplan.costmodel.run_out import run_out
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
@@ -203,10 +204,34 @@ def _holds(
             chunk >= tokens,
             limits.ttft_s is None or columns["ttft_s"] <= limits.ttft_s,
             limits.tpot_s is None or columns["tpot_s"] <= limits.tpot_s,
+            limits.ttft_s is None or columns["ttft_mean_s"] <= limits.ttft_s,
+            limits.ttft_p99_s is None or columns["ttft_p99_s"] <= limits.ttft_p99_s,
+            limits.tpot_p99_s is None or columns["tpot_p99_s"] <= limits.tpot_p99_s,
             work.request_rate is None
             or columns["requests_per_s"] * _left(question, par) >= work.request_rate,
         )
     )
+
+
+def _queued(
+    case: Case, scorer: LayoutScorer, choice: Choice
+) -> dict[tuple[int, int], dict[str, float]]:
+    """What a client measures at the rate, or of a closed loop, by slots and step size."""
+    question, grid = case.question, list(product(case.batches, case.chunks))
+    told = ("ttft_mean_s", "ttft_p99_s", "tpot_p99_s")
+    rate, left = question.workload.request_rate, _left(question, scorer.parallel)
+    if (rate is None and not question.limits.has_tails) or not left:
+        return {at: dict.fromkeys(told, 0.0) for at in grid}
+    slots, tokens = (np.array([float(one[axis]) for one in grid]) for axis in (0, 1))
+    given = scorer.serving_input(
+        choice, slots, np.maximum(tokens, slots * (1 + scorer.parallel.mtp))
+    )
+    model = scorer.model_for(choice)
+    run = run_out(model, given, request_rate=rate or math.inf, left=left)
+    found = {name: getattr(run, name) for name in told}
+    if rate is None:
+        found["ttft_mean_s"] = np.zeros(len(grid))
+    return {at: {name: float(found[name][i]) for name in told} for i, at in enumerate(grid)}
 
 
 def _left(question: Question, par: Parallelism) -> float:
@@ -261,11 +286,13 @@ def brute_force(case: Case) -> list[Found]:
     for par in (cut for one in legal for cut in _cuts(question, one)):
         scorer = LayoutScorer(question, par)
         for choice in (one for one in case.choices if _allowed(question, par, one)):
+            queued = _queued(case, scorer, choice)
             for batch in case.batches:
                 for chunk in case.chunks:
                     at = np.array([float(batch)]), np.array([float(chunk)])
-                    scores = scorer.score(choice, *at)
+                    scores = scorer.score(choice, *at, dear=False)
                     columns = {name: float(one[0]) for name, one in scores.every().items()}
+                    columns |= queued[batch, chunk]
                     value = (
                         1.0 / columns["end_to_end_s"]
                         if question.objective == "latency"
@@ -302,7 +329,7 @@ def small_case(spec: ModelSpec, *, cards: int = 4, hbm_bytes: float = 1e9, **ask
     """A question on an Atlas 800T A2 of small cards; `asked` are fields of workload and limits."""
     cluster = load_cluster("atlas-800t-a2", cards=cards)
     engine = replace(load_engine("vllm-ascend"), reserve_bytes=2.0**20, communicator_bytes=2.0**18)
-    limits = {name: asked.pop(name) for name in ("ttft_s", "tpot_s") if name in asked}
+    limits = {name: asked.pop(name) for name in Limits.model_fields if name in asked}
     objective = asked.pop("objective", "throughput")
     return Case(
         question=Question(
