@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +13,25 @@ import pytest
 from tests.search.oracle import Case, Found, best_of, brute_force, small_case
 from tests.search.small_models import dense, sparse
 
+from shardplan.models.errors import InfeasibleError
+from shardplan.search.api import search
 from shardplan.search.evaluate import LayoutScorer
 from shardplan.search.exact import search_exact
+from shardplan.search.explain import explain
 from shardplan.search.judged import Wanted
 from shardplan.search.kept import Outcome, first_of_each
+from shardplan.search.main import run
+from shardplan.search.plan import Plan
+from shardplan.search.seen import AT_RATE, Sight, seen
 from shardplan.search.spare import Spare
 
 ASKED: tuple[dict[str, Any], ...] = (
-    {"request_rate": 60.0, "ttft_s": 0.05},
-    {"request_rate": 150.0, "ttft_s": 0.03, "objective": "latency"},
-    {"request_rate": 100.0, "ttft_p99_s": 0.08, "tpot_p99_s": 0.02},
-    {"ttft_p99_s": 0.1},
-    {"request_rate": 60.0, "ttft_s": 0.05, "spare": Spare(count=1)},
-    {"request_rate": 400.0, "ttft_s": 0.01},
+    {"request_rate": 20.0, "ttft_s": 0.06},
+    {"request_rate": 25.0, "ttft_s": 0.04, "objective": "latency"},
+    {"request_rate": 40.0, "ttft_p99_s": 0.05, "tpot_p99_s": 0.03},
+    {"ttft_p99_s": 0.03},
+    {"request_rate": 20.0, "ttft_s": 0.06, "spare": Spare(count=1)},
+    {"request_rate": 40.0, "ttft_p99_s": 0.01},
 )
 
 
@@ -74,11 +82,10 @@ def test_judging_where_it_matters_finds_what_judging_all_does(index: int) -> Non
 
 def test_some_are_judged_and_some_need_not_be() -> None:
     """Both happen in these questions; else they prove nothing."""
-    refused = [outcome.tally.infeasible for _, _, outcome in map(asked, range(len(ASKED)))]
-    assert sum(bool(one["ttft"] or one["ttft_p99"] or one["tpot_p99"]) for one in refused) >= 4
-    assert sum(asked(i)[2].tally.pruned_by["queue"] > 0 for i in range(len(ASKED))) >= 4
-    queued = [kept for i in (0, 1) for kept in asked(i)[2].refused.values()]
-    assert sum(one[0].size for one in queued)
+    found = [asked(index)[2] for index in range(len(ASKED))]
+    refused = [sum(slots.size for slots, _ in one.refused.values()) for one in found]
+    assert sum(count > 0 for count in refused) >= 4
+    assert sum(one.tally.pruned_by["queue"] > 0 for one in found) >= 4
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3, 4])
@@ -110,3 +117,87 @@ def all_points(case: Case, held: list[Found]) -> list[tuple[float, float]]:
         columns = LayoutScorer(case.question, one.parallel).score(one.choice, *at).columns
         found.append((float(columns["output_tokens_per_s"][0]), float(columns["tpot_s"][0])))
     return found
+
+
+def test_strategies_of_many_layouts_are_priced_as_each_alone() -> None:
+    """Stacked in a fleet, to rounding."""
+    case, _, outcome = asked(0)
+    grids = list(outcome.refused)[:3]
+    slots, tokens = np.array([2.0, 8.0, 24.0]), np.array([256.0, 1024.0, 256.0])
+    sights = [Sight(LayoutScorer(case.question, par), one, slots, tokens) for par, one in grids]
+    assert len(sights) == 3
+    for sight, together in zip(sights, seen(sights), strict=True):
+        alone = seen([sight])[0]
+        assert together.keys() == alone.keys() == {AT_RATE}
+        assert together[AT_RATE] == pytest.approx(alone[AT_RATE], rel=1e-9)
+
+
+def planned(**asked: Any) -> Plan:
+    """Qwen2.5-14B on cards of 32 GB, TPOT within 80 ms."""
+    given = {"nodes": 2, "objective": "cards", "tpot_ms": 80.0, **asked}
+    return search("qwen2.5-14b", "atlas-800i-a2", **given).plan
+
+
+def test_the_fewest_cards_keep_the_limit_with_the_queue() -> None:
+    """At 99 % of what eight cards serve the queue is longer than a second; without it 8 do."""
+    assert planned(rate=9.72).cards == 8
+    plan = planned(rate=9.72, ttft_ms=1000.0)
+    assert plan.cards == 16
+    assert plan.at_rate is not None
+    assert plan.at_rate.requests_per_s == 9.72
+    assert plan.at_rate.ttft.mean_s <= 1.0
+    with pytest.raises(InfeasibleError, match="with the queue of 9.72 requests/s") as caught:
+        planned(rate=9.72, ttft_ms=1000.0, nodes=1, objective="throughput")
+    assert "--ttft-ms" in caught.value.hint
+
+
+def test_the_fewest_cards_keep_it_with_a_replica_lost() -> None:
+    """What is left serves the rate, and its queue keeps the limit; full replicas do so sooner."""
+    plan = planned(rate=5.0, ttft_ms=1000.0, spare=1)
+    assert plan.capacity is not None
+    assert plan.at_rate is not None
+    none, card = plan.capacity.losses[:2]
+    assert card.holds
+    assert none.ttft_s == pytest.approx(plan.at_rate.ttft.mean_s)
+    assert none.ttft_s is not None
+    assert card.ttft_s is not None
+    assert none.ttft_s < card.ttft_s <= 1.0
+    assert 5.0 <= card.requests_per_s < none.requests_per_s < plan.performance.requests_per_s
+
+
+def test_a_plan_tells_the_rate_and_people_read_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside the figures of all slots in use: tables, report, explanation."""
+    command = ["search", "--model", "llama-3.1-8b", "--cluster", "atlas-800t-a2", "--cards", "4"]
+    command += [
+        "--rate",
+        "20",
+        "--ttft-ms",
+        "1000",
+        "--tpot-ms",
+        "60",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert run(command) == 0
+    told = capsys.readouterr().out
+    assert "performance, all slots in use" in told
+    assert "at 20 requests/s" in told
+    plan = Plan.load(tmp_path / "a" / "plan.json")
+    assert plan.at_rate is not None
+    assert plan.at_rate.used == pytest.approx(20.0 / plan.performance.requests_per_s)
+    times = plan.at_rate.ttft
+    assert times.mean_s <= times.p99_s <= 1.0
+    assert times.p50_s <= times.p90_s <= times.p99_s
+    assert "At 20 requests/s" in (tmp_path / "a" / "report.html").read_text(encoding="utf-8")
+    found = {one.name: one for one in explain(plan, shadows=False).bindings}
+    assert found["ttft_at_rate"].value == pytest.approx(times.mean_s)
+    assert found["ttft_at_rate"].limit == 1.0
+
+
+def test_without_a_rate_a_plan_is_as_it_was() -> None:
+    """No part for it in the file."""
+    plan = planned(objective="throughput", cards=8, nodes=1)
+    assert plan.at_rate is None
+    assert "at_rate" not in json.loads(plan.dumps())
