@@ -25,9 +25,9 @@ from shardplan.costmodel.kernels.attention import kv_element_bytes
 from shardplan.costmodel.ledger import weight_element_bytes
 from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
-from shardplan.search.at_rate import Point, run_at
+from shardplan.search.at_rate import Point, most_within, run_at
 from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, context_tokens
-from shardplan.search.kept import Kept, Outcome
+from shardplan.search.kept import QUEUE, Kept, Outcome
 from shardplan.search.legality import rules, unsupported_format
 from shardplan.search.only import only_words
 from shardplan.search.plan import Workload
@@ -208,20 +208,36 @@ def _reached(near: Kept, question: Question) -> list[str]:
     return options
 
 
+def _slower(near: Kept, question: Question) -> str:
+    """The rate at which the queue keeps the limits, "" where none does."""
+    point = Point(LayoutScorer(question, near.parallel), near.choice, near.batch, near.chunk)
+    most = most_within(point, question.workload.request_rate or 0.0, point.scorer.left)
+    return f" or --rate {_floor(most):g}" if most else ""
+
+
+def _queue_message(limit: str, near: Kept, question: Question) -> InfeasibleError:
+    """A limit on time that is broken at the rate, with its queue."""
+    name, column = ("ttft", AT_RATE) if limit == QUEUE else (limit, f"{limit}_s")
+    load = f" with the queue of {question.workload.request_rate:g} requests/s"
+    return _too_slow(name, near, question, near.columns[column], load, _slower(near, question))
+
+
 def _time_message(name: str, near: Kept, question: Question) -> InfeasibleError:
-    value, load = near.columns[f"{name}_s"], ""
-    allowed, rate = getattr(question.limits, f"{name}_s"), question.workload.request_rate
-    if rate is not None:
-        load = " with all slots in use"
-        if value <= allowed or name not in ("ttft", "tpot"):
-            value = near.columns[AT_RATE] if name == "ttft" else value
-            load = f" with the queue of {rate:g} requests/s"
+    """A limit on time that is broken as it is, in a closed loop."""
+    load = "" if question.workload.request_rate is None else " with all slots in use"
+    return _too_slow(name, near, question, near.columns[f"{name}_s"], load, "")
+
+
+def _too_slow(
+    name: str, near: Kept, question: Question, value: float, load: str, slower: str
+) -> InfeasibleError:
+    allowed = getattr(question.limits, f"{name}_s")
     return InfeasibleError(
         f"no strategy meets the {name.upper().replace('_P', ' p')} limit",
         got=f"{name} binds: the nearest has {value * 1e3:.1f} ms{load}, {allowed * 1e3:.4g} ms "
         f"allowed, {value / allowed:.3g} times too slow, with {near.parallel.describe()} and "
         f"batch {near.batch}",
-        hint=f"try {' '.join(_reached(near, question))}, more cards, or quantized weights",
+        hint=f"try {' '.join(_reached(near, question))}{slower}, more cards, or quantized weights",
     )
 
 
@@ -346,6 +362,11 @@ def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -
     if not _any_legal(outcome.space):
         return no_legal_layout(outcome.space, dict(_broken(outcome)))
     nearest = outcome.tally.nearest
+    if question.workload.request_rate is not None:
+        for name in (QUEUE, *TAILS):
+            what = name.removesuffix("_s")
+            if what in nearest:
+                return _queue_message(what, nearest[what], question)
     if "rate" in nearest:
         return _rate_message(question, outcome)
     for name in reversed(_TIMES):

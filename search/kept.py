@@ -21,6 +21,7 @@ from shardplan.search.seen import AT_RATE
 from shardplan.search.space import Choice, Space
 
 __all__ = [
+    "QUEUE",
     "Kept",
     "KeptGrid",
     "KeptTable",
@@ -33,7 +34,6 @@ __all__ = [
     "first_of_each",
     "keep_best",
     "kept_at",
-    "missing_s",
     "note_nearest",
     "note_one",
     "pareto_mask",
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 KEPT_PER_GRID = 24
+QUEUE = "queue"
 Indices = NDArray[np.int64]
 _Value = TypeVar("_Value")
 
@@ -180,7 +181,7 @@ class Tally:
     pruned_by: Counter[str] = field(default_factory=Counter)
     infeasible: Counter[str] = field(default_factory=Counter)
     nearest: dict[str, Kept] = field(default_factory=dict)
-    """By limit, the strategy that breaks only it by the least."""
+    """By limit, the strategy that breaks only it by the least; `QUEUE`: of TTFT, at a rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,18 +304,10 @@ def count_refused(tally: Tally, scores: Scores, unjudged: int = 0) -> None:
             tally.infeasible[name] += count
 
 
-def missing_s(name: str, columns: Mapping[str, Any]) -> Any:
-    """What a limit on time is held against: a number or an array, as the columns are.
-
-    Of TTFT the larger of that of all slots and that at the rate, where it was priced.
-    """
-    value = columns[f"{name}_s"]
-    return np.fmax(value, columns.get(AT_RATE, value)) if name == "ttft" else value
-
-
 _DISTANCE: Mapping[str, tuple[str, float]] = {
     "memory": ("memory_bytes", 1.0),
     "ttft": ("ttft_s", 1.0),
+    QUEUE: (AT_RATE, 1.0),
     "tpot": ("tpot_s", 1.0),
     "ttft_p99": ("ttft_p99_s", 1.0),
     "tpot_p99": ("tpot_p99_s", 1.0),
@@ -323,10 +316,15 @@ _DISTANCE: Mapping[str, tuple[str, float]] = {
 """Column by which a limit is missed, and its sign (smaller is nearer)."""
 
 
+def _queued(columns: Mapping[str, Any]) -> Any:
+    """Whether TTFT was priced at the rate: if it is too long it is so there."""
+    return ~np.isnan(columns.get(AT_RATE, np.full(np.shape(columns["ttft_s"]), np.nan)))
+
+
 def _far(name: str, columns: Mapping[str, Any]) -> Any:
     """By how much a limit is missed: smaller is nearer."""
     column, sign = _DISTANCE[name]
-    return (missing_s(name, columns) if name == "ttft" else columns[column]) * sign
+    return columns[column] * sign
 
 
 def note_nearest(
@@ -334,8 +332,12 @@ def note_nearest(
 ) -> None:
     """Remember, for each limit, the strategy of this grid that misses it by the least so far."""
     limit = scores.limit
+    queued = np.broadcast_to(_queued(scores.columns), limit.shape)
     for name in _DISTANCE:
-        missed = np.flatnonzero(limit.ravel() == LIMITS.index(name))
+        missing = limit == LIMITS.index("ttft" if name == QUEUE else name)
+        if name in ("ttft", QUEUE):
+            missing &= queued == (name == QUEUE)
+        missed = np.flatnonzero(missing)
         if not missed.size:
             continue
         values = _far(name, scores.columns).ravel()
@@ -349,6 +351,8 @@ def note_nearest(
 def note_one(tally: Tally, one: Kept) -> None:
     """Remember a refused strategy where none misses the same limit by less."""
     name = LIMITS[one.limit]
+    if name == "ttft" and _queued(one.columns):
+        name = QUEUE
     known = tally.nearest.get(name)
     if name not in _DISTANCE:
         return

@@ -27,7 +27,7 @@ def at_rate_section(plan: Plan) -> Html:
         rows.append((name, words or "none", *map(time, values)))
     return tag(
         "section",
-        tag("h2", f"At {number(found.requests_per_s)} requests/s"),
+        tag("h2", f"At {found.requests_per_s:g} requests/s"),
         tag(
             "p",
             f"Requests come at random, at {found.used:.1%} of what all slots serve; "

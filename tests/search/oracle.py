@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from tests.search.oracle_queue import queued_of
 from tests.search.small_models import dense, latent, sparse, specs
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.engines import load_engine
-from shardplan.costmodel.run_out import run_out
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
 from shardplan.models.errors import LayoutError
@@ -213,27 +213,6 @@ def _holds(
     )
 
 
-def _queued(
-    case: Case, scorer: LayoutScorer, choice: Choice
-) -> dict[tuple[int, int], dict[str, float]]:
-    """What a client measures at the rate, or of a closed loop, by slots and step size."""
-    question, grid = case.question, list(product(case.batches, case.chunks))
-    told = ("ttft_mean_s", "ttft_p99_s", "tpot_p99_s")
-    rate, left = question.workload.request_rate, _left(question, scorer.parallel)
-    if (rate is None and not question.limits.has_tails) or not left:
-        return {at: dict.fromkeys(told, 0.0) for at in grid}
-    slots, tokens = (np.array([float(one[axis]) for one in grid]) for axis in (0, 1))
-    given = scorer.serving_input(
-        choice, slots, np.maximum(tokens, slots * (1 + scorer.parallel.mtp))
-    )
-    model = scorer.model_for(choice)
-    run = run_out(model, given, request_rate=rate or math.inf, left=left)
-    found = {name: getattr(run, name) for name in told}
-    if rate is None:
-        found["ttft_mean_s"] = np.zeros(len(grid))
-    return {at: {name: float(found[name][i]) for name in told} for i, at in enumerate(grid)}
-
-
 def _left(question: Question, par: Parallelism) -> float:
     """Share of the replicas that is left of a layout, ranks walked one by one."""
     spare = question.spare
@@ -280,13 +259,14 @@ def _cuts(question: Question, par: Parallelism) -> Iterator[Parallelism]:
 def brute_force(case: Case) -> list[Found]:
     """Every legal strategy, one at a time, in the order of the space."""
     question, found = case.question, []
+    grid = list(product(case.batches, case.chunks))
     legal = (
         par for one in _ahead(case) for par in _numbered(question, one) if _legal(question, par)
     )
     for par in (cut for one in legal for cut in _cuts(question, one)):
         scorer = LayoutScorer(question, par)
         for choice in (one for one in case.choices if _allowed(question, par, one)):
-            queued = _queued(case, scorer, choice)
+            queued = queued_of(scorer, choice, grid, _left(question, par))
             for batch in case.batches:
                 for chunk in case.chunks:
                     at = np.array([float(batch)]), np.array([float(chunk)])

@@ -146,7 +146,7 @@ def test_the_fewest_cards_keep_the_limit_with_the_queue() -> None:
     assert plan.at_rate is not None
     assert plan.at_rate.requests_per_s == 9.72
     assert plan.at_rate.ttft.mean_s <= 1.0
-    with pytest.raises(InfeasibleError, match="with the queue of 9.72 requests/s") as caught:
+    with pytest.raises(InfeasibleError, match=r"with the queue of 9\.72 requests/s") as caught:
         planned(rate=9.72, ttft_ms=1000.0, nodes=1, objective="throughput")
     assert "--ttft-ms" in caught.value.hint
 
