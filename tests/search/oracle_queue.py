@@ -1,4 +1,4 @@
-"""What the oracle of the search knows of requests at a rate: all points of a grid, none left out."""
+"""What the oracle of the search knows of requests at a rate, of all points of a grid."""
 
 from __future__ import annotations
 

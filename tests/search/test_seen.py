@@ -13,8 +13,10 @@ import pytest
 from tests.search.oracle import Case, Found, best_of, brute_force, small_case
 from tests.search.small_models import dense, sparse
 
+from shardplan.costmodel.cost_groups import HOST
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.api import search
+from shardplan.search.contenders import contenders_of
 from shardplan.search.evaluate import LayoutScorer
 from shardplan.search.exact import search_exact
 from shardplan.search.explain import explain
@@ -130,6 +132,17 @@ def test_strategies_of_many_layouts_are_priced_as_each_alone() -> None:
         alone = seen([sight])[0]
         assert together.keys() == alone.keys() == {AT_RATE}
         assert together[AT_RATE] == pytest.approx(alone[AT_RATE], rel=1e-9)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 4])
+def test_no_contender_of_a_study_beats_the_best_as_prices_are(index: int) -> None:
+    """Strategies whose queue breaks a limit are not among its points."""
+    case, _, outcome = asked(index)
+    best = outcome.best
+    assert best is not None
+    for one in contenders_of(case.question, outcome, 3):
+        found = one.objectives({HOST: np.ones(1)})
+        assert found.max(initial=-np.inf) <= best.columns["objective"]
 
 
 def planned(**asked: Any) -> Plan:
