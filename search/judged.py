@@ -207,7 +207,7 @@ class Judge:
                     if (first & (which == at)).any()
                 ]
             )
-            layers *= 2
+            layers *= 4
 
     def _extend_front(self, grids: Sequence[Pending]) -> None:
         held = [tuple(one.column(name)[one.holds] for name in _TRADED) for one in grids]
