@@ -57,7 +57,7 @@ def search_beside(
         reach=replace(outcome.space.reach, ways=False),
     )
     found = search_exact(
-        question, space, time_limit_s=time_limit_s, memo=memo, wanted=Wanted(layouts=1)
+        question, space, time_limit_s=time_limit_s, memo=memo, wanted=Wanted(layouts=1, front=False)
     )
     return Beside(
         quantization=_quantization(found, best),

@@ -43,12 +43,14 @@ Indices = NDArray[np.int64]
 
 
 class Wanted(NamedTuple):
-    """What a search tells of strategies beside the best and the Pareto front."""
+    """What a search tells of strategies beside the best."""
 
     layouts: int = 5
     """Whose best strategies are told."""
     strategies: int = 1
     """The best of all."""
+    front: bool = True
+    """The Pareto front, too."""
 
 
 def wanted_of(request: Request, top: int) -> Wanted:
@@ -167,7 +169,8 @@ class Judge:
             self.choices[one.choice] = max(self._of(one.choice), one.best)
         if self.wanted.strategies > 1:
             self._settle_best(grids)
-        self._settle_front(grids)
+        if self.wanted.front:
+            self._settle_front(grids)
 
     def _of(self, choice: Choice) -> float:
         return self.choices.get(choice, -math.inf)
