@@ -60,6 +60,8 @@ _MOST_AGAIN = 0.8
 """Requests that come because of one at most: slots, and queues that grow, bound clusters."""
 _MOST_TURNS = 8
 """Replicas from which on the stream of each is as regular as it matters."""
+_SUMMED = 16.0
+"""Of groups no more: a term each."""
 _ROWS = 512
 """Rows that are solved at once: what that takes of memory."""
 
@@ -186,24 +188,52 @@ def _chain(coming: Array, left: Array, one: Arrivals) -> Array:
 
 def _upto(coming: Array, one: Arrivals) -> Array:
     """Probabilities `[rows, states, states]` of 0, 1, ... prompts or fewer in the fullest group."""
+    found = np.empty((*coming.shape, coming.shape[1]))
+    turns = np.minimum(one.replicas, _MOST_TURNS)
+    kinds, which = np.unique(np.stack([one.groups, one.lanes, turns]), axis=1, return_inverse=True)
+    for place, (groups, lanes, replicas) in enumerate(kinds.T.tolist()):
+        rows = np.flatnonzero(which.ravel() == place)
+        own = coming[rows] / lanes
+        reached = _by_turns(own, replicas) if replicas > 1.0 else _fullest(own, groups / lanes)
+        found[rows] = reached**lanes
+    return found
+
+
+def _by_turns(coming: Array, replicas: float) -> Array:
+    """The same of one of `replicas` that requests go to by turns."""
     from scipy.special import pdtr  # slow to import
 
-    numbers = np.arange(float(coming.shape[1]))
-    factors = np.ones((*coming.shape, numbers.size))
-    np.divide(coming[..., None], numbers[1:], out=factors[..., 1:])
+    last = replicas * (np.arange(float(coming.shape[1])) + 1.0) - 1.0
+    every = replicas * coming[..., None]
+    found = [pdtr(last - place, every) for place in range(int(replicas))]
+    return np.asarray(np.mean(found, axis=0))
+
+
+def _fullest(coming: Array, groups: float) -> Array:
+    """The same of `groups`: between spread evenly and as chance has it."""
+    even = _at_most(coming, groups)
+    if groups <= 1.0:
+        return even
+    return np.asarray(even + (_at_most(coming / groups, 1.0) ** groups - even) / groups)
+
+
+def _at_most(coming: Array, each: float) -> Array:
+    """Probabilities `[..., states]` of 0, `each`, 2 `each`, ... prompts or fewer."""
+    most = coming.shape[1]
+    if each <= _SUMMED and each == np.floor(each) and coming.max(initial=0.0) <= _MOST_SUMMED:
+        return _sums(coming, int(each), most)
+    from scipy.special import pdtr  # slow to import
+
+    return np.asarray(pdtr(np.arange(float(most)) * each, coming[..., None]))
+
+
+def _sums(coming: Array, groups: int, most: int) -> Array:
+    """The same by the sums of the terms themselves."""
+    factors = np.ones((*coming.shape, (most - 1) * groups + 1))
+    np.divide(coming[..., None], np.arange(1.0, factors.shape[-1]), out=factors[..., 1:])
     np.cumprod(factors, axis=-1, out=factors)
     np.cumsum(factors, axis=-1, out=factors)
-    found = np.exp(-coming)[..., None] * factors
-    many = np.flatnonzero((one.groups * one.replicas > 1.0) | (coming.max(axis=1) > _MOST_SUMMED))
-    lanes, groups = (values[many, None, None] for values in (one.lanes, one.groups / one.lanes))
-    own = coming[many, :, None] / lanes
-    even, chance = pdtr(numbers * groups, own), pdtr(numbers, own / groups) ** groups
-    found[many] = (even + (chance - even) / groups) ** lanes
-    replicas = np.minimum(one.replicas, _MOST_TURNS)
-    for turns in np.unique(replicas[replicas > 1.0]):
-        rows = np.flatnonzero(replicas == turns)
-        every, last = turns * coming[rows, :, None], turns * (numbers + 1.0) - 1.0
-        found[rows] = np.mean([pdtr(last - place, every) for place in range(int(turns))], axis=0)
+    found: Array = np.exp(-coming)[..., None] * factors[..., ::groups]
     return found
 
 

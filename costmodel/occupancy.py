@@ -90,11 +90,12 @@ def crowd_met(in_flight: Array, uneven: Array, slots: Array) -> Array:
 def _met(slots: Array, in_flight: Array, bend: Array) -> NDArray[np.bool_]:
     """Whether all slots are ever taken: p(slots) over p of those in flight, both in whole numbers,
     tells more than nothing."""
-    from scipy.special import gammaln  # slow to import
-
     usual, most = np.maximum(np.floor(in_flight), 0.0), np.ceil(slots)
     log = np.log(np.maximum(in_flight, 1e-9))
-    odds = bend * ((most - usual) * log - gammaln(most + 1.0) + gammaln(usual + 1.0))
+    logs = np.log(np.arange(1.0, max(most.max(initial=0.0), usual.max(initial=0.0)) + 1.0))
+    factorial = np.concatenate([[0.0], np.cumsum(logs)])
+    between = factorial[most.astype(np.int64)] - factorial[usual.astype(np.int64)]
+    odds = bend * ((most - usual) * log - between)
     return np.asarray(odds > _NEVER)
 
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shardplan.costmodel.arrivals import Arrivals, Waits, unevenness, waits
+from shardplan.costmodel.bulk import Fleet
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.pace import flow_s, rotate_s, stage_times
@@ -67,7 +68,10 @@ def _line(model: Pricer, given: ServingInput, shares: Shares, ends: tuple[Array,
         return rotate_s(model, span, "prefill")
 
     one, two = ends
-    first, second = seconds(one), seconds(two)
+    if isinstance(model, Fleet):  # which has a load a point
+        first, second = seconds(one), seconds(two)
+    else:
+        first, second = seconds(np.stack(ends))
     token_s = np.maximum((second - first) / (two - one), 0.0)
     return _Line(first - token_s * one, token_s)
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from shardplan.costmodel.bulk import Fleet, Indices
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
-from shardplan.costmodel.serving import Serving, ServingInput, serve
+from shardplan.costmodel.serving import Serving, ServingInput, serve, steady
 
-__all__ = ["Bools", "Case", "at_slots", "filled", "some_rows"]
+__all__ = ["Bools", "Case", "at_slots", "filled", "rate_at", "some_rows"]
 
 Bools = NDArray[np.bool_]
 
@@ -31,11 +31,19 @@ class Case:
     """Decode steps of a request."""
     allowed: Array
     """Slots that the engine would run if memory held them."""
+    left: Array
+    """Share of the dp groups that serve."""
 
 
 def at_slots(model: Pricer, given: ServingInput, slots: Array) -> Serving:
     """The steady state with other slots in use; requests beyond `given.batch` keep waiting."""
     return serve(model, replace(given, batch=slots, in_flight=None))
+
+
+def rate_at(model: Pricer, given: ServingInput, slots: Array) -> Array:
+    """Requests a second of `at_slots`, which is less work."""
+    state = steady(model, replace(given, batch=slots, in_flight=None))
+    return state.timed.requests_per_s
 
 
 def some_rows(model: Pricer, case: Case, rows: Indices) -> tuple[Pricer, Case]:
@@ -64,6 +72,7 @@ def some_rows(model: Pricer, case: Case, rows: Indices) -> tuple[Pricer, Case]:
         prompt=taken(case.prompt),
         steps=taken(case.steps),
         allowed=taken(case.allowed),
+        left=taken(case.left),
     )
     return (model.take(rows) if isinstance(model, Fleet) else model), own
 

@@ -111,6 +111,7 @@ def run_out(
     request_rate: ArrayLike = math.inf,
     num_prompts: ArrayLike = math.inf,
     allowed: ArrayLike = 0.0,
+    left: ArrayLike = 1.0,
     tails: bool = True,
 ) -> Run:
     """What a client measures on one layout; all arrays `[rows]`.
@@ -118,19 +119,21 @@ def run_out(
     `given.batch` are the slots of a dp group, `given.in_flight` the client's requests of one;
     `request_rate` (requests a second) and `num_prompts` are of the whole deployment, infinity for
     closed loop and for the steady state. `allowed` are the slots that the engine would run if
-    memory held them, where those are more. Without `tails` the percentiles of TTFT are NaN, in much
-    less time.
+    memory held them, where those are more. `left`: the share of the dp groups that serve, the
+    others lost. Without `tails` the percentiles of TTFT are NaN, in less time.
     """
     shape = np.broadcast_shapes(given.batch.shape, np.shape(request_rate), np.shape(num_prompts))
-    prompts = np.broadcast_to(np.ceil(as_array(num_prompts) / model.groups), shape)
+    serving = as_array(model.groups) * as_array(left)
+    prompts = np.broadcast_to(np.ceil(as_array(num_prompts) / serving), shape)
     hit = 1.0 - as_array(given.prefix_hit)
     case = Case(
         given=given,
         prompts=prompts,
-        rate=np.broadcast_to(as_array(request_rate) / model.groups, shape),
+        rate=np.broadcast_to(as_array(request_rate) / serving, shape),
         prompt=np.maximum(np.ceil(as_array(given.input_len) * hit), 1.0),
         steps=given.decode_steps,
         allowed=as_array(allowed),
+        left=as_array(left),
     )
     most = np.broadcast_to(given.batch, shape)
     if given.in_flight is not None:
@@ -143,13 +146,13 @@ def run_out(
     ttft, variance = ttft_spread(model, case, slots, most, full.requests_per_s, before_s, tails)
     later_s = after_s / np.maximum(as_array(given.output_len) - 1.0, 1.0)
     span = _makespan_s(model, case, served, used, saturated)
-    steady = np.minimum(served.requests_per_s, case.rate * model.groups)
+    steady = np.minimum(served.requests_per_s, case.rate * model.groups) * case.left
     total = np.broadcast_to(as_array(num_prompts), shape)
     requests = np.where(np.isfinite(total), np.where(np.isfinite(total), total, 1.0) / span, steady)
     return Run(
         served=served,
         slots=used,
-        capacity_requests_per_s=full.requests_per_s,
+        capacity_requests_per_s=full.requests_per_s * case.left,
         **ttft.named("ttft"),
         **tpot_spread(model, case, slots, full, most, variance).later(later_s).named("tpot"),
         output_tokens_per_s=requests * as_array(given.output_len),

@@ -22,7 +22,7 @@ from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, as_array
 from shardplan.costmodel.occupancy import crowd_met
 from shardplan.costmodel.open_loop import Open, open_state
-from shardplan.costmodel.run_case import Bools, Case, at_slots, filled, some_rows
+from shardplan.costmodel.run_case import Bools, Case, filled, rate_at, some_rows
 from shardplan.costmodel.serving import Serving, serve
 
 __all__ = ["AtRate", "Slots", "slots_for_rate"]
@@ -195,7 +195,7 @@ def _fewest(model: Pricer, case: Case, most: Array, reached: Array, offered: Arr
             share = np.clip(over / np.where(over > under, over - under, 1.0), 1e-3, 1.0 - 1e-3)
         tried = low + (high - low) * share if turn else np.ones_like(most)
         served = np.full(most.shape, np.nan)
-        served[held] = at_slots(few, own.given, tried[held]).requests_per_s
+        served[held] = rate_at(few, own.given, tried[held])
         served, slots, rate = served[left], tried[left], offered[left]
         enough, off = served >= rate, slots * (rate / served - 1.0)
         again = np.where(side[left] == np.where(enough, 1.0, -1.0), 0.5, 1.0)

@@ -191,8 +191,11 @@ def ttft_spread(
         mean, values = _closed(few, own, slots.take(others), waiting[others])
         columns[:, others] = Spread.told(mean, values, tails)
     if at_rate is not None:
-        groups = np.broadcast_to(as_array(model.groups), shape)[rows]
-        filled = _occupancy(case, at_rate, (most[rows], capacity[rows], groups), rows)
+        groups, left = (
+            np.broadcast_to(one, shape)[rows] for one in (as_array(model.groups), case.left)
+        )
+        groups, served = groups * left, capacity[rows] * left
+        filled = _occupancy(case, at_rate, (most[rows], served, groups), rows)
         alone = np.exp(-at_rate.in_flight * groups)
         front_s = slots.served.front_s[rows]
         for some, state in _by_states(at_rate.state, tails):

@@ -25,12 +25,14 @@ from shardplan.models.spec import ModelSpec
 from shardplan.search.aside import aside
 from shardplan.search.asked import DEFAULT_TRIALS
 from shardplan.search.beside import Beside, search_beside
-from shardplan.search.build_plan import build_plan, pareto_front, time_note
+from shardplan.search.build_plan import build_plan, pareto_front
 from shardplan.search.costs import cost_of
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.exact import search_exact
 from shardplan.search.failure import nothing_feasible
+from shardplan.search.judged import Wanted, wanted_of
 from shardplan.search.kept import Kept, Outcome
+from shardplan.search.notes import search_notes
 from shardplan.search.output import MOST_ROWS, trial_table
 from shardplan.search.plan import Plan, ProofInfo
 from shardplan.search.proof import prove_strategy
@@ -142,11 +144,12 @@ def _search_aggregated(
     """The best plan whose cards all prefill and decode."""
     start = time.perf_counter()
     memo: Memo = Memo()
-    outcomes = _search_counts(resolved, place, progress, memo)
+    wanted = wanted_of(resolved.request, top)
+    outcomes = _search_counts(resolved, place, progress, memo, wanted)
     if outcomes[-1].best is None and resolved.soft_limits and not _out_of_time(outcomes[-1]):
         resolved = without_limits(resolved)
         again = place and place.named("no-limits")
-        outcomes = _search_counts(resolved, again, progress, memo)
+        outcomes = _search_counts(resolved, again, progress, memo, wanted)
     searched = time.perf_counter()
     question = _question(resolved, outcomes[-1].space.cards)
     best = outcomes[-1].best
@@ -175,7 +178,7 @@ def _search_aggregated(
         switches=beside.switches,
         top=top,
         version=__version__,
-        notes=_notes(resolved, outcomes[-1], beside),
+        notes=search_notes(resolved, outcomes[-1], beside),
     )
     plan = with_study(plan, robustness)
     if refined is not None:
@@ -295,7 +298,11 @@ def _place(
 
 
 def _search_counts(
-    resolved: Resolved, place: Place | None, progress: Progress | None, memo: Memo
+    resolved: Resolved,
+    place: Place | None,
+    progress: Progress | None,
+    memo: Memo,
+    wanted: Wanted,
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     counts = _counts(resolved)
@@ -304,7 +311,7 @@ def _search_counts(
         where, left_s = place, _time_left(resolved, outcomes)
         if place is not None and len(counts) > 1:
             where = place.named(f"{cards}-cards", first=cards == counts[0])
-        outcomes.append(_run(resolved, question, space, where, progress, memo, left_s))
+        outcomes.append(_run(resolved, question, space, where, progress, memo, wanted, left_s))
         if outcomes[-1].best is not None and not _every_count(resolved):
             break
     if _every_count(resolved):  # the plan is that of the last one
@@ -343,6 +350,7 @@ def _run(
     place: Place | None,
     progress: Progress | None,
     memo: Memo,
+    wanted: Wanted,
     left_s: float | None,
 ) -> Outcome:
     request = resolved.request
@@ -353,6 +361,7 @@ def _run(
             time_limit_s=left_s,
             progress=progress,
             memo=memo,
+            wanted=wanted,
         )
     from shardplan.search.sampled import search_sampled
     from shardplan.search.study import encode
@@ -368,20 +377,6 @@ def _run(
         carried=encode(resolved, question.cards),
         progress=progress,
     )
-
-
-def _notes(resolved: Resolved, outcome: Outcome, beside: Beside) -> tuple[str, ...]:
-    notes = [*resolved.notes, *time_note(resolved.time_limit_s, complete=outcome.complete)]
-    if len(outcome.kept) > MOST_ROWS:
-        notes.append(f"trials.csv holds the best {MOST_ROWS} of {len(outcome.kept)} kept")
-    else:
-        notes.append(
-            f"trials.csv holds {len(outcome.kept)} strategies: of every layout and choice the "
-            "best and the Pareto points"
-        )
-    if beside.layouts is not None and beside.layouts < len(outcome.space.layouts):
-        notes.append(f"other dtypes were priced on the best {beside.layouts} layouts only")
-    return tuple(notes)
 
 
 def estimate(**point: Any) -> dict[str, Any]:

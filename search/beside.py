@@ -16,6 +16,7 @@ from shardplan.models.parallel import Parallelism
 from shardplan.search.build_plan import candidate
 from shardplan.search.evaluate import Question
 from shardplan.search.exact import search_exact
+from shardplan.search.judged import Wanted
 from shardplan.search.kept import Kept, Outcome, first_of_each
 from shardplan.search.plan import QuantizationRow, StrategyInfo, SwitchRow
 from shardplan.search.request import Resolved
@@ -55,7 +56,9 @@ def search_beside(
         broken_ways={},
         reach=replace(outcome.space.reach, ways=False),
     )
-    found = search_exact(question, space, time_limit_s=time_limit_s, memo=memo)
+    found = search_exact(
+        question, space, time_limit_s=time_limit_s, memo=memo, wanted=Wanted(layouts=1, front=False)
+    )
     return Beside(
         quantization=_quantization(found, best),
         switches=_switches(found, best),
@@ -64,15 +67,16 @@ def search_beside(
 
 
 def _layouts(outcome: Outcome, choices: tuple[Choice, ...]) -> tuple[Parallelism, ...]:
-    """The layouts that did best, of all and of those that allow each switch."""
+    """The layouts that did best, of all and of those that allow each switch.
+
+    Behind those that hold come those whose queue or percentiles alone are too long.
+    """
     space = outcome.space
     if len(space.layouts) <= _LAYOUTS:
         return space.layouts
-    ranked = tuple(
-        dict.fromkeys(
-            space.layout_of(one.parallel) for one in first_of_each(outcome.kept) if one.feasible
-        )
-    )
+    held = (one.parallel for one in first_of_each(outcome.kept) if one.feasible)
+    near = (par for (par, _), (slots, _) in outcome.refused.items() if slots.size)
+    ranked = tuple(dict.fromkeys(space.layout_of(par) for par in (*held, *near)))
     found = dict.fromkeys(ranked[:_LAYOUTS])
     for choice in (one for one in choices if one.switched):
         able = [par for par in ranked if space.broken_switch(par, choice) is None]

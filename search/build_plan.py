@@ -19,6 +19,7 @@ from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.optable import Group
 from shardplan.models.counts import active_parameter_count, kv_bytes_per_token, parameter_count
 from shardplan.models.graph import Phase
+from shardplan.search.at_rate import Point, at_rate
 from shardplan.search.build_confidence import plan_confidence
 from shardplan.search.evaluate import LayoutScorer, context_tokens
 from shardplan.search.kept import (
@@ -343,6 +344,7 @@ def build_plan(
         cluster=cluster,
         strategy=chosen.strategy,
         performance=chosen.performance,
+        at_rate=at_rate(Point(scorer, best.choice, best.batch, best.chunk)),
         memory=rows,
         largest_lever=lever(rows, best, resolved.cluster.device),
         breakdown=breakdown(scorer, best),

@@ -1,10 +1,11 @@
 """What is left of a plan when a card or a node is lost, and what the service level then is.
 
 Left as it is: the replicas that lost nothing go on at their own slots (`search.spare`), and share
-the rate. In the steady state fewer sequences then decode together than there are slots: of all
-loads up to the slots the smallest that serves the rate tells TTFT and TPOT; above the rate of full
-slots the queue grows, the deployment is saturated. Of pools the instances that are left serve as
-`costmodel.disagg` has it.
+the rate. At an asked rate requests come at random: TTFT and TPOT are means with the queue, and the
+most that is served is the largest rate that keeps the limits (`at_rate`). Without one the rate is
+the plan's own, a closed loop: of all loads up to the slots the smallest that serves it tells TTFT
+and TPOT. Above the rate of full slots the queue grows, the deployment is saturated. Of pools the
+instances that are left serve as `costmodel.disagg` has it.
 
 Planned again, where that does not hold: the search once more on the most cards that a job may have
 of those left, within the limits; where that serves too little, once more without them for the least
@@ -23,6 +24,7 @@ import numpy as np
 from shardplan.costmodel.disagg import Demand, Pools, serve_pools
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import InfeasibleError, InputError
+from shardplan.search.at_rate import Point, most_within, run_at
 from shardplan.search.disagg_request import resolve_sides
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Plan
@@ -110,18 +112,18 @@ def _replica_losses(
 ) -> Iterator[_Loss]:
     """First that of nothing."""
     par, per_node = plan.strategy.parallelism(), resolved.cluster.ranks_per_node
-    loads = _loads(plan, resolved)
-    yield _Loss("nothing", par.replicas, _served(plan, loads, rate, 1.0), None)
+    served = _serves(plan, resolved, rate)
+    yield _Loss("nothing", par.replicas, served(1.0), None)
     for one in kinds:
         left = par.replicas - replicas_lost(par, per_node, one)
         cards = par.ranks - one.count * (per_node if one.unit == "node" else 1)
         count = _most_cards(resolved.cluster, cards)
         again = None if count is None else replace(asked, cards=count)
-        yield _Loss(one.words, left, _served(plan, loads, rate, left / par.replicas), again)
+        yield _Loss(one.words, left, served(left / par.replicas), again)
 
 
-def _loads(plan: Plan, resolved: Resolved) -> dict[str, np.ndarray]:
-    """Rate and times of every number of sequences up to the slots; `[slots]`."""
+def _serves(plan: Plan, resolved: Resolved, rate: float) -> Callable[[float], _Served]:
+    """What a share of the replicas does at a rate."""
     question = Question.of(
         plan.request,
         resolved.spec,
@@ -129,10 +131,26 @@ def _loads(plan: Plan, resolved: Resolved) -> dict[str, np.ndarray]:
         resolved.engine,
         cards=plan.strategy.ranks,
     )
-    scorer = LayoutScorer(question, plan.strategy.parallelism())
-    slots = np.arange(1.0, plan.strategy.batch + 1.0)
-    chunk = np.full(slots.shape, float(plan.strategy.chunk))
-    return dict(scorer.score(Choice.of(plan.strategy), slots, chunk).columns)
+    way = plan.strategy
+    scorer, choice = LayoutScorer(question, way.parallelism()), Choice.of(way)
+    if question.workload.request_rate is not None:
+        point = Point(scorer, choice, way.batch, way.chunk)
+        return lambda share: _queued(point, rate, share)
+    slots = np.arange(1.0, way.batch + 1.0)
+    chunk = np.full(slots.shape, float(way.chunk))
+    loads = dict(scorer.score(choice, slots, chunk).columns)
+    return lambda share: _served(plan, loads, rate, share)
+
+
+def _queued(one: Point, rate: float, share: float) -> _Served:
+    """Of random arrivals."""
+    if not share:
+        return _Served(0.0, None, None)
+    run = run_at(one, np.array([rate]), share)
+    most = most_within(one, rate, share)
+    if float(run.capacity_requests_per_s[0]) * _ROOM < rate:
+        return _Served(most, None, None)
+    return _Served(most, float(run.ttft_mean_s[0]), float(run.tpot_mean_s[0]))
 
 
 def _served(plan: Plan, loads: dict[str, np.ndarray], rate: float, share: float) -> _Served:
@@ -240,25 +258,35 @@ def _again(asked: Asked, plan: Plan, rate: float, searched: Searched) -> Replann
     }
     within = _tried(replace(base, objective="throughput", rate=None, **times), searched)
     most = 0.0 if within is None else within.performance.requests_per_s
-    holds = within is not None and most * _ROOM >= rate
-    free: dict[str, Any] = dict.fromkeys(times)
-    found = _tried(
-        replace(base, objective="latency", rate=rate, **(times if holds else free)), searched
-    )
+    at_rate = replace(base, objective="latency", rate=rate)
+    found = _tried(replace(at_rate, **times), searched) if most * _ROOM >= rate else None
+    holds = found is not None
+    if found is None:
+        free: dict[str, Any] = dict.fromkeys((*times, "ttft_p99_ms", "tpot_p99_ms"))
+        found = _tried(replace(at_rate, **free), searched)
     shown = found if found is not None else within
     if shown is None:
         return None
     from shardplan.search.tables_disagg import instances_words
 
-    does = None if found is None else found.performance
+    ttft_s, tpot_s = _times(found)
     return Replanned(
         cards=shown.cards,
         words=instances_words(shown) or shown.strategy.parallelism().describe(),
         requests_per_s=most,
         holds=holds,
-        ttft_s=None if does is None else does.ttft_s,
-        tpot_s=None if does is None else does.tpot_s,
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
     )
+
+
+def _times(plan: Plan | None) -> tuple[float | None, float | None]:
+    """(TTFT, TPOT) of a plan at its rate."""
+    if plan is None:
+        return None, None
+    if plan.at_rate is not None:
+        return plan.at_rate.ttft.mean_s, plan.at_rate.tpot.mean_s
+    return plan.performance.ttft_s, plan.performance.tpot_s
 
 
 def _tried(asked: Asked, searched: Searched) -> Plan | None:

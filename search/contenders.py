@@ -2,7 +2,8 @@
 
 A contender is one layout with one choice. Its slots and step size are tuned again at every factor,
 over all points of the search's own grid that a factor can make feasible: memory, context and the
-room for a token of every slot do not depend on times, so points that break those are left out.
+room for a token of every slot do not depend on times, so points that break those are left out; so
+are those that break a percentile or, at a rate, the TTFT with its queue at prices as they are.
 At factors of one the numbers are the search's own, to the last bit (`costmodel.cost_groups`), and
 limits and objective are told by the same code (`LayoutScorer.score`).
 """
@@ -115,6 +116,11 @@ class LayoutContender:
         given = self.scorer.serving_input(choice, *one)
         return group_bands(fleet, question.cluster, given, serve(fleet, given))
 
+    def without(self, points: Array) -> LayoutContender:
+        """Without some of its points."""
+        left = np.setdiff1d(np.arange(self.batch.size), points)
+        return replace(self, batch=self.batch[left], chunk=self.chunk[left])
+
     def alone(self) -> LayoutContender:
         """The strategy that the search found, its slots and step size as they are."""
         one = np.array([float(self.kept.batch)]), np.array([float(self.kept.chunk)])
@@ -135,12 +141,13 @@ def contenders_of(question: Question, outcome: Outcome, most: int) -> list[Layou
         found.setdefault((replace(one.parallel, stage_layers=()), one.choice), one)
         if len(found) > most:
             break
-    return [_contender(question, one, outcome.space, memo) for one in found.values()]
+    return [_contender(question, one, outcome, memo) for one in found.values()]
 
 
-def _contender(question: Question, kept: Kept, space: Space, memo: Memo) -> LayoutContender:
-    scorer = LayoutScorer(question, kept.parallel, memo)
+def _contender(question: Question, kept: Kept, outcome: Outcome, memo: Memo) -> LayoutContender:
+    scorer, space = LayoutScorer(question, kept.parallel, memo), outcome.space
     batch, chunk = _points(scorer, kept, space.batches, space.chunks)
+    batch, chunk = _without(batch, chunk, outcome.refused.get((kept.parallel, kept.choice)))
     model = scorer.model_for(kept.choice)
     return LayoutContender(
         kept=kept,
@@ -163,3 +170,14 @@ def _points(
     slots, tokens = (np.broadcast_to(one, fits.shape)[fits] for one in (batch, chunk))
     order = np.argsort(np.broadcast_to(memory, fits.shape)[fits], kind="stable")
     return slots[order], tokens[order]
+
+
+def _without(
+    batch: Array, chunk: Array, refused: tuple[Array, Array] | None
+) -> tuple[Array, Array]:
+    """The points but those that a limit refuses which is dear to price, as prices are."""
+    if refused is None:
+        return batch, chunk
+    known = set(zip(*(one.tolist() for one in refused), strict=True))
+    left = np.array([one not in known for one in zip(batch.tolist(), chunk.tolist(), strict=True)])
+    return batch[left], chunk[left]

@@ -7,8 +7,9 @@ search calls it with the whole grid, a sampled search with one point: the same c
 Limits, in the order that names the one that binds: memory, context (prompt and output within the
 model's), step (a step holds the tokens that every slot decodes: one, and those predicted ahead),
 concurrency (slots for the requests asked for), ttft, tpot, the 99th percentiles of both, rate.
-Percentiles are those of `costmodel.run_out`: of random arrivals where a rate is asked for, else of
-the closed loop. They are priced only where they are limited and all else holds.
+TTFT is limited with all slots in use and, where a rate is asked for, at that rate with its queue;
+that and the percentiles are dear (`seen`), and priced only where they are limited and all else
+holds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.ledger import Ledger
 from shardplan.costmodel.memo import Memo
 from shardplan.costmodel.optable import NO_OVERLAP, Overlap
-from shardplan.costmodel.run_out import run_out
 from shardplan.costmodel.serving import ServingInput, Steady, steady
 from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.steps import Steps
@@ -39,6 +39,7 @@ from shardplan.models.graph import Phase
 from shardplan.models.parallel import Parallelism
 from shardplan.models.spec import ModelSpec
 from shardplan.search.plan import Limits, Request, Workload
+from shardplan.search.seen import Sight, seen, seen_names, too_slow
 from shardplan.search.space import Choice
 from shardplan.search.spare import Spare
 
@@ -53,9 +54,6 @@ __all__ = [
 ]
 
 LIMITS = ("memory", "context", "step", "ttft", "tpot", "ttft_p99", "tpot_p99", "rate")
-_TAILS = ("ttft_p99_s", "tpot_p99_s")
-_ROWS = 512
-"""Strategies whose percentiles are priced at once: what that takes of memory."""
 Objective = str
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -119,6 +117,11 @@ class Scores:
     def feasible(self) -> NDArray[np.bool_]:
         """Which strategies satisfy every limit."""
         return np.asarray(self.limit < 0)
+
+    def opened(self, names: Sequence[str]) -> Scores:
+        """The same with further columns, still without numbers, and limits that may be written."""
+        more = {name: np.full(self.limit.shape, np.nan) for name in names}
+        return replace(self, columns={**self.columns, **more}, limit=self.limit.copy())
 
     def every(self) -> dict[str, Array]:
         """All columns of all strategies, in the grid's shape."""
@@ -279,11 +282,13 @@ class LayoutScorer:
         *,
         watch: Callable[[Steps], None] | None = None,
         pricer: Pricer | None = None,
+        dear: bool = True,
     ) -> Scores:
         """Price arrays of batch and chunk (broadcast) of one choice.
 
         `watch`: as of `steady`. `pricer`: in place of the choice's own model; its prices may add
-        dims from the left.
+        dims from the left. Limits that are dear to price are left out without `dear`, and with a
+        `pricer`.
         """
         question = self.question
         model = self.model_for(choice) if pricer is None else pricer
@@ -304,8 +309,8 @@ class LayoutScorer:
             for name, value in columns.items()
         }
         limit = self._limit(columns, batch, chunk)
-        if question.limits.has_tails and pricer is None:
-            columns |= self._tails(choice, np.broadcast_arrays(batch, chunk), limit < 0)
+        if dear and pricer is None and seen_names(question):
+            columns |= self._seen(choice, np.broadcast_arrays(batch, chunk), limit < 0)
             limit = self._limit(columns, batch, chunk)
         return Scores(
             columns=columns,
@@ -315,20 +320,17 @@ class LayoutScorer:
             capacity_bytes=self.ledger.capacity_bytes,
         )
 
-    def _tails(
+    def _seen(
         self, choice: Choice, grid: Sequence[Array], able: NDArray[np.bool_]
     ) -> dict[str, Array]:
-        """99th percentiles of TTFT and TPOT of the strategies that are `able`, NaN of others."""
-        places = np.flatnonzero(able)
-        batch, chunk = (np.broadcast_to(one, able.shape).ravel() for one in grid)
-        found = {name: np.full(able.size, np.nan) for name in _TAILS}
-        rate = self.question.workload.request_rate or math.inf
-        for start in range(0, places.size, _ROWS):
-            at = places[start : start + _ROWS]
-            given = self.serving_input(choice, batch[at], chunk[at])
-            run = run_out(self.model_for(choice), given, request_rate=rate)
+        """What requests see of the strategies that are `able`, NaN of others."""
+        names, places = seen_names(self.question), np.flatnonzero(able)
+        found = {name: np.full(able.size, np.nan) for name in names}
+        if places.size:
+            slots, tokens = (np.broadcast_to(one, able.shape).ravel()[places] for one in grid)
+            told = seen([Sight(self, choice, slots, tokens)])[0]
             for name, values in found.items():
-                values[at] = getattr(run, name)
+                values[places] = told[name]
         return {name: values.reshape(able.shape) for name, values in found.items()}
 
     def objective(self, end_to_end_s: Array, requests_per_s: Array) -> Array:
@@ -348,11 +350,10 @@ class LayoutScorer:
             "tpot": columns["tpot_s"] > (question.limits.tpot_s or math.inf),
             "rate": columns["requests_per_s"] * self.left < (work.request_rate or 0.0),
         }
-        for name in _TAILS:
-            most = getattr(question.limits, name) or math.inf
-            what = name.removesuffix("_s")
-            broken[what] = columns[name] > most if name in columns else np.zeros((), dtype=bool)
+        for name, slow in too_slow(question, columns).items():
+            broken[name] = broken.get(name, np.zeros((), dtype=bool)) | slow
         limit = np.full(columns["memory_bytes"].shape, -1, dtype=np.int8)
         for index, name in reversed(list(enumerate(LIMITS))):
-            limit[np.broadcast_to(broken[name], limit.shape)] = index
+            if name in broken:
+                limit[np.broadcast_to(broken[name], limit.shape)] = index
         return limit

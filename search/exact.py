@@ -10,7 +10,8 @@ order of the space. For each, and every choice that its switches allow:
   4. `cut`      other cuts of the layers (`refine`), best first, until none can be better;
   5. `order`    other numberings of the ranks change the price of collectives alone: they are priced
                 where free collectives would beat what is found, one of each that cross the same
-                tiers.
+                tiers;
+  6. `queue`    limits that are dear to price are looked at for what may be best or kept (`judged`).
 
 Each left-out strategy is counted under the bound that left it out, so that
     size of the space = evaluated + sum of pruned                  (of a complete search)
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shardplan.costmodel.ahead import price_ahead
 from shardplan.costmodel.kernels.base import Array
@@ -37,6 +39,7 @@ from shardplan.costmodel.orders import distinct_orders
 from shardplan.models.parallel import Parallelism
 from shardplan.search.bounds import most_objective
 from shardplan.search.evaluate import LayoutScorer, Question, Scores
+from shardplan.search.judged import Judge, Pending, Wanted
 from shardplan.search.kept import (
     KeptGrid,
     KeptTable,
@@ -47,12 +50,13 @@ from shardplan.search.kept import (
     note_nearest,
 )
 from shardplan.search.refine import Open, Slack, fits_some_cut, most_where, open_points, refine_cuts
+from shardplan.search.seen import seen_names
 from shardplan.search.space import Choice, Space
 
 __all__ = ["search_exact"]
 
 _TOGETHER = 32
-"""Layouts whose rows are priced together."""
+"""Layouts whose rows are priced together, and grids that are judged together."""
 
 
 @dataclass(slots=True)
@@ -67,6 +71,11 @@ class Hunt:
     kept: list[KeptGrid] = field(default_factory=list)
     best: float = -math.inf
     """Largest objective of a feasible strategy so far."""
+    judge: Judge = field(default_factory=lambda: Judge(Wanted()))
+    pending: list[Pending] = field(default_factory=list)
+    """Grids that are not judged to the end; they come after those of `kept`."""
+    refused: dict[tuple[Parallelism, Choice], tuple[Array, Array]] = field(default_factory=dict)
+    """Slots and step sizes that break only a limit that is dear to price."""
     open: list[Open] = field(default_factory=list)
     """Grids of which other cuts may still be better."""
     again: list[tuple[float, Parallelism, Choice]] = field(default_factory=list)
@@ -91,15 +100,51 @@ class Hunt:
         self, scorer: LayoutScorer, choice: Choice, batch: Array, chunk: Array, slack: Slack | None
     ) -> Scores:
         """Price arrays of batch and chunk and remember the best of them."""
-        par = scorer.parallel
-        scores = scorer.score(choice, batch, chunk, watch=None if slack is None else slack.watch)
-        count_refused(self.tally, scores)
-        note_nearest(self.tally, scores, par, choice, (batch, chunk))
-        found = keep_best(scores, par, choice, batch, chunk)
-        self.kept.append(found)
-        feasible = found.columns["objective"][found.limit < 0]
-        self.best = max(self.best, float(feasible.max(initial=-math.inf)))
+        watch = None if slack is None else slack.watch
+        scores = scorer.score(choice, batch, chunk, watch=watch, dear=False)
+        if not seen_names(self.question):
+            found = self._keep(scorer, choice, (batch, chunk), scores)
+            feasible = found.columns["objective"][found.limit < 0]
+            self.best = max(self.best, float(feasible.max(initial=-math.inf)))
+            return scores
+        self.pending.append(Pending.of(scorer, choice, (batch, chunk), scores))
+        if len(self.pending) >= _TOGETHER:
+            self.settle()
         return scores
+
+    def best_over(self, bound: float) -> float:
+        """The largest objective that holds, looked for where it may be no less than `bound`."""
+        while self.pending:
+            one = max(self.pending, key=lambda each: each.most)
+            if one.most < bound or one.most <= self.best:
+                break
+            one.seek(self.best)
+            self.best = max(self.best, one.best)
+        return self.best
+
+    def settle(self) -> None:
+        """Judge what is told of the grids that wait for it."""
+        self.judge.settle(self.pending)
+        for one in self.pending:
+            self.best = max(self.best, one.best)
+            self.refused[one.scorer.parallel, one.choice] = one.refused
+            self._keep(one.scorer, one.choice, (one.batch, one.chunk), one.scores, one.open)
+        self.pending.clear()
+
+    def _keep(
+        self,
+        scorer: LayoutScorer,
+        choice: Choice,
+        grid: tuple[Array, Array],
+        scores: Scores,
+        unjudged: NDArray[np.bool_] | None = None,
+    ) -> KeptGrid:
+        """Remember the best of a grid, and count it; `unjudged`, flat, are left out."""
+        count_refused(self.tally, scores, 0 if unjudged is None else int(unjudged.sum()))
+        note_nearest(self.tally, scores, scorer.parallel, choice, grid)
+        known = None if unjudged is None else ~unjudged
+        self.kept.append(keep_best(scores, scorer.parallel, choice, *grid, known))
+        return self.kept[-1]
 
 
 def _by_bound(question: Question, space: Space) -> list[tuple[float, Parallelism]]:
@@ -119,12 +164,13 @@ def search_exact(
     time_limit_s: float | None = None,
     progress: Callable[[int, int], None] | None = None,
     memo: Memo | None = None,
+    wanted: Wanted | None = None,
 ) -> Outcome:
     """Every strategy of `space`; the optimum, with what is needed to prove and explain it.
 
     `time_limit_s`: stop then with the best so far and a bound on the rest; what was not reached
     is counted neither as evaluated nor as pruned. `memo`: prices shared with other searches of
-    the same machine and engine.
+    the same machine and engine. `wanted`: what is told beside the optimum, where limits are dear.
     """
     start = time.perf_counter()
     hunt = Hunt(
@@ -132,6 +178,7 @@ def search_exact(
         space=space,
         deadline_s=math.inf if time_limit_s is None else start + time_limit_s,
         memo=Memo() if memo is None else memo,
+        judge=Judge(wanted or Wanted()),
     )
     layouts = _by_bound(question, space)
     done = 0
@@ -139,7 +186,7 @@ def search_exact(
         for bound, task in _prepared(hunt, layouts[done : done + _TOGETHER]):
             if hunt.late:
                 break
-            if task is None or bound < hunt.best:
+            if task is None or bound < hunt.best_over(bound):
                 hunt.tally.pruned_by["peak"] += space.strategies(layouts[done][1])
             else:
                 _layout(hunt, task)
@@ -150,6 +197,7 @@ def search_exact(
         hunt.unreached = max(hunt.unreached, layouts[done][0])
     _orders(hunt)
     refine_cuts(hunt)
+    hunt.settle()
     for rule, count in space.broken_strategies.items():
         hunt.tally.pruned_by[f"rule {rule}"] += count
     return _outcome(hunt, start)
@@ -167,7 +215,8 @@ def _prepared(
 ) -> list[tuple[float, _Task | None]]:
     """(bound, layout ready to be priced) of each; none where the bound leaves it out already."""
     hunt.memo.make_room()
-    found = [(bound, None if bound < hunt.best else _task(hunt, par)) for bound, par in layouts]
+    best = hunt.best_over(layouts[-1][0])
+    found = [(bound, None if bound < best else _task(hunt, par)) for bound, par in layouts]
     batch, chunk = hunt.grid
     price_ahead(
         (task.scorer.model_for(choice), task.scorer.serving_input(choice, batch, chunk))
@@ -231,7 +280,7 @@ def _orders(hunt: Hunt) -> None:
     """Price other orders of the ranks where free collectives would beat what is found."""
     question, space = hunt.question, hunt.space
     for bound, par, choice in sorted(hunt.again, key=lambda one: -one[0]):
-        if bound <= hunt.best:
+        if bound <= hunt.best_over(bound):
             return
         if hunt.late:
             hunt.unreached = max(hunt.unreached, bound)
@@ -259,6 +308,7 @@ def _outcome(hunt: Hunt, start: float) -> Outcome:
         tally=hunt.tally,
         bound=max(hunt.best, hunt.unreached),
         wall_s=time.perf_counter() - start,
+        refused=hunt.refused,
     )
 
 

@@ -30,6 +30,7 @@ from shardplan.search.evaluate import LIMITS, LayoutScorer
 from shardplan.search.explanation import Binding, Explanation, Shadow
 from shardplan.search.kept import Kept, kept_at
 from shardplan.search.plan import Plan
+from shardplan.search.seen import AT_RATE
 from shardplan.search.space import Choice, batch_grid
 
 __all__ = ["explain", "looser", "more_cards", "priced", "quantized", "wide_enough"]
@@ -84,6 +85,8 @@ def _bindings(known: Known) -> Iterator[Binding]:
         "ttft_p99": (columns.get("ttft_p99_s", 0.0), question.limits.ttft_p99_s),
         "tpot_p99": (columns.get("tpot_p99_s", 0.0), question.limits.tpot_p99_s),
     }
+    if AT_RATE in columns:
+        held["ttft_at_rate"] = columns[AT_RATE], question.limits.ttft_s
     for name, (value, limit) in held.items():
         if limit is not None:
             yield Binding(
@@ -101,7 +104,9 @@ def _first_broken(known: Known, scorer: LayoutScorer) -> set[str]:
     for batch, chunk in [(grid[0], way.chunk)] if grid else []:
         one = priced(scorer, known.choice, batch, max(chunk, batch * (1 + way.mtp)))
         if one.limit >= 0:
-            found.add(LIMITS[one.limit])
+            name, most = LIMITS[one.limit], known.question.limits.ttft_s
+            queue = name == "ttft" and one.columns["ttft_s"] <= (most or 0.0)
+            found.add("ttft_at_rate" if queue else name)
     return found
 
 

@@ -25,13 +25,15 @@ from shardplan.costmodel.kernels.attention import kv_element_bytes
 from shardplan.costmodel.ledger import weight_element_bytes
 from shardplan.models.counts import parameter_count
 from shardplan.models.errors import InfeasibleError
+from shardplan.search.at_rate import Point, most_within, run_at
 from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, context_tokens
-from shardplan.search.kept import Kept, Outcome
+from shardplan.search.kept import QUEUE, Kept, Outcome
 from shardplan.search.legality import unsupported_format
 from shardplan.search.only import only_words
 from shardplan.search.plan import Workload
 from shardplan.search.request import Resolved
 from shardplan.search.rulebook import rules
+from shardplan.search.seen import AT_RATE, TAILS, seen_names
 from shardplan.search.space import Choice, Space, build_space
 
 __all__ = ["context_message", "no_legal_layout", "nothing_feasible", "out_of_time"]
@@ -41,6 +43,8 @@ _MOST_TRIED = 8
 """Card counts and types that are priced for a hint."""
 _TIMES = ("ttft", "tpot", "ttft_p99", "tpot_p99")
 """Limits on time, in the order in which they are checked."""
+_BUSY = 0.9
+"""Of what is served a hint names no more where a queue is limited."""
 _MOST_COUNTED = 64
 """Card counts whose layouts are checked for a hint."""
 
@@ -169,29 +173,72 @@ def _left(question: Question, one: Kept) -> float:
     return one.columns["requests_per_s"] * question.share_left(one.parallel)
 
 
+def _served(near: Kept, question: Question) -> float | None:
+    """The rate that a hint names: as asked, else what the strategy serves, with room for a queue
+    where times at the rate are limited; None where none is asked."""
+    asked, most = question.workload.request_rate, _left(question, near)
+    if asked is None or most > asked:
+        return asked
+    return _floor(most * (_BUSY if seen_names(question) else 1.0)) if most else None
+
+
+def _times(near: Kept, question: Question, rate: float | None) -> dict[str, float]:
+    """What each limit on time is held against, of a strategy at a rate."""
+    columns, names = near.columns, seen_names(question)
+    found = {name: columns[f"{name}_s"] for name in ("ttft", "tpot")}
+    if not names or not question.share_left(near.parallel):
+        return found
+    point = Point(LayoutScorer(question, near.parallel), near.choice, near.batch, near.chunk)
+    run = run_at(point, np.array([rate or math.inf]), point.scorer.left)
+    if AT_RATE in names:
+        found["ttft"] = max(found["ttft"], float(run.ttft_mean_s[0]))
+    late = {name.removesuffix("_s"): float(getattr(run, name)[0]) for name in TAILS}
+    return {**found, **(late if question.limits.has_tails else {})}
+
+
 def _reached(near: Kept, question: Question) -> list[str]:
     """An option for each limit that a strategy breaks, at the value that it reaches."""
-    options = []
+    options, rate = [], _served(near, question)
+    times = _times(near, question, rate)
     for name in _TIMES:
-        value = near.columns.get(f"{name}_s", math.nan)
-        allowed = getattr(question.limits, f"{name}_s")
+        value, allowed = times.get(name, math.nan), getattr(question.limits, f"{name}_s")
         if allowed is not None and value > allowed:
             options.append(f"--{name.replace('_', '-')}-ms {math.ceil(value * 1e3)}")
-    rate, asked = _left(question, near), question.workload.request_rate
-    if asked is not None and 0.0 < rate < asked:
-        options.append(f"--rate {_floor(rate):g}")
+    if rate is not None and rate != question.workload.request_rate:
+        options.append(f"--rate {rate:g}")
     return options
 
 
+def _slower(near: Kept, question: Question) -> str:
+    """The rate at which the queue keeps the limits, "" where none does."""
+    point = Point(LayoutScorer(question, near.parallel), near.choice, near.batch, near.chunk)
+    most = most_within(point, question.workload.request_rate or 0.0, point.scorer.left)
+    return f" or --rate {_floor(most):g}" if most else ""
+
+
+def _queue_message(limit: str, near: Kept, question: Question) -> InfeasibleError:
+    """A limit on time that is broken at the rate, with its queue."""
+    name, column = ("ttft", AT_RATE) if limit == QUEUE else (limit, f"{limit}_s")
+    load = f" with the queue of {question.workload.request_rate:g} requests/s"
+    return _too_slow(name, near, question, near.columns[column], load, _slower(near, question))
+
+
 def _time_message(name: str, near: Kept, question: Question) -> InfeasibleError:
-    value = near.columns[f"{name}_s"]
+    """A limit on time that is broken as it is, in a closed loop."""
+    load = "" if question.workload.request_rate is None else " with all slots in use"
+    return _too_slow(name, near, question, near.columns[f"{name}_s"], load, "")
+
+
+def _too_slow(
+    name: str, near: Kept, question: Question, value: float, load: str, slower: str
+) -> InfeasibleError:
     allowed = getattr(question.limits, f"{name}_s")
     return InfeasibleError(
         f"no strategy meets the {name.upper().replace('_P', ' p')} limit",
-        got=f"{name} binds: the nearest has {value * 1e3:.1f} ms, {allowed * 1e3:.4g} ms allowed, "
-        f"{value / allowed:.3g} times too slow, with {near.parallel.describe()} and "
+        got=f"{name} binds: the nearest has {value * 1e3:.1f} ms{load}, {allowed * 1e3:.4g} ms "
+        f"allowed, {value / allowed:.3g} times too slow, with {near.parallel.describe()} and "
         f"batch {near.batch}",
-        hint=f"try {' '.join(_reached(near, question))}, more cards, or quantized weights",
+        hint=f"try {' '.join(_reached(near, question))}{slower}, more cards, or quantized weights",
     )
 
 
@@ -316,6 +363,11 @@ def nothing_feasible(resolved: Resolved, question: Question, outcome: Outcome) -
     if not _any_legal(outcome.space):
         return no_legal_layout(outcome.space, dict(_broken(outcome)))
     nearest = outcome.tally.nearest
+    if question.workload.request_rate is not None:
+        for name in (QUEUE, *TAILS):
+            what = name.removesuffix("_s")
+            if what in nearest:
+                return _queue_message(what, nearest[what], question)
     if "rate" in nearest:
         return _rate_message(question, outcome)
     for name in reversed(_TIMES):

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from shardplan.costmodel.kernels.base import Array
 from shardplan.models.parallel import Parallelism
 from shardplan.search.evaluate import LIMITS, Scores
+from shardplan.search.seen import AT_RATE
 from shardplan.search.space import Choice, Space
 
 __all__ = [
+    "QUEUE",
     "Kept",
     "KeptGrid",
     "KeptTable",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 KEPT_PER_GRID = 24
+QUEUE = "queue"
 Indices = NDArray[np.int64]
 _Value = TypeVar("_Value")
 
@@ -178,7 +181,7 @@ class Tally:
     pruned_by: Counter[str] = field(default_factory=Counter)
     infeasible: Counter[str] = field(default_factory=Counter)
     nearest: dict[str, Kept] = field(default_factory=dict)
-    """By limit, the strategy that breaks only it by the least."""
+    """By limit, the strategy that breaks only it by the least; `QUEUE`: of TTFT, at a rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +196,8 @@ class Outcome:
     bound: float | None
     """No strategy of the space has a larger objective; None where the engine proves none."""
     wall_s: float
+    refused: Mapping[tuple[Parallelism, Choice], tuple[Array, Array]] = field(default_factory=dict)
+    """Slots and step sizes of strategies that break only a limit that is dear to price."""
 
     @property
     def complete(self) -> bool:
@@ -223,11 +228,11 @@ def rank_key(one: Kept) -> tuple[bool, float, float]:
     return not one.feasible, -one.columns["objective"], one.columns["memory_bytes"]
 
 
-def _positions(scores: Scores) -> NDArray[np.int64]:
+def _positions(scores: Scores, known: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Flat grid positions worth keeping: the best, the Pareto points, a few refused ones."""
     feasible = scores.feasible.ravel()
     objective = scores.columns["objective"].ravel()
-    where = np.flatnonzero(feasible)
+    where = np.flatnonzero(feasible & known)
     if not where.size:
         refused = np.flatnonzero(~feasible)
         return refused[np.argsort(-objective[refused], kind="stable")[:2]]
@@ -236,18 +241,20 @@ def _positions(scores: Scores) -> NDArray[np.int64]:
         scores.columns["tpot_s"].ravel()[where],
     )
     kept = np.zeros(objective.size, dtype=bool)
-    kept[_top(objective, scores.columns["memory_bytes"].ravel(), where)] = True
+    kept[_top(objective, scores.columns["memory_bytes"].ravel(), where, KEPT_PER_GRID)] = True
     kept[where[front]] = True
     return np.flatnonzero(kept)
 
 
-def _top(objective: Array, memory: Array, where: NDArray[np.int64]) -> NDArray[np.int64]:
+def _top(
+    objective: Array, memory: Array, where: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
     """The best of the points `where`; of equal ones those of less memory, then the first."""
-    if where.size > KEPT_PER_GRID:
+    if where.size > count:
         own = objective[where]
-        least = np.partition(own, where.size - KEPT_PER_GRID)[where.size - KEPT_PER_GRID]
+        least = np.partition(own, where.size - count)[where.size - count]
         where = where[own >= least]
-    return where[np.lexsort((memory[where], -objective[where]))[:KEPT_PER_GRID]]
+    return where[np.lexsort((memory[where], -objective[where]))[:count]]
 
 
 def kept_at(
@@ -272,15 +279,25 @@ def kept_at(
 
 
 def keep_best(
-    scores: Scores, par: Parallelism, choice: Choice, batch: Array, chunk: Array
+    scores: Scores,
+    par: Parallelism,
+    choice: Choice,
+    batch: Array,
+    chunk: Array,
+    known: NDArray[np.bool_] | None = None,
 ) -> KeptGrid:
-    """The strategies of one grid that are worth remembering."""
-    return kept_at(scores, par, choice, batch, chunk, _positions(scores))
+    """The strategies of one grid that are worth remembering.
+
+    `known`, flat: which are judged to the end; others are not kept. None: all.
+    """
+    known = np.ones(scores.limit.size, dtype=bool) if known is None else known
+    return kept_at(scores, par, choice, batch, chunk, _positions(scores, known))
 
 
-def count_refused(tally: Tally, scores: Scores) -> None:
-    """Count what was priced, and what was refused by each limit."""
-    tally.evaluated += scores.limit.size
+def count_refused(tally: Tally, scores: Scores, unjudged: int = 0) -> None:
+    """Count what was priced, and what was refused by each limit; `unjudged`: not to the end."""
+    tally.evaluated += scores.limit.size - unjudged
+    tally.pruned_by["queue"] += unjudged
     counts = np.bincount(scores.limit.ravel() + 1, minlength=len(LIMITS) + 1)[1:]
     for name, count in zip(LIMITS, counts.tolist(), strict=True):
         if count:
@@ -290,6 +307,7 @@ def count_refused(tally: Tally, scores: Scores) -> None:
 _DISTANCE: Mapping[str, tuple[str, float]] = {
     "memory": ("memory_bytes", 1.0),
     "ttft": ("ttft_s", 1.0),
+    QUEUE: (AT_RATE, 1.0),
     "tpot": ("tpot_s", 1.0),
     "ttft_p99": ("ttft_p99_s", 1.0),
     "tpot_p99": ("tpot_p99_s", 1.0),
@@ -298,26 +316,45 @@ _DISTANCE: Mapping[str, tuple[str, float]] = {
 """Column by which a limit is missed, and its sign (smaller is nearer)."""
 
 
+def _queued(columns: Mapping[str, Any]) -> Any:
+    """Whether TTFT was priced at the rate: if it is too long it is so there."""
+    return ~np.isnan(columns.get(AT_RATE, np.full(np.shape(columns["ttft_s"]), np.nan)))
+
+
+def _far(name: str, columns: Mapping[str, Any]) -> Any:
+    """By how much a limit is missed: smaller is nearer."""
+    column, sign = _DISTANCE[name]
+    return columns[column] * sign
+
+
 def note_nearest(
     tally: Tally, scores: Scores, par: Parallelism, choice: Choice, grid: tuple[Array, Array]
 ) -> None:
     """Remember, for each limit, the strategy of this grid that misses it by the least so far."""
     limit = scores.limit
-    for name, (column, sign) in _DISTANCE.items():
-        missed = np.flatnonzero(limit.ravel() == LIMITS.index(name))
+    queued = np.broadcast_to(_queued(scores.columns), limit.shape)
+    for name in _DISTANCE:
+        missing = limit == LIMITS.index("ttft" if name == QUEUE else name)
+        if name in ("ttft", QUEUE):
+            missing &= queued == (name == QUEUE)
+        missed = np.flatnonzero(missing)
         if not missed.size:
             continue
-        values = scores.columns[column].ravel() * sign
+        values = _far(name, scores.columns).ravel()
         at = int(missed[np.argmin(values[missed])])
         known = tally.nearest.get(name)
-        if known is not None and values[at] >= known.columns[column] * sign:
+        if known is not None and values[at] >= _far(name, known.columns):
             continue
         note_one(tally, kept_at(scores, par, choice, *grid, np.array([at])).one(0))
 
 
 def note_one(tally: Tally, one: Kept) -> None:
     """Remember a refused strategy where none misses the same limit by less."""
-    column, sign = _DISTANCE.get(LIMITS[one.limit], ("", 0.0))
-    known = tally.nearest.get(LIMITS[one.limit])
-    if column and (known is None or one.columns[column] * sign < known.columns[column] * sign):
-        tally.nearest[LIMITS[one.limit]] = one
+    name = LIMITS[one.limit]
+    if name == "ttft" and _queued(one.columns):
+        name = QUEUE
+    known = tally.nearest.get(name)
+    if name not in _DISTANCE:
+        return
+    if known is None or _far(name, one.columns) < _far(name, known.columns):
+        tally.nearest[name] = one

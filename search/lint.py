@@ -30,6 +30,7 @@ from shardplan.search.lint_report import Best, Finding, LintReport
 from shardplan.search.plan import StrategyInfo
 from shardplan.search.request import Asked
 from shardplan.search.rulebook import Role, Subject, rules
+from shardplan.search.seen import AT_RATE
 
 __all__ = ["lint"]
 
@@ -209,13 +210,18 @@ def _limits(case: Case, kept: Kept) -> Iterator[Finding]:
     limits = case.question.limits
     if case.resolved.soft_limits:  # defaults of a search, which nobody asked for here
         return
-    for name, most in (("ttft_s", limits.ttft_s), ("tpot_s", limits.tpot_s)):
-        value = kept.columns[name]
+    rate = case.question.workload.request_rate
+    for name, column, most, where in (
+        ("ttft", "ttft_s", limits.ttft_s, ""),
+        ("tpot", "tpot_s", limits.tpot_s, ""),
+        ("ttft", AT_RATE, limits.ttft_s, f" with the queue of {rate or 0.0:g} requests/s"),
+    ):
+        value = kept.columns.get(column, 0.0)
         if most is not None and value > most:
             yield Finding(
                 level="warning",
-                rule=name.removesuffix("_s"),
-                sentence=f"the mean {name.removesuffix('_s').upper()} is above its limit",
+                rule=name,
+                sentence=f"the mean {name.upper()}{where} is above its limit",
                 source="the question",
                 got=f"{value * 1e3:.1f} ms, {most * 1e3:g} ms allowed",
                 hint="fewer sequences, or the plan below",

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from shardplan.models.atomic import write_atomically
 from shardplan.models.errors import InputError
 from shardplan.models.parallel import AXES, Axis, Parallelism
+from shardplan.search.plan_at_rate import AtRate
 from shardplan.search.plan_batching import Batching
 from shardplan.search.plan_capacity import Capacity
 from shardplan.search.plan_confidence import BasisShares, Confidence, Part, WeakestPart
@@ -58,7 +59,7 @@ __all__ = [
 
 OPERATORS = "operators"
 """`kind` of a plan of operators (`search.oplevel.plan`)."""
-_ASKED_FOR = ("batching", "capacity", "cost")
+_ASKED_FOR = ("at_rate", "batching", "capacity", "cost")
 """Parts that only some questions ask for."""
 
 
@@ -301,7 +302,9 @@ class Plan(Part):
     strategy: StrategyInfo
     """Of the deployment; with `pools`, of one decode instance, as cluster, memory and breakdown."""
     performance: Performance
-    """Of the whole deployment."""
+    """Of the whole deployment, all its slots in use."""
+    at_rate: AtRate | None = None
+    """At the rate, where one is asked; left out of the file where not."""
     pools: Annotated[tuple[Pool, ...], AfterValidator(_both_roles)] = ()
     """Prefill and decode instances, where each role has its own."""
     transfer: Transfer | None = None
@@ -323,7 +326,7 @@ class Plan(Part):
     servings: tuple[ServingRow, ...] = ()
     """Aggregated and disaggregated serving side by side, where both were searched."""
     batching: Batching | None = None
-    """Graph sizes and what the step sizes gain, where asked; left out of the file where not."""
+    """Graph sizes and what the step sizes gain, where asked; likewise."""
     cost: Cost | None = None
     """At prices that were given; likewise."""
     capacity: Capacity | None = None

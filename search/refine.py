@@ -264,7 +264,7 @@ def refine_cuts(hunt: Hunt) -> None:
     grids = dict(enumerate(hunt.open))
     queue = [(-float(one.bound.max()), place) for place, one in grids.items()]
     heapq.heapify(queue)
-    while queue and -queue[0][0] > hunt.best:
+    while queue and -queue[0][0] > hunt.best_over(-math.inf):
         if hunt.late:
             hunt.unreached = max(hunt.unreached, -queue[0][0])
             return

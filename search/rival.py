@@ -19,7 +19,7 @@ from shardplan.models.parallel import Parallelism, balanced_stages
 from shardplan.search.asked_again import Known, objective_of
 from shardplan.search.build_plan import breakdown, memory_rows, performance
 from shardplan.search.configuration import Configuration, whole_number
-from shardplan.search.evaluate import LIMITS, LayoutScorer
+from shardplan.search.evaluate import LIMITS, LayoutScorer, Question
 from shardplan.search.explain import priced
 from shardplan.search.explanation import Difference, Rival
 from shardplan.search.kept import Kept
@@ -27,6 +27,7 @@ from shardplan.search.layouts import base_order
 from shardplan.search.legality import broken_rules
 from shardplan.search.plan import BreakdownRow, MemoryRow, Plan, StrategyInfo
 from shardplan.search.rulebook import Subject, rules
+from shardplan.search.seen import seen_names
 from shardplan.search.space import Choice, batch_grid, chunk_grid
 
 __all__ = ["memory_differences", "rival_of", "step_differences", "values_of", "words_of"]
@@ -97,7 +98,7 @@ def rival_of(known: Known, values: Mapping[str, Any]) -> Rival:
             strategy=strategy, performance=None, broken=(str(error),), ratio=None, differences=()
         )
     kept = _tuned(known, scorer, choice, values)
-    against = (*_rules(known, par, choice), *_limits(kept))
+    against = (*_rules(known, par, choice), *_limits(kept, known.question))
     return Rival(
         strategy=_strategy(known, par, choice, kept.batch, kept.chunk),
         performance=performance(kept.columns),
@@ -132,7 +133,10 @@ def _parallel(known: Known, values: Mapping[str, Any]) -> Parallelism:
 
 
 def _tuned(known: Known, scorer: LayoutScorer, choice: Choice, values: Mapping[str, Any]) -> Kept:
-    """The rival at the slots and step size given, else at its best, else at its smallest."""
+    """The rival at the slots and step size given, else at its best, else at its smallest.
+
+    Its best breaks at most a percentile, or the TTFT with the queue of the rate.
+    """
     work, own = known.question.workload, known.plan.strategy
     if {"batch", "chunk"} & set(values):
         batch, chunk = values.get("batch", own.batch), values.get("chunk", own.chunk)
@@ -145,6 +149,11 @@ def _tuned(known: Known, scorer: LayoutScorer, choice: Choice, values: Mapping[s
         np.array(chunks, dtype=np.float64)[None, :],
     )
     worth = np.where(scores.feasible, scores.columns["objective"], -np.inf)
+    if not np.isfinite(worth).any():  # those that break only what is told of the rate
+        names = [name for name in seen_names(known.question) if name in scores.columns]
+        told = [np.isfinite(scores.columns[name]) for name in names]
+        near = np.logical_or.reduce(told) if told else np.zeros(worth.shape, dtype=bool)
+        worth = np.where(near, scores.columns["objective"], -np.inf)
     row, column = np.unravel_index(int(np.argmax(worth)), worth.shape)
     if not np.isfinite(worth[row, column]):
         return priced(scorer, choice, batches[0], own.chunk)
@@ -164,9 +173,13 @@ def _rules(known: Known, par: Parallelism, choice: Choice) -> Iterator[str]:
         yield f"{name}: {rules()[name].sentence}"
 
 
-def _limits(kept: Kept) -> Iterator[str]:
-    if kept.limit >= 0:
-        yield f"{LIMITS[kept.limit]} is beyond its limit"
+def _limits(kept: Kept, question: Question) -> Iterator[str]:
+    if kept.limit < 0:
+        return
+    name, rate = LIMITS[kept.limit], question.workload.request_rate
+    queue = name == "ttft" and kept.columns["ttft_s"] <= (question.limits.ttft_s or np.inf)
+    where = f" with the queue of {rate:g} requests/s" if queue else ""
+    yield f"{name}{where} is beyond its limit"
 
 
 def _strategy(

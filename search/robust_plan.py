@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from shardplan.search.contenders import contenders_of
 from shardplan.search.evaluate import Question
 from shardplan.search.kept import Kept, Outcome
@@ -42,10 +44,16 @@ def study(question: Question, outcome: Outcome, *, robust: bool) -> Study:
     found = contenders_of(question, outcome, depth.contenders)
     if not robust:
         return Study(found[0].kept, robustness(found, depth, found[0], _TUNED))
-    chosen = choose(found, bands_of(found))
-    deployed = found[chosen.contender]
-    if chosen.point is not None:
-        deployed = replace(deployed, kept=deployed.at(chosen.point))
+    while True:
+        chosen = choose(found, bands_of(found))
+        deployed = found[chosen.contender]
+        if chosen.point is None:
+            break
+        best = deployed.at(chosen.point)
+        if best.feasible:
+            deployed = replace(deployed, kept=best)
+            break
+        found[chosen.contender] = deployed.without(np.array([chosen.point]))
     told = robustness(found, depth, deployed, _TUNED)
     return Study(deployed.kept, told.model_copy(update={"choice": chosen.summary}))
 

@@ -20,6 +20,7 @@ So a study never holds more than it was asked for.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 from collections import Counter
@@ -42,6 +43,7 @@ from shardplan.search.evaluate import (
 from shardplan.search.kept import Kept, Outcome, Tally, keep_best, note_one, rank_key
 from shardplan.search.samplers import SampledEngine, make_sampler, values_of
 from shardplan.search.seeding import plant_seeds
+from shardplan.search.seen import AT_RATE
 from shardplan.search.space import Space
 from shardplan.search.storage import quiet_optuna, talking
 from shardplan.search.study import Place, open_study, study_digest
@@ -73,12 +75,12 @@ def excess(question: Question, one: Kept) -> tuple[float, ...]:
     limits, work, spec = question.limits, question.workload, question.spec
     columns = one.columns
     capacity = columns["memory_bytes"] + columns["memory_free_bytes"]
-    left = columns["requests_per_s"] * question.share_left(one.parallel)
+    left, ttft_s = columns["requests_per_s"] * question.share_left(one.parallel), columns["ttft_s"]
     over = {
         "memory": columns["memory_bytes"] / capacity,
         "context": context_tokens(work) / (spec.max_context or float("inf")),
         "step": one.batch * (1 + one.parallel.mtp) / one.chunk,
-        "ttft": columns["ttft_s"] / (limits.ttft_s or float("inf")),
+        "ttft": float(np.fmax(ttft_s, columns.get(AT_RATE, ttft_s))) / (limits.ttft_s or math.inf),
         "tpot": columns["tpot_s"] / (limits.tpot_s or float("inf")),
         "ttft_p99": columns.get("ttft_p99_s", 0.0) / (limits.ttft_p99_s or float("inf")),
         "tpot_p99": columns.get("tpot_p99_s", 0.0) / (limits.tpot_p99_s or float("inf")),

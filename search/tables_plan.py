@@ -57,7 +57,8 @@ def certificate_sentence(proof: Certificate) -> str:
 
 
 def _print_performance(plan: Plan, console: Console) -> None:
-    table = new_table("performance", "what", "value", "limit", right=("value",))
+    title = "performance" if plan.at_rate is None else "performance, all slots in use"
+    table = new_table(title, "what", "value", "limit", right=("value",))
     found, limits, work = plan.performance, plan.request.limits, plan.request.workload
     add(table, "output tokens/s", rate_text(found.output_tokens_per_s), "")
     add(table, "  a card", rate_text(found.output_tokens_per_s_per_card), "")
@@ -71,6 +72,28 @@ def _print_performance(plan: Plan, console: Console) -> None:
         most = "" if limit is None else f"at most {seconds_text(limit)}"
         add(table, f"{name} mean", seconds_text(value), most)
     add(table, "one request", seconds_text(found.end_to_end_s), "")
+    show(console, table)
+
+
+def _print_at_rate(plan: Plan, console: Console) -> None:
+    """What requests see at the rate that was asked, with its queue."""
+    found, limits = plan.at_rate, plan.request.limits
+    if found is None:
+        return
+    columns = ("mean", "p50", "p90", "p99")
+    title = (
+        f"at {found.requests_per_s:g} requests/s, {found.used:.1%} of what all slots serve, "
+        f"{rate_text(found.concurrency)} in flight"
+    )
+    table = new_table(title, "with the queue", *columns, "limit", right=columns)
+    for name, times, most in (
+        ("TTFT", found.ttft, (limits.ttft_s, limits.ttft_p99_s)),
+        ("TPOT", found.tpot, (limits.tpot_s, limits.tpot_p99_s)),
+    ):
+        told = zip(("mean", "p99"), most, strict=True)
+        words = (f"{what} at most {seconds_text(one)}" for what, one in told if one is not None)
+        values = (seconds_text(getattr(times, f"{column}_s")) for column in columns)
+        add(table, name, *values, ", ".join(words))
     show(console, table)
 
 
@@ -164,6 +187,7 @@ def print_plan(plan: Plan, folder: Path, timing: dict[str, float], console: Cons
     console.print(f"plan: {words}", style="bold green", markup=False)
     console.print()
     _print_performance(plan, console)
+    _print_at_rate(plan, console)
     print_pools(plan, console)
     show(console, memory_table([row.model_dump() for row in plan.memory]))
     console.print(plan.largest_lever, markup=False)

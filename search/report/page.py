@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from shardplan.search.plan import Plan
 from shardplan.search.predicted import Predicted
+from shardplan.search.report.at_rate import at_rate_section
 from shardplan.search.report.batching import batching_section
 from shardplan.search.report.block import block_section
 from shardplan.search.report.breakdown import breakdown_section
@@ -70,6 +71,7 @@ def page(plan: Plan, trials: TrialTable | DataFrame, steps: Sequence[Predicted] 
 def _sections(plan: Plan, trials: TrialTable, steps: Sequence[Predicted]) -> Iterator[Section]:
     """In the order of the page; empty ones are left out of it."""
     yield "summary", "Summary", _summary_section(plan)
+    yield "rate", "At the rate", at_rate_section(plan)
     yield "pools", "Pools", pools_section(plan)
     yield "servings", "Ways of serving", servings_section(plan)
     yield "certificate", "Why this one", _certificate_section(plan)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import pdtr
 
+from shardplan.costmodel import arrivals as arrivals_module
 from shardplan.costmodel.arrivals import Arrivals, unevenness, waits
 from shardplan.costmodel.first_token import closed_values, open_values, percentiles
 from shardplan.costmodel.occupancy import Occupancy, crowd_met, occupancy
@@ -45,6 +47,26 @@ def test_steps_with_and_without_prompts_by_hand(rate: float, mixed: float) -> No
     assert state.share.sum() == pytest.approx(1.0)
     assert 1.0 - state.share[0, 0] == pytest.approx(share, rel=1e-6)
     assert state.step_s[0] == pytest.approx(share * mixed + (1.0 - share) * 0.02, rel=1e-6)
+
+
+@given(mean=st.floats(1e-6, 300.0), groups=st.sampled_from([1.0, 2.0, 2.5, 7.0, 64.0]))
+def test_sums_of_terms_are_poissons_distribution(mean: float, groups: float) -> None:
+    """Up to so many of each group."""
+    found = arrivals_module._at_most(np.full((1, 4), mean), groups)[0, 0]
+    exact = pdtr(np.floor(np.arange(4.0) * groups), mean)
+    assert found == pytest.approx(exact, rel=1e-9, abs=1e-15)
+
+
+@given(rate=st.floats(0.1, 60.0), at_once=st.sampled_from([1.0, 2.0, 100.0]))
+def test_few_states_are_all_where_the_others_are_not_met(rate: float, at_once: float) -> None:
+    """Solved over the first of them or over all."""
+    one = arrivals(rate=rate, at_once=at_once)
+    few = waits(one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrivals_module, "_FEW", arrivals_module.STATES)
+        whole = waits(one)
+    assert few.share == pytest.approx(whole.share, abs=1e-10)
+    assert few.step_s == pytest.approx(whole.step_s, rel=1e-9)
 
 
 @given(rate=st.floats(0.1, 60.0))

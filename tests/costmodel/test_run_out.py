@@ -208,3 +208,38 @@ def test_rows_do_not_touch_one_another() -> None:
         alone = run_out(model, asked(slots), request_rate=rates[i], num_prompts=prompts[i])
         for name in ("ttft_mean_s", "ttft_p99_s", "tpot_mean_s", "tpot_p99_s", "requests_per_s"):
             assert getattr(together, name)[i] == pytest.approx(float(getattr(alone, name)[0]))
+
+
+def test_rows_at_a_rate_go_on_until_they_are_close_by_themselves() -> None:
+    """However long others take: to the bit."""
+    model = load("dense dp2 tp4").model
+    rates = np.linspace(0.05, 0.99, 7) * float(run_out(model, asked(64)).capacity_requests_per_s[0])
+    together = run_out(model, asked([64] * 7), request_rate=rates)
+    for i, rate in enumerate(rates):
+        alone = run_out(model, asked(64), request_rate=rate)
+        for name in ("slots", "ttft_mean_s", "tpot_mean_s"):
+            assert getattr(together, name)[i] == getattr(alone, name)[0]
+
+
+def test_means_alone_are_those_with_percentiles() -> None:
+    """In less time: states that are not met add nothing."""
+    model = load("dense dp2 tp4").model
+    rates = np.linspace(0.05, 0.99, 7) * float(run_out(model, asked(64)).capacity_requests_per_s[0])
+    with_tails = run_out(model, asked([64] * 7), request_rate=rates)
+    without = run_out(model, asked([64] * 7), request_rate=rates, tails=False)
+    assert without.ttft_mean_s == pytest.approx(with_tails.ttft_mean_s, rel=1e-9)
+    assert np.isnan(without.ttft_p99_s).all()
+
+
+def test_groups_that_are_left_serve_the_rate_of_all() -> None:
+    """Half of the groups at a rate: as all at twice that, but for how slots are shared."""
+    model = load("dense dp2 tp4").model
+    whole, half = run_out(model, asked(16)), run_out(model, asked(16), left=0.5)
+    assert half.capacity_requests_per_s == pytest.approx(whole.capacity_requests_per_s / 2)
+    rate = float(half.capacity_requests_per_s[0]) * 0.9
+    lost = run_out(model, asked(16), request_rate=rate, left=0.5)
+    twice = run_out(model, asked(16), request_rate=2.0 * rate)
+    assert lost.slots == pytest.approx(twice.slots)
+    assert lost.tpot_mean_s == pytest.approx(twice.tpot_mean_s)
+    assert lost.ttft_mean_s[0] > twice.ttft_mean_s[0]
+    assert lost.requests_per_s == pytest.approx(rate)

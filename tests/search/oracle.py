@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
+from tests.search.oracle_queue import queued_of
 from tests.search.small_models import dense, latent, sparse, specs
 
 from shardplan.costmodel.catalog import load_cluster
@@ -203,6 +204,9 @@ def _holds(
             chunk >= tokens,
             limits.ttft_s is None or columns["ttft_s"] <= limits.ttft_s,
             limits.tpot_s is None or columns["tpot_s"] <= limits.tpot_s,
+            limits.ttft_s is None or columns["ttft_mean_s"] <= limits.ttft_s,
+            limits.ttft_p99_s is None or columns["ttft_p99_s"] <= limits.ttft_p99_s,
+            limits.tpot_p99_s is None or columns["tpot_p99_s"] <= limits.tpot_p99_s,
             work.request_rate is None
             or columns["requests_per_s"] * _left(question, par) >= work.request_rate,
         )
@@ -255,17 +259,20 @@ def _cuts(question: Question, par: Parallelism) -> Iterator[Parallelism]:
 def brute_force(case: Case) -> list[Found]:
     """Every legal strategy, one at a time, in the order of the space."""
     question, found = case.question, []
+    grid = list(product(case.batches, case.chunks))
     legal = (
         par for one in _ahead(case) for par in _numbered(question, one) if _legal(question, par)
     )
     for par in (cut for one in legal for cut in _cuts(question, one)):
         scorer = LayoutScorer(question, par)
         for choice in (one for one in case.choices if _allowed(question, par, one)):
+            queued = queued_of(scorer, choice, grid, _left(question, par))
             for batch in case.batches:
                 for chunk in case.chunks:
                     at = np.array([float(batch)]), np.array([float(chunk)])
-                    scores = scorer.score(choice, *at)
+                    scores = scorer.score(choice, *at, dear=False)
                     columns = {name: float(one[0]) for name, one in scores.every().items()}
+                    columns |= queued[batch, chunk]
                     value = (
                         1.0 / columns["end_to_end_s"]
                         if question.objective == "latency"
@@ -302,7 +309,7 @@ def small_case(spec: ModelSpec, *, cards: int = 4, hbm_bytes: float = 1e9, **ask
     """A question on an Atlas 800T A2 of small cards; `asked` are fields of workload and limits."""
     cluster = load_cluster("atlas-800t-a2", cards=cards)
     engine = replace(load_engine("vllm-ascend"), reserve_bytes=2.0**20, communicator_bytes=2.0**18)
-    limits = {name: asked.pop(name) for name in ("ttft_s", "tpot_s") if name in asked}
+    limits = {name: asked.pop(name) for name in Limits.model_fields if name in asked}
     objective = asked.pop("objective", "throughput")
     return Case(
         question=Question(

@@ -25,6 +25,7 @@ from shardplan.search.contender import Contender, Deployed, Tuned
 from shardplan.search.contenders import contenders_of
 from shardplan.search.evaluate import LayoutScorer, Question, Scores
 from shardplan.search.exact import search_exact
+from shardplan.search.judged import Wanted
 from shardplan.search.kept import Outcome
 from shardplan.search.plan import Limits
 from shardplan.search.report.page import page
@@ -41,7 +42,7 @@ def searched(**asked: Any) -> tuple[Question, Outcome]:
     """A 13b model on a node of eight, and what the exact search finds."""
     question = Asked(model="llama-2-13b", cluster="atlas-800t-a2", **asked)
     resolved = resolve(question)
-    outcome = _search_counts(resolved, None, None, Memo())[-1]
+    outcome = _search_counts(resolved, None, None, Memo(), Wanted())[-1]
     return _question(resolved, outcome.space.cards), outcome
 
 
@@ -102,7 +103,7 @@ def search_scaled(monkeypatch: pytest.MonkeyPatch, group: str, factor: float, **
 
     class Scaled(LayoutScorer):
         def score(
-            self, choice: Any, batch: Any, chunk: Any, *, watch: Any = None, pricer: Any = None
+            self, choice: Any, batch: Any, chunk: Any, *, watch: Any = None, **_: Any
         ) -> Scores:
             scaled = ScaledModel.of(self.model_for(choice), self.question.cluster)
             scaled = scaled.at({group: np.array(factor)})
