@@ -137,7 +137,8 @@ class Performance(Part):
     concurrency: float
     """Requests in flight over the whole deployment."""
     prefill_step_s: float
-    """One prompt, all its pieces, each beside the requests that decode meanwhile."""
+    """One prompt, all its pieces, each beside the requests that decode meanwhile; where prompts go
+    first, those that come together."""
     decode_step_s: float
     """A step in which every request of a microbatch decodes and none prefills."""
     mixed_step_s: float = 0.0

@@ -197,8 +197,11 @@ def test_the_breakdown_is_the_step(result: SearchResult) -> None:
 
 
 def test_the_breakdown_is_the_prefill_where_prompts_go_first() -> None:
-    """An engine that never mixes the phases: both steps in full."""
-    plan = search("llama-3.1-8b", "atlas-800t-a2", cards=1, engine_profile="torch-graph").plan
+    """An engine that never mixes the phases, one request in flight: both steps in full."""
+    cluster = "atlas-800t-a2"
+    plan = search(
+        "llama-3.1-8b", cluster, cards=1, engine_profile="torch-graph", concurrency=1
+    ).plan
     for phase, step_s in (
         ("prefill", plan.performance.prefill_step_s),
         ("decode", plan.performance.decode_step_s),
