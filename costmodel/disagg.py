@@ -40,6 +40,8 @@ Deployment, M = x mu_P, utilisation rho = rate / M, A = service + X + t:
             than that, requests wait for it: TTFT = C / rate - n t
   offered   rate = R, for the objective latency
 
+A limit on the 99th percentile of TTFT bounds the queue and the slots in use (`disagg_tail`).
+
 Left out: bursts beyond M/D/1, length distributions, idle groups of a step, transfers that queue
 behind one another, blocks that a request holds while its cache arrives, the proxy's own time.
 """
@@ -56,6 +58,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shardplan.costmodel.disagg_tail import (
+    Queue,
+    most_in_slots,
+    most_rate,
+    ttft_beyond_s,
+    wait_s,
+)
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
@@ -222,12 +231,20 @@ class Demand:
     offered_per_s: float | None = None
     """Requests a second that come; None: as many as can be served."""
     ttft_s: float | None = None
+    ttft_p99_s: float | None = None
+
+    @property
+    def mean_ttft_s(self) -> float | None:
+        """The most that TTFT may be on average: no percentile limit is below it."""
+        given = [one for one in (self.ttft_s, self.ttft_p99_s) if one is not None]
+        return min(given, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pools:
     """x prefill and y decode instances; arrays broadcast. Rates are of all instances."""
 
+    prefill_instances: Array
     prefill_per_s: Array
     busy_s: Array
     service_s: Array
@@ -237,6 +254,21 @@ class Pools:
     """All tokens of a request after the first."""
     transfer_s: Array
     transfer_per_s: Array
+
+    @property
+    def first_s(self) -> Array:
+        """TTFT of a request that does not wait."""
+        return np.asarray(self.service_s + self.transfer_s + self.step_s)
+
+    @property
+    def slots(self) -> Array:
+        """Of all decode instances."""
+        return np.asarray(self.decode_per_s * (self.step_s + self.later_s))
+
+    @property
+    def queue(self) -> Queue:
+        """Of prompts."""
+        return Queue(self.prefill_instances, self.prefill_per_s, self.busy_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +281,8 @@ class Service:
     wait_s: Array
     bound: NDArray[np.int64]
     """Index into `BOUNDS`."""
+    ttft_p99_s: Array | None = None
+    """Where it is limited."""
 
 
 def _closed(pools: Pools, demand: Demand, alone_s: Array, in_flight: float) -> Array:
@@ -261,22 +295,40 @@ def _closed(pools: Pools, demand: Demand, alone_s: Array, in_flight: float) -> A
     return np.asarray(2.0 * in_flight / (linear + np.sqrt(inside)))
 
 
+def _closed_beyond_s(pools: Pools, filled: Array, in_flight: float) -> Array:
+    """What the 99th percentile of the wait has beyond its mean, where all are in flight.
+
+    Of the rate at which the prompts alone let them be: no more decode instances raise it.
+    """
+    rate = filled * pools.prefill_per_s
+    mean = filled * pools.busy_s / (2.0 * np.maximum(1.0 - filled, 1e-300))
+    prompts = pools.prefill_per_s * pools.busy_s
+    most = np.ceil((in_flight - 1.0) / prompts - 1e-9) * pools.busy_s
+    return np.maximum(np.minimum(wait_s(pools.queue, rate), most) - mean, 0.0)
+
+
+def _limits(pools: Pools, demand: Demand, filled: Array) -> list[Array]:
+    """Requests a second that each of `BOUNDS` allows, of one shape."""
+    prompts, decode = pools.prefill_per_s * filled, pools.decode_per_s
+    if demand.ttft_p99_s is not None and demand.in_flight is None:
+        left_s = demand.ttft_p99_s - pools.first_s
+        prompts = np.minimum(prompts, most_rate(pools.queue, left_s, pools.step_s))
+        decode = most_in_slots(pools.slots) / (pools.step_s + pools.later_s)
+    offered = np.inf if demand.offered_per_s is None else demand.offered_per_s
+    return list(np.broadcast_arrays(prompts, decode, pools.transfer_per_s, offered))
+
+
 def serve_pools(pools: Pools, demand: Demand) -> Service:
     """Steady state of many deployments at once (the formulas above)."""
-    first = pools.service_s + pools.transfer_s + pools.step_s
+    first, most_s = pools.first_s, demand.mean_ttft_s
     if demand.in_flight is not None:
         filled = _closed(pools, demand, first + pools.later_s, demand.in_flight)
-    elif demand.ttft_s is not None:
-        room = np.maximum(demand.ttft_s - first, 0.0)
+    elif most_s is not None:
+        room = np.maximum(most_s - first, 0.0)
         filled = 2.0 * room / (pools.busy_s + 2.0 * room)
     else:
         filled = np.full((), unbounded_utilisation())
-    limits = np.broadcast_arrays(
-        pools.prefill_per_s * filled,
-        pools.decode_per_s,
-        pools.transfer_per_s,
-        np.inf if demand.offered_per_s is None else demand.offered_per_s,
-    )
+    limits = _limits(pools, demand, filled)
     rate, bound = limits[0], np.zeros(limits[0].shape, dtype=np.int64)
     for index, limit in enumerate(limits[1:], start=1):
         bound = np.where(limit < rate, index, bound)
@@ -286,10 +338,23 @@ def serve_pools(pools: Pools, demand: Demand) -> Service:
         wait = used * pools.busy_s / (2.0 * np.maximum(1.0 - used, 1e-300))
         if demand.in_flight is not None:
             wait = np.maximum(demand.in_flight / rate - pools.later_s - first, 0.0)
+    late = None
+    if demand.ttft_p99_s is not None:
+        late = _ttft_p99_s(pools, demand, rate, wait, filled)
     return Service(
         requests_per_s=rate,
         ttft_s=wait + first,
         end_to_end_s=wait + first + pools.later_s,
         wait_s=wait,
         bound=bound,
+        ttft_p99_s=late,
     )
+
+
+def _ttft_p99_s(pools: Pools, demand: Demand, rate: Array, mean_s: Array, filled: Array) -> Array:
+    """99th percentile of TTFT, no less than its mean; `mean_s`: of the wait."""
+    waited = wait_s(pools.queue, rate)
+    if demand.in_flight is not None:
+        waited = mean_s + _closed_beyond_s(pools, filled, demand.in_flight)
+    found = ttft_beyond_s(pools.first_s, pools.step_s, waited)
+    return np.maximum(found, pools.first_s + mean_s)

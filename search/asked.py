@@ -150,14 +150,12 @@ def check_words(asked: Asked) -> None:
 
 def _check_one_pool(asked: Asked) -> None:
     """What is known of one pool alone."""
-    for name in ("ttft_p99_ms", "tpot_p99_ms", "refine_simulated"):
-        value = getattr(asked, name)
-        if value and asked.serving != "agg":
-            raise InputError(
-                f"`{name}` goes with aggregated serving",
-                got=f"{name}={shown(value)}, serving={asked.serving}",
-                hint="simulate the plan of a search of pools: shardplan simulate plan.json",
-            )
+    if asked.refine_simulated and asked.serving != "agg":
+        raise InputError(
+            "`refine_simulated` goes with aggregated serving",
+            got=f"refine_simulated={shown(asked.refine_simulated)}, serving={asked.serving}",
+            hint="simulate the plan of a search of pools: shardplan simulate plan.json",
+        )
 
 
 def seed_trials_of(asked: Asked, notes: list[str]) -> int:

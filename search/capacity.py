@@ -217,6 +217,7 @@ def _pools_served(plan: Plan, gone: tuple[int, int], rate: float) -> _Served:
 
     links = done.requests_per_s / transfer.used / ranks(prefill.instances, decode.instances)
     pools = Pools(
+        prefill_instances=np.array(float(x)),
         prefill_per_s=np.array(x * prefill.times.requests_per_s),
         busy_s=np.array(prefill.times.step_s),
         service_s=np.array(prefill.times.service_s),
@@ -227,7 +228,11 @@ def _pools_served(plan: Plan, gone: tuple[int, int], rate: float) -> _Served:
         transfer_per_s=np.array(links * ranks(x, y)),
     )
     flight = plan.request.workload.concurrency
-    limit = Demand(in_flight=flight, ttft_s=plan.request.limits.ttft_s)
+    limit = Demand(
+        in_flight=flight,
+        ttft_s=plan.request.limits.ttft_s,
+        ttft_p99_s=plan.request.limits.ttft_p99_s,
+    )
     most = float(serve_pools(pools, limit).requests_per_s)
     given = serve_pools(pools, Demand(in_flight=flight, offered_per_s=rate))
     if float(given.requests_per_s) * _ROOM < rate:

@@ -133,11 +133,11 @@ def search_disagg(
     broken = pair_table(*pools, (ones, two), rule)
     spare_s, legal = until_s - start, np.asarray(broken == "")
     pricings = _priced(question, (keys, others), broken, start + _PRICING * spare_s)
-    limits = question.limits.ttft_s or math.inf, question.limits.tpot_s or math.inf
+    limits, slots = question.most_s, question.finds_slots
     priced = pricings[0].finish(limits[0]), pricings[1].finish(limits[1])
     partners = (
-        Partners(_kinds(keys, pricings[0].legal), legal),
-        Partners(_kinds(others, pricings[1].legal), legal.T),
+        Partners(_kinds(keys, pricings[0].legal), legal, slots),
+        Partners(_kinds(others, pricings[1].legal), legal.T, slots),
     )
     refining = (
         Refining.of(pricings[0], partners[0], limits[0]),
@@ -159,7 +159,7 @@ def search_disagg(
     _count_pairs(question, broken, partners, full, found)
     hope = hoped(question, partners, found, hopes, until_s)
     unreached = max(unreached, missed, found.unreached, hope)
-    if pricings[1].bases:
+    if pricings[1].bases or (question.limits.ttft_p99_s and pricings[0].bases):
         unreached = max(unreached, most_later(question, tally.late))
     _count_left_out(question, priced, tally)
     for one, options in zip(priced, found.options, strict=True):

@@ -93,7 +93,7 @@ def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> Array:
     Of the objective `cards`: minus the fewest cards, by their price. The floors broadcast.
     """
     p, q = np.asarray(prefill.card_s), np.asarray(decode.card_s)
-    demand, allowed_s = question.demand, question.limits.ttft_s or math.inf
+    demand, allowed_s = question.demand, question.most_s[0]
     first_s = prefill.alone_s + as_array(decode.alone_s) + question.link.latency_s
     latency_s = first_s + decode.rest_s
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -127,9 +127,9 @@ def _filled(question: DisaggQuestion, first_s: Array, busy_s: Array) -> Array:
     demand = question.demand
     if demand.in_flight is not None:
         return np.ones(())
-    if demand.ttft_s is None:
+    if demand.mean_ttft_s is None:
         return np.asarray(unbounded_utilisation())
-    room = np.maximum(demand.ttft_s * _SLACK - first_s, 0.0)
+    room = np.maximum(demand.mean_ttft_s * _SLACK - first_s, 0.0)
     return 2.0 * room / (busy_s + 2.0 * room)
 
 
@@ -153,7 +153,7 @@ def most_later(question: DisaggQuestion, late: float) -> float:
     `late` is the largest objective: a slower one has no larger one, but it may need fewer cards.
     """
     demand = question.demand
-    if demand.in_flight is None or demand.ttft_s is None:
+    if demand.in_flight is None or demand.mean_ttft_s is None:
         return -math.inf
     if question.objective == "cards":
         return -float(question.prefill.sizes[0] + question.decode.sizes[0])

@@ -4,7 +4,9 @@ Counts. For given x (prefill instances) the rate does not fall and no time rises
 instances), so where the rate or the latency is the objective only the largest y that the cards
 allow is priced. Of equal objectives the fewest cards win, so y is then cut to what the rate needs.
 For the objective `cards` only the smallest y that serves what is asked is priced: fewer break a
-limit, more are more cards. Without a limit that is one instance.
+limit, more are more cards. Without a limit that is one instance. A limit on
+the 99th percentile of TTFT bounds the rate of random arrivals, which y raises alike; in a closed
+loop the percentile less the mean has no y in it (`costmodel.disagg`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.disagg import Pools, Service
+from shardplan.costmodel.disagg_tail import slots_for
 from shardplan.costmodel.kernels.base import Array, as_array
 from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_question import (
@@ -34,6 +37,7 @@ from shardplan.search.kept import pareto_mask
 __all__ = ["Combination", "DisaggTally", "combine", "described"]
 
 _SLACK = 1e-9
+_LATE = tuple(POOL_LIMITS.index(name) for name in ("ttft", "ttft_p99"))
 _MOST_KEPT = 2000
 _AT_ONCE = 200_000
 Counts = NDArray[np.int64]
@@ -92,6 +96,9 @@ class _Best(NamedTuple):
 def _enough(question: DisaggQuestion, decode: Mapping[str, Array], rate: Array) -> Counts:
     """The fewest decode instances that serve a rate."""
     slots = rate / decode["rate"]
+    if question.finds_slots:
+        seconds = decode["step_s"] + decode["later_s"]
+        slots = slots_for(rate * seconds) / (decode["rate"] * seconds)
     links = rate * decode["bytes"] / (decode["cards"] * question.link.bytes_per_s)
     return np.asarray(np.maximum(np.ceil(np.maximum(slots, links) - _SLACK), 1), dtype=np.int64)
 
@@ -100,10 +107,27 @@ def _needed(question: DisaggQuestion, decode: Mapping[str, Array]) -> Array:
     """The rate below which a limit is broken, whatever the counts."""
     work, demand = question.decode.workload, question.demand
     need = np.full(decode["rate"].shape, work.request_rate or 0.0)
-    if demand.in_flight is None or demand.ttft_s is None:
+    if demand.in_flight is None or demand.mean_ttft_s is None:
         return need
-    longest = demand.ttft_s + decode["later_s"]
+    longest = demand.mean_ttft_s + decode["later_s"]
     return np.asarray(np.maximum(need, demand.in_flight / longest))
+
+
+def _needed_by_tail(
+    question: DisaggQuestion, pools: tuple[Mapping[str, Array], Mapping[str, Array]], x: Counts
+) -> Array:
+    """The same of the 99th percentile of TTFT in a closed loop, with x prefill instances.
+
+    What it has beyond the mean is the same with any number of decode instances.
+    """
+    demand, decode = question.demand, pools[1]
+    if demand.in_flight is None or demand.ttft_p99_s is None:
+        return np.zeros(())
+    service, _ = deployments(question, pools, x, np.ones_like(x))
+    beyond = np.asarray(service.ttft_p99_s) - service.ttft_s
+    longest = demand.ttft_p99_s * (1.0 + _SLACK) - beyond + decode["later_s"]
+    with np.errstate(divide="ignore"):
+        return np.where(longest > 0.0, demand.in_flight / np.maximum(longest, 1e-300), 1e300)
 
 
 def _counts_of(
@@ -116,19 +140,21 @@ def _counts_of(
     """(objective, cards, y, feasible) of `x` prefill instances with each option; `[x, decode]`."""
     most = most_beside(question, decode["cards"], x[:, None], prefill["cards"])
     y = np.maximum(most, 1)
+    columns = {name: np.asarray(value) for name, value in prefill.items()}
     gone = (
         question.lost(question.prefill, prefill["cards"]),
         question.lost(question.decode, decode["cards"]),
     )
     if question.objective == "cards":
-        least = _enough(question, decode, _needed(question, decode)) + gone[1]
-        y = np.broadcast_to(least, most.shape)
+        need = _needed(question, decode)
+        left = np.maximum(x[:, None] - gone[0], 1)
+        need = np.maximum(need, _needed_by_tail(question, (columns, decode), left))
+        y = np.broadcast_to(_enough(question, decode, need) + gone[1], most.shape)
     fits = (y <= most) & (x[:, None] > gone[0]) & (y > gone[1])
-    columns = {name: np.asarray(value) for name, value in prefill.items()}
     service, _ = deployments(question, (columns, decode), x[:, None], y)
     broken = broken_limits(question, service, (columns, decode), x[:, None], y)
     tally.evaluated += int(fits.sum())
-    objective, late = objective_of(question, service), fits & (broken == 1)
+    objective, late = objective_of(question, service), fits & np.isin(broken, _LATE)
     tally.late = max(tally.late, float(objective[late].max(initial=-np.inf)))
     for index, name in enumerate(POOL_LIMITS[1:], start=1):
         tally.infeasible[name] += int((fits & (broken == index)).sum())
@@ -287,7 +313,9 @@ def _columns(
     tokens = rate * question.decode.workload.output_len
     used = best.x * prefill["cards"] + best.y * decode["cards"]
     parts = {name: decode[name] for name in ("compute_s", "memory_s", "collective_s")}
+    tail = {} if service.ttft_p99_s is None else {"ttft_p99_s": service.ttft_p99_s}
     return {
+        **tail,
         "objective": objective_of(question, service),
         "ttft_s": service.ttft_s,
         "tpot_s": decode["tpot_s"] if question.decode.workload.output_len > 1 else 0.0 * rate,

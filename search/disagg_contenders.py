@@ -31,6 +31,7 @@ from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_pools import Base, priced_columns, scaled_columns
 from shardplan.search.disagg_question import (
+    POOL_LIMITS,
     DisaggQuestion,
     broken_limits,
     deployments,
@@ -227,8 +228,9 @@ class PairContender:
         service, given = deployments(question, (prefill, decode), x[:, None], y[:, None])
         pools = prefill, decode
         broken = broken_limits(question, service, pools, x[:, None], y[:, None])
-        slow = decode["tpot_s"] > (question.limits.tpot_s or np.inf)
-        limit = np.where(broken == 1, 0, np.where(slow, 1, np.where(broken > 1, 2, -1)))
+        slow, few = decode["tpot_s"] > question.most_s[1], POOL_LIMITS.index("rate")
+        late = (broken > 0) & (broken != few)
+        limit = np.where(late, 0, np.where(slow, 1, np.where(broken == few, 2, -1)))
         seconds = given.service_s + given.transfer_s + given.step_s + given.later_s
         return limit, objective_of(question, service), seconds
 

@@ -174,7 +174,7 @@ class Refining:
         """What is not beaten of options."""
         index = np.zeros(0, dtype=np.int64)
         if options.size:
-            index = undominated(options, self.role, self.partners.of(options), self.partners.table)
+            index = undominated(options, self.role, self.partners)
         self.front = options.at(index)
 
     def options(self, row: Row) -> Options:
@@ -185,8 +185,7 @@ class Refining:
         """Which options keep the limit, may win and are not beaten."""
         able = np.asarray((limited_s(some, self.role) <= self.limit_s) & self.may_win(some))
         at = np.flatnonzero(able)
-        kinds = self.partners.of(self.front), self.partners.of(some.at(at))
-        lost = beaten(self.front, some.at(at), self.role, kinds, self.partners.table)
+        lost = beaten(self.front, some.at(at), self.role, self.partners)
         able[at[lost]] = False
         return able
 

@@ -11,8 +11,8 @@ improves (`shardplan.costmodel.disagg`), and cards stay the same: objective and 
 
 One case is apart. With C requests in flight and a limit L on TTFT, a faster step sends requests
 back to the prompt queue sooner, so TTFT can rise: a slower step may meet L where a faster one does
-not.
-Decode options are then left out only where a bound says that they cannot reach the best found
+not. With a limit on the 99th percentile of TTFT a faster prefill instance may do the same.
+Such options are then left out only where a bound says that they cannot reach the best found
 (`worth_another_look`). With N cards, p the most prompts and q the requests a second and card, n
 steps of t seconds after the first:
 
@@ -53,20 +53,18 @@ class Partners:
 
     kinds: NDArray[np.int64]
     table: NDArray[np.bool_]
+    slots: bool = False
+    """Whether slots count beside what they serve: requests must find one free."""
 
     def of(self, options: Options) -> NDArray[np.int64]:
         """Kind of each option."""
         return self.kinds[options.columns["layout"].astype(np.int64)]
 
 
-def undominated(
-    options: Options, role: str, kind: NDArray[np.int64], partners: NDArray[np.bool_]
-) -> NDArray[np.int64]:
-    """Indices of options that no other may take the place of.
-
-    kind: `[options]`, a row of `partners`, the legal partners `[kinds, kinds of the other pool]`.
-    """
-    costs, cards, wider = _costs(options, role), _cards(options), _wider(partners)
+def undominated(options: Options, role: str, partners: Partners) -> NDArray[np.int64]:
+    """Indices of options that no other may take the place of."""
+    costs, cards = _costs(options, role, partners), _cards(options)
+    kind, wider = partners.of(options), _wider(partners.table)
     kept: list[NDArray[np.int64]] = []
     for size in np.unique(cards):
         own = np.flatnonzero(cards == size)
@@ -75,30 +73,29 @@ def undominated(
     return np.sort(index[_first(costs[index], cards[index], kind[index], wider)])
 
 
-def beaten(
-    by: Options,
-    ones: Options,
-    role: str,
-    kinds: tuple[NDArray[np.int64], NDArray[np.int64]],
-    partners: NDArray[np.bool_],
-) -> NDArray[np.bool_]:
-    """Which of `ones` some of `by` may take the place of; `kinds`: of both, as of `undominated`."""
+def beaten(by: Options, ones: Options, role: str, partners: Partners) -> NDArray[np.bool_]:
+    """Which of `ones` some of `by` may take the place of."""
     if not by.size or not ones.size:
         return np.zeros(ones.size, dtype=bool)
-    costs, cards = (
-        np.concatenate([of(by), of(ones)]) for of in (functools.partial(_costs, role=role), _cards)
+    costs_of = functools.partial(_costs, role=role, partners=partners)
+    costs, cards, kinds = (
+        np.concatenate([of(by), of(ones)]) for of in (costs_of, _cards, partners.of)
     )
-    first = np.arange(by.size)
+    first, wider = np.arange(by.size), _wider(partners.table)
     found = [
-        _beaten(costs, cards, np.concatenate(kinds), _wider(partners), first, part).any(axis=0)
+        _beaten(costs, cards, kinds, wider, first, part).any(axis=0)
         for part in np.array_split(by.size + np.arange(ones.size), -(-ones.size // _BLOCK))
     ]
     return np.concatenate(found)
 
 
-def _costs(options: Options, role: str) -> Array:
-    """What is better the less it is, `[options, costs]`."""
-    return np.stack([options.columns[name] for name in COSTS[role]], axis=1)
+def _costs(options: Options, role: str, partners: Partners) -> Array:
+    """What is better the less it is, `[options, costs]`; cards a slot where slots count."""
+    columns = options.columns
+    found = [columns[name] for name in COSTS[role]]
+    if partners.slots and role == "decode":
+        found.append(columns["slow_s"] / (columns["step_s"] + columns["later_s"]))
+    return np.stack(found, axis=1)
 
 
 def _cards(options: Options) -> NDArray[np.int64]:
@@ -111,30 +108,44 @@ def _wider(partners: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def worth_another_look(
-    question: DisaggQuestion, prefill: Options, decode: Options, best: Combination | None
+    question: DisaggQuestion, tables: tuple[Options, Options], role: str, best: Combination | None
 ) -> NDArray[np.bool_]:
-    """Decode options that may be in a deployment as good as `best`, by the bounds above."""
-    demand, columns = question.demand, decode.columns
-    if demand.in_flight is None or demand.ttft_s is None:
-        return np.zeros(decode.size, dtype=bool)
-    each = prefill.columns["slow_s"].min(), columns["slow_s"]
+    """Options of a role that may be in a deployment as good as `best`, by the bounds above.
+
+    Of prefill only where the 99th percentile of TTFT is limited, which may rise with a faster one.
+    """
+    demand, first = question.demand, role == "prefill"
+    own = tables[0 if first else 1]
+    limit_s = demand.mean_ttft_s
+    if demand.in_flight is None or limit_s is None or (first and demand.ttft_p99_s is None):
+        return np.zeros(own.size, dtype=bool)
+    prefill, decode = (
+        one.columns if mine else _least(one, other)
+        for one, mine, other in zip(tables, (first, not first), ("prefill", "decode"), strict=True)
+    )
+    each = prefill["slow_s"], decode["slow_s"]
     if question.shared:
         most = question.cards / (each[0] + each[1])
     else:
         most = np.minimum(question.prefill.cards / each[0], question.decode.cards / each[1])
-    later = columns["later_s"]
-    alone = prefill.columns["service_s"].min() + later + columns["step_s"]
+    later = decode["later_s"]
+    alone = prefill["service_s"] + later + decode["step_s"]
     most = np.minimum(most, demand.in_flight / alone) * _SLACK
     asked = question.decode.workload.request_rate or 0.0
-    need = np.maximum(asked, demand.in_flight / (demand.ttft_s + later))
-    able = np.asarray(most >= need)
+    longest = tables[1].columns["later_s"].max() if first else later
+    need = np.maximum(asked, demand.in_flight / (limit_s + longest))
+    able = np.broadcast_to(most >= need, own.columns["cards"].shape)
     if best is None or not best.feasible:
         return able
     if question.objective == "cards":
-        able &= need * question.spent(*each) <= best.columns["spent"] * _SLACK
-        return able
-    able &= most >= best.columns["requests_per_s"]
-    return able
+        return np.asarray(able & (need * question.spent(*each) <= best.columns["spent"] * _SLACK))
+    return np.asarray(able & (most >= best.columns["requests_per_s"]))
+
+
+def _least(options: Options, role: str) -> dict[str, Array]:
+    """The least of each cost that a bound takes."""
+    names = ("slow_s", "service_s") if role == "prefill" else ("slow_s", "step_s", "later_s")
+    return {name: np.asarray(options.columns[name].min()) for name in names}
 
 
 def _first(

@@ -34,15 +34,14 @@ def nothing_disaggregated(outcome: DisaggOutcome, limit_s: float | None) -> Infe
 
 def _one_pool(outcome: DisaggOutcome, pool: Pool, priced: Priced) -> InfeasibleError:
     """No instance of one role is possible."""
-    limits = outcome.question.limits
-    name, allowed, what = (
-        ("ttft", limits.ttft_s, "one prompt")
-        if pool.role == "prefill"
-        else ("tpot", limits.tpot_s, "a token")
-    )
-    if math.isfinite(priced.least_s) and allowed is not None:
+    first = pool.role == "prefill"
+    name, what = ("ttft", "one prompt") if first else ("tpot", "a token")
+    allowed = outcome.question.most_s[0 if first else 1]
+    if getattr(outcome.question.limits, f"{name}_s") != allowed:
+        name = f"{name}-p99"
+    if math.isfinite(priced.least_s) and math.isfinite(allowed):
         return InfeasibleError(
-            f"no {pool.role} instance meets the {name.upper()} limit",
+            f"no {pool.role} instance meets the {_written(name)} limit",
             got=f"{pool.role} binds: {what} takes {priced.least_s * 1e3:.1f} ms at least, "
             f"{allowed * 1e3:.4g} ms allowed, {priced.least_s / allowed:.3g} times too slow",
             hint=f"try --{name}-ms {_enough_ms(outcome, pool)}, or more cards",
@@ -132,12 +131,23 @@ def _limit(outcome: DisaggOutcome, near: Combination) -> InfeasibleError:
             f"asked, {asked / max(most, 1e-12):.3g} times more, on {question.cards} cards",
             hint=f"try --rate {most * 0.999:.3g}, or more cards",
         )
-    near = min(outcome.kept, key=lambda one: one.columns["ttft_s"])
-    ttft = near.columns["ttft_s"]
+    name = near.limit.replace("_", "-")
+    if name == "ttft-p99":
+        allowed = question.limits.ttft_p99_s
+    column = f"{near.limit}_s"
+    near = min(outcome.kept, key=lambda one: one.columns[column])
+    ttft = near.columns[column]
     return InfeasibleError(
-        "no deployment meets the TTFT limit",
-        got=f"ttft binds: the nearest has {ttft * 1e3:.1f} ms, "
+        f"no deployment meets the {_written(name)} limit",
+        got=f"{name} binds: the nearest has {ttft * 1e3:.1f} ms, "
         f"{(allowed or ttft) * 1e3:.4g} ms allowed, with "
         f"{near.prefill_instances} prefill and {near.decode_instances} decode instances",
-        hint=f"try --ttft-ms {math.ceil(ttft * 1e3) + 1}, more cards, or fewer requests in flight",
+        hint=f"try --{name}-ms {math.ceil(ttft * 1e3) + 1}, more cards, or fewer requests in "
+        "flight",
     )
+
+
+def _written(name: str) -> str:
+    """A limit as it is told: TTFT, TTFT p99."""
+    what, _, rest = name.partition("-")
+    return f"{what.upper()} {rest}".strip()

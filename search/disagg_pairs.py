@@ -48,20 +48,29 @@ def combined(question: DisaggQuestion, partners: Both, full: Tables, until_s: fl
     if not all(one.size for one in full):
         return Found(full)
     first, second = (
-        undominated(options, role, own.of(options), own.table)
+        undominated(options, role, own)
         for options, role, own in zip(full, ("prefill", "decode"), partners, strict=True)
     )
-    prefill = full[0].at(first)
-    found = _paired(question, partners, (prefill, full[1].at(second)), until_s)
+    found = _paired(question, partners, (full[0].at(first), full[1].at(second)), until_s)
     best = found.kept[0] if found.kept else None
-    again = worth_another_look(question, prefill, full[1], best)
-    more = np.union1d(second, np.flatnonzero(again))
-    if more.size == second.size:
+    again = (
+        worth_another_look(question, full, "prefill", best),
+        worth_another_look(question, (full[0].at(first), full[1]), "decode", best),
+    )
+    one, two = (
+        np.union1d(own, np.flatnonzero(also))
+        for own, also in zip((first, second), again, strict=True)
+    )
+    if (one.size, two.size) == (first.size, second.size):
         return found
-    other = _paired(question, partners, (prefill, full[1].at(more)), until_s)
+    other = _paired(question, partners, (full[0].at(one), full[1].at(two)), until_s)
     if not other.tally.unreached.size:
         return other
-    left = most_of(question, floor_of(prefill, "prefill"), floor_of(full[1].at(again), "decode"))
+    left = most_of(
+        question,
+        floor_of(full[0].at(one), "prefill"),
+        floor_of(full[1].at(two), "decode"),
+    )
     return Found(found.options, found.kept, found.tally, max(found.unreached, float(left)))
 
 

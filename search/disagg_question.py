@@ -23,7 +23,7 @@ __all__ = [
     "objective_of",
 ]
 
-POOL_LIMITS = ("", "ttft", "rate")
+POOL_LIMITS = ("", "ttft", "rate", "ttft_p99")
 _ROOM = 1.0 + 4e-9
 """A limit that is met but for rounding is met."""
 Counts = NDArray[np.int64]
@@ -72,7 +72,24 @@ class DisaggQuestion:
             in_flight=1.0 if alone else work.concurrency,
             offered_per_s=work.request_rate if latency else None,
             ttft_s=self.limits.ttft_s,
+            ttft_p99_s=self.limits.ttft_p99_s,
         )
+
+    @property
+    def finds_slots(self) -> bool:
+        """Whether requests that come at random must find a decode slot free."""
+        demand = self.demand
+        return demand.in_flight is None and demand.ttft_p99_s is not None
+
+    @property
+    def most_s(self) -> tuple[float, float]:
+        """What an instance of either role may take: one prompt alone, and a token.
+
+        With every slot in use steps are alike: no percentile of TPOT is above its mean.
+        """
+        ttft, tpot = self.demand.mean_ttft_s, [self.limits.tpot_s, self.limits.tpot_p99_s]
+        tokens = min((one for one in tpot if one is not None), default=np.inf)
+        return np.inf if ttft is None else ttft, tokens
 
 
 def deployments(
@@ -86,6 +103,7 @@ def deployments(
     link = question.link
     ranks = np.minimum(x * prefill["cards"], y * decode["cards"])
     given = Pools(
+        prefill_instances=as_array(x),
         prefill_per_s=x * prefill["rate"],
         busy_s=prefill["busy_s"],
         service_s=prefill["service_s"],
@@ -110,7 +128,11 @@ def _broken(question: DisaggQuestion, service: Service) -> Counts:
     ttft = question.limits.ttft_s or np.inf
     late = service.ttft_s > ttft * _ROOM
     few = (service.requests_per_s * _ROOM < rate) | (service.requests_per_s <= 0.0)
-    return np.where(late, 1, np.where(few, 2, 0))
+    found = np.where(late, 1, np.where(few, 2, 0))
+    if service.ttft_p99_s is None:
+        return found
+    tail = service.ttft_p99_s > (question.limits.ttft_p99_s or np.inf) * _ROOM
+    return np.where(tail & ~late, POOL_LIMITS.index("ttft_p99"), found)
 
 
 def broken_limits(

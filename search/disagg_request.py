@@ -186,7 +186,13 @@ def assumptions(question: DisaggQuestion) -> list[str]:
         "instances are parts that divide a node, or whole nodes; the mean wait of prompts is that "
         "of a queue with random arrivals and fixed service (M/D/1)",
     ]
-    if demand.in_flight is None and demand.ttft_s is None:
+    if question.limits.has_tails:
+        notes.append(
+            "99th percentiles of pools: TTFT of a queue of prompts for all prefill instances, at "
+            "a rate with a decode slot free for 99 of 100 requests; TPOT of all slots in use, "
+            "which no request's exceeds"
+        )
+    if demand.in_flight is None and demand.mean_ttft_s is None:
         notes.append(
             f"no limit on TTFT bounds the queue: prefill instances are used to "
             f"{unbounded_utilisation():.0%} at most (assumed)"

@@ -26,6 +26,7 @@ from shardplan.models.errors import InputError
 def _pools(**changes: float) -> Pools:
     """Prompts at 10 a second, alone in 0.2 s; 20 decoded a second in steps of 50 ms."""
     values = {
+        "prefill_instances": 1.0,
         "prefill_per_s": 10.0,
         "busy_s": 0.1,
         "service_s": 0.2,

@@ -124,6 +124,8 @@ def disagg_cases(draw: st.DrawFn) -> DisaggQuestion:
         limits=Limits(
             ttft_s=draw(st.sampled_from([None, None, 0.05, 0.5])),
             tpot_s=draw(st.sampled_from([None, None, 0.005, 0.02])),
+            ttft_p99_s=draw(st.sampled_from([None, None, 0.05, 0.5])),
+            tpot_p99_s=draw(st.sampled_from([None, None, 0.02])),
         ),
         objective=draw(st.sampled_from(["throughput", "throughput", "latency", "cards"])),
     )

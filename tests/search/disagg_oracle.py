@@ -14,6 +14,7 @@ from itertools import combinations, pairwise, permutations, product
 from typing import Any
 
 import numpy as np
+from tests.search.disagg_oracle_queue import filled, largest, late, later_steps, wait_of
 
 from shardplan.costmodel.disagg import unbounded_utilisation
 from shardplan.costmodel.serving import ServingInput
@@ -26,7 +27,6 @@ from shardplan.models.spec import ModelSpec
 from shardplan.search.disagg_question import DisaggQuestion
 from shardplan.search.disagg_space import Pool
 from shardplan.search.evaluate import LayoutScorer, Question
-from shardplan.search.plan import Workload
 from shardplan.search.space import Choice
 
 __all__ = ["Deployment", "best_deployment", "every_deployment", "space_size"]
@@ -258,7 +258,7 @@ def _decodes(question: DisaggQuestion) -> Iterator[_Decode]:
                 stages = decode_stages(model, _given(pool, choice, par.mtp), sequences)
                 times = [float(one) for one in model.step_s(stages, "decode")]
                 step = max(sum(times), max(times) * par.pp) + model.host_s("decode")
-                later = _later_steps(work, par.mtp)
+                later = later_steps(work, par.mtp)
                 tokens = work.output_len - 1
                 yield _Decode(
                     parallel=par,
@@ -270,14 +270,6 @@ def _decodes(question: DisaggQuestion) -> Iterator[_Decode]:
                 )
 
 
-def _later_steps(work: Workload, depth: int) -> float:
-    """Steps after the first token: at least one where there is a token."""
-    kept = work.mtp_acceptance or 0.0
-    gained = 1 + sum(kept**place for place in range(1, depth + 1))
-    later = work.output_len - 1
-    return max(later / gained, min(later, 1))
-
-
 def _legal_pair(question: DisaggQuestion, one: Parallelism, other: Parallelism) -> bool:
     if (one.mtp > 0) != (other.mtp > 0):
         return False
@@ -286,17 +278,6 @@ def _legal_pair(question: DisaggQuestion, one: Parallelism, other: Parallelism) 
     if any(par.pp > 1 and par.cp > 1 for par in (one, other)):
         return False
     return one.tp >= other.tp and one.tp % other.tp == 0 and other.pp == 1
-
-
-def _filled(most: float, busy: float, alone: float, in_flight: float) -> float:
-    """The utilisation at which `in_flight` requests are in flight, by bisection."""
-    low, high = 0.0, 1.0
-    others = (in_flight - 1.0) / in_flight
-    for _ in range(200):
-        used = (low + high) / 2.0
-        wait = others * used * busy / (2.0 * max(1.0 - used, 1e-300))
-        low, high = (used, high) if used * most * (wait + alone) < in_flight else (low, used)
-    return low
 
 
 def _deployment(
@@ -317,14 +298,24 @@ def _deployment(
     if latency and in_flight is None and work.request_rate is None:
         in_flight = 1
     if in_flight is not None:
-        used = _filled(most, one.busy_s, first + later, in_flight)
-    elif limits.ttft_s is not None:
-        room = max(limits.ttft_s - first, 0.0)
+        used = filled(most, one.busy_s, first + later, in_flight)
+    elif (bound := min(limits.ttft_s or 1e99, limits.ttft_p99_s or 1e99)) < 1e99:
+        room = max(bound - first, 0.0)
         used = 2 * room / (one.busy_s + 2 * room)
     else:
         used = unbounded_utilisation()
     sent = min(x * p.ranks, y * d.ranks) * link.bytes_per_s / other.request_bytes
-    rate = min(most * used, y * other.rate, sent)
+    decoded, tail = y * other.rate, limits.ttft_p99_s
+    queue = (x, most, one.busy_s)
+    if in_flight is None and tail is not None:
+        span = other.step_s + later
+        slots = y * other.rate * span
+        decoded = largest(slots, lambda n: n + 2.326 * math.sqrt(n) <= slots) / span
+        used = min(
+            used,
+            largest(1.0, lambda u: late(first, other.step_s, wait_of(queue, u * most)) <= tail),
+        )
+    rate = min(most * used, decoded, sent)
     if latency and work.request_rate is not None:
         rate = min(rate, work.request_rate)
     if rate <= 0 or rate * (1 + 4e-9) < (work.request_rate or 0.0):
@@ -334,6 +325,14 @@ def _deployment(
         wait = max(in_flight / rate - later - first, 0.0)
     ttft = wait + first
     if limits.ttft_s is not None and ttft > limits.ttft_s * (1 + 4e-9):
+        return None
+    if tail is not None and in_flight is not None:
+        mean = used * one.busy_s / (2 * (1 - used)) if used < 1 else math.inf
+        steps = math.ceil((in_flight - 1) / (most * one.busy_s) - 1e-9)
+        beyond = min(wait_of(queue, used * most), steps * one.busy_s) - mean
+        if max(late(first, other.step_s, wait + max(beyond, 0.0)), ttft) > tail * (1 + 4e-9):
+            return None
+    if limits.tpot_p99_s is not None and other.tpot_s > limits.tpot_p99_s:
         return None
     if limits.tpot_s is not None and other.tpot_s > limits.tpot_s:
         return None

@@ -349,3 +349,23 @@ def test_targets_that_cannot_express_pools_say_so(
         emit(found.plan, "atc", tmp_path / "atc")
     with pytest.raises(InputError, match="one hardware generation"):
         emit(mixed.plan, "vllm-ascend", tmp_path / "mixed")
+
+
+def test_a_limit_on_a_percentile_leaves_room_in_both_pools() -> None:
+    """The mean keeps half of what its 99th percentile may be, and what is served falls."""
+    loose = _search(cards=4).plan
+    tight = _search(cards=4, tpot_ms=None, ttft_p99_ms=800.0, tpot_p99_ms=40.0).plan
+    assert tight.performance.output_tokens_per_s < loose.performance.output_tokens_per_s
+    assert tight.performance.ttft_s < loose.performance.ttft_s
+    assert tight.performance.tpot_s <= 0.04
+    assert tight.certificate.gap == 0.0
+    assert any("99th percentiles of pools" in note for note in tight.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("ttft_p99_ms", "TTFT p99 limit"), ("tpot_p99_ms", "TPOT p99 limit")]
+)
+def test_a_percentile_that_no_pool_keeps_is_told(name: str, words: str) -> None:
+    with pytest.raises(InfeasibleError, match=words) as caught:
+        _search(**{"cards": 4, name: 1.0})  # type: ignore[arg-type]  # options of a search
+    assert f"--{name.replace('_', '-')}" in str(caught.value)

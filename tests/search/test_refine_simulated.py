@@ -57,10 +57,9 @@ def test_a_percentile_that_nothing_keeps_is_named() -> None:
     assert "--tpot-p99-ms" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ttft_p99_ms", "tpot_p99_ms", "refine_simulated"])
-def test_pools_know_neither(name: str) -> None:
+def test_pools_are_not_refined() -> None:
     with pytest.raises(InputError, match="goes with aggregated serving"):
-        asked(serving="disagg", **{name: 8})
+        asked(serving="disagg", refine_simulated=8)
 
 
 def test_the_best_are_simulated_and_the_plan_says_so(tmp_path: Path) -> None:
