@@ -60,6 +60,8 @@ _MOST_AGAIN = 0.8
 """Requests that come because of one at most: slots, and queues that grow, bound clusters."""
 _MOST_TURNS = 8
 """Replicas from which on the stream of each is as regular as it matters."""
+_EMPTIED = 1e-13
+"""Share of steps after which nothing waits, whatever was there."""
 _SUMMED = 16.0
 """Of groups no more: a term each."""
 _ROWS = 512
@@ -182,7 +184,8 @@ def _chain(coming: Array, left: Array, one: Arrivals) -> Array:
     upto = np.take_along_axis(_upto(coming, one), np.maximum(new, 0.0).astype(np.int64), axis=2)
     reached = np.where(new >= 0.0, upto, 0.0)
     reached[..., -1] = 1.0
-    found: Array = np.diff(reached, axis=-1, prepend=0.0)
+    found: Array = np.diff(reached, axis=-1, prepend=0.0) * (1.0 - _EMPTIED)
+    found[..., 0] += _EMPTIED  # a queue that never ends and one that never begins are one chain
     return found
 
 

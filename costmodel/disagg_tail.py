@@ -24,10 +24,7 @@ percentile of TTFT asks for this and for a queue that keeps the limit: the most 
 Closed. C in flight: the rate at which all are (`disagg`) has the queue above, of (C - 1) / (K x)
 steps at most; what its percentile has beyond the mean all TTFT have beyond theirs.
 
-TPOT. Of n in flight a group, decoding in steps t(n) with n varying by var: a request's own mean of
-the number over its time varies by 2/3 as much (`run_spread`):
-
-    TPOT = (steps / tokens) t(n + z sqrt(2/3 n)), never above that of all slots
+TPOT is that of full slots, which no request's exceeds.
 """
 
 from __future__ import annotations

@@ -76,6 +76,10 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
     )
 
 
+_DEAR_S = 60.0
+"""Of a search of both ways of serving, for the aggregated one where percentiles are limited."""
+
+
 def _worth(plan: Plan) -> tuple[bool, float, float]:
     """Larger is better: limits kept, the objective (less is less negative), throughput."""
     kept = any(plan.request.limits.model_dump().values())
@@ -129,17 +133,21 @@ def better_serving(
 ) -> SearchResult:
     """The better of both searches, with both told in its plan.
 
-    Of a time limit the aggregated search, which comes first, may take half, the other what is left.
+    Of a time limit the aggregated search, which comes first, may take half, the other what is left;
+    where none is given and percentiles are limited the aggregated one takes `_DEAR_S` at most.
     Raises what the aggregated search raises when neither finds anything.
     """
     found: dict[str, SearchResult | InfeasibleError | InputError] = {}
     start, limit_s = time.perf_counter(), resolved.time_limit_s
     left_s = None if limit_s is None else limit_s / 2.0
+    if limit_s is None and resolved.request.limits.has_tails:
+        left_s = _DEAR_S
     for serving, run in (("agg", aggregated), ("disagg", disaggregated)):
         try:
             found[serving] = run(replace(resolved, time_limit_s=left_s))
         except (InfeasibleError, InputError) as error:
             found[serving] = error
+        left_s = None
         if limit_s is not None:
             left_s = max(limit_s - (time.perf_counter() - start), 0.0)
     results = [one for one in found.values() if not isinstance(one, InfeasibleError | InputError)]
@@ -167,6 +175,11 @@ def _said(
     if best.request.prefill_cards is not None:
         note += "; the aggregated plan has the cards of the decode cluster only"
     if resolved.time_limit_s is None:
+        if resolved.request.limits.has_tails:
+            note += (
+                f"; percentiles of aggregated serving are dear to price: it was searched for "
+                f"{_DEAR_S:g} s at most (--time-limit gives more)"
+            )
         return note
     for serving, one in found.items():
         if isinstance(one, InfeasibleError | InputError):

@@ -118,14 +118,19 @@ class Hunt:
             one = max(self.pending, key=lambda each: each.most)
             if one.most < bound or one.most <= self.best:
                 break
-            one.seek(self.best)
+            one.seek(self.best, self.deadline_s)
+            if self.late:
+                break
             self.best = max(self.best, one.best)
         return self.best
 
     def settle(self) -> None:
         """Judge what is told of the grids that wait for it."""
+        self.judge.until_s = self.deadline_s
         self.judge.settle(self.pending)
         for one in self.pending:
+            if self.late:  # what is open may be better, and was not looked at
+                self.unreached = max(self.unreached, one.most)
             self.best = max(self.best, one.best)
             self.refused[one.scorer.parallel, one.choice] = one.refused
             self._keep(one.scorer, one.choice, (one.batch, one.chunk), one.scores, one.open)

@@ -17,6 +17,7 @@ nothing holds all are judged, so that the nearest miss of each limit is known.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -119,13 +120,16 @@ class Pending:
         slots, tokens = (np.broadcast_to(one, shape).ravel()[places] for one in grid)
         return Sight(self.scorer, self.choice, slots, tokens)
 
-    def seek(self, above: float) -> None:
-        """Find the best that holds, where that has an objective above a number."""
+    def seek(self, above: float, until_s: float = math.inf) -> None:
+        """Find the best that holds, where that has an objective above a number.
+
+        `until_s`: reading of `time.perf_counter` after which nothing else is judged.
+        """
         objective, memory = self.column("objective"), self.column("memory_bytes")
         able = np.flatnonzero(self.open & (objective > max(above, self.best)))
         able = able[np.lexsort((memory[able], -objective[able]))]
         size = _FIRST
-        while able.size and objective[able[0]] > self.best:
+        while able.size and objective[able[0]] > self.best and time.perf_counter() < until_s:
             _judge([(self, able[:size])])
             able, size = able[size:], min(2 * size, _MOST)
 
@@ -152,6 +156,8 @@ class Judge:
     """What a search has found to hold."""
 
     wanted: Wanted
+    until_s: float = math.inf
+    """Reading of `time.perf_counter` after which what is left stays open."""
     layouts: dict[Parallelism, float] = field(default_factory=dict)
     """The largest objective of each, however its layers are cut."""
     choices: dict[Choice, float] = field(default_factory=dict)
@@ -163,7 +169,8 @@ class Judge:
     def settle(self, grids: Sequence[Pending]) -> None:
         """Judge all that is told of some grids."""
         for one in sorted(grids, key=lambda each: -each.most):
-            one.seek(min(_nth(self.layouts.values(), self.wanted.layouts), self._of(one.choice)))
+            known = min(_nth(self.layouts.values(), self.wanted.layouts), self._of(one.choice))
+            one.seek(known, self.until_s)
             layout = replace(one.scorer.parallel, stage_layers=())
             self.layouts[layout] = max(self.layouts.get(layout, -math.inf), one.best)
             self.choices[one.choice] = max(self._of(one.choice), one.best)
@@ -171,6 +178,11 @@ class Judge:
             self._settle_best(grids)
         if self.wanted.front:
             self._settle_front(grids)
+
+    @property
+    def late(self) -> bool:
+        """Whether the time has passed."""
+        return time.perf_counter() >= self.until_s
 
     def _of(self, choice: Choice) -> float:
         return self.choices.get(choice, -math.inf)
@@ -183,7 +195,7 @@ class Judge:
             while True:
                 every = np.concatenate([self.objectives, held])
                 able = np.flatnonzero(one.open & (objective > _nth(every, count)))
-                if not able.size:
+                if not able.size or self.late:
                     break
                 _judge([(one, able[np.argsort(-objective[able], kind="stable")[:count]])])
                 held = objective[one.holds]
@@ -195,7 +207,7 @@ class Judge:
             self._extend_front(grids)
             left = [_unbeaten(one, self.front) for one in grids]
             which = np.repeat(np.arange(len(grids)), [one.size for one in left])
-            if not which.size:
+            if not which.size or self.late:
                 return
             place = np.concatenate(left)
             gain, cost = (

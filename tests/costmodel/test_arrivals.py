@@ -180,6 +180,14 @@ def test_requests_behind_prompts_come_in_clusters(load: float) -> None:
     assert unevenness(shared, waits(shared))[0] < 1.0 / (1.0 - load) ** 2
 
 
+def test_a_queue_that_never_ends_beside_one_that_never_begins_is_solved() -> None:
+    """Hardly anything comes during a decode step, and more than is served during a prompt's."""
+    one = arrivals(rate=1e-15, first_s=1e17, at_once=1.0)
+    state = waits(one)
+    assert state.share.sum() == pytest.approx(1.0)
+    assert np.isfinite(state.begun_s).all()
+
+
 def test_replicas_by_turns_have_fewer_prompts_at_once() -> None:
     """The same rate each, more evenly; the mean number that waits is the mean number that came."""
     alone, turns = (waits(arrivals(rate=6.0, replicas=count)) for count in (1.0, 4.0))
