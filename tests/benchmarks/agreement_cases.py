@@ -25,6 +25,7 @@ from shardplan.models.catalog import load_model
 from shardplan.models.parallel import Parallelism
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Limits, Workload
+from shardplan.search.space import Choice
 
 ACCEPTANCE = 0.85
 ROUNDS, SETTLED = 40, 3
@@ -59,6 +60,10 @@ class Case(NamedTuple):
         return f"{self.input_len}/{self.output_len}{hit}"
 
 
+_SHARED = {"tp": 2, "dp": 4, "ep": 8}
+_WIDE = {"tp": 4, "dp": 8, "ep": 32}
+_EVEN = {"tp": 4, "dp": 4, "ep": 16}
+_PLAIN = ({"tp": 1}, {"tp": 2}, {"tp": 4})
 CASES = (
     Case("llama-3.1-8b", "atlas-800t-a2", {"tp": 2}, "bf16", 64, 4096, 512, 256),
     Case("llama-3.1-8b", "atlas-800t-a2", {"tp": 2, "dp": 2}, "bf16", 48, 2048, 2048, 128),
@@ -90,6 +95,57 @@ CASES = (
     Case("qwen3-32b", "atlas-800i-a2", {"tp": 4}, "w8a8", 16, 8192, 8192, 512, prefix_hit=0.75),
     Case("llama-3.1-70b", "atlas-800t-a2", {"tp": 8}, "bf16", 32, 2048, 6000, 512, ENGINES[:1]),
 )
+
+
+DRAWN = (
+    (
+        "llama-3.1-8b",
+        "atlas-800t-a2",
+        "bf16",
+        (*_PLAIN, {"tp": 1, "dp": 4}),
+    ),
+    ("qwen2.5-14b", "atlas-800t-a2", "bf16", ({"tp": 2}, {"tp": 4})),
+    ("qwen3-32b", "atlas-800i-a2", "w8a8", ({"tp": 4}, {"tp": 8}, {"tp": 4, "dp": 2})),
+    ("llama-3.1-70b", "atlas-800t-a2", "bf16", ({"tp": 8}, {"tp": 4, "pp": 2})),
+    ("qwen3-30b-a3b", "atlas-800t-a2", "bf16", ({"tp": 2}, {"tp": 4, "ep": 4}, _SHARED)),
+    (
+        "qwen3-235b-a22b",
+        "atlas-800i-a3",
+        "w8a8",
+        ({"tp": 8, "ep": 8}, _EVEN),
+    ),
+    ("deepseek-v3", "atlas-800i-a3", "w8a8", ({"tp": 8, "dp": 2, "ep": 16}, _WIDE)),
+)
+"""What `drawn` draws from: model, cluster, weights, layouts."""
+DRAWN_LOADS = (
+    *("closed 0.5", "closed 0.75", "closed 0.9"),
+    *("Poisson 0.3", "Poisson 0.5", "Poisson 0.6", "Poisson 0.7", "Poisson 0.8", "Poisson 0.85"),
+)
+
+
+def drawn(count: int, seed: int) -> list[tuple[Case, str]]:
+    """Cases and loads at random, of those that fit: nobody chose them.
+
+    Prompts of 128 to 6,000 tokens, outputs of 64 to 776, 8 to 128 slots, 2,048 to 16,384 tokens a
+    step; an engine that lets prompts go first has them whole, and no pipeline.
+    """
+    luck = random.Random(seed)
+    found: list[tuple[Case, str]] = []
+    while len(found) < count:
+        model, cluster, dtype, layouts = luck.choice(DRAWN)
+        axes, engine, load = luck.choice(layouts), luck.choice(ENGINES), luck.choice(DRAWN_LOADS)
+        prompt, output = round(2 ** luck.uniform(7, 12.55)), round(2 ** luck.uniform(6, 9.6))
+        slots = luck.choice([8, 16, 24, 32, 48, 64, 96, 128])
+        chunk = luck.choice([2048, 4096, 8192, 16384])
+        if engine == "mindie" and (prompt > chunk or "pp" in axes):
+            continue
+        case = Case(model, cluster, axes, dtype, slots, chunk, prompt, output, (engine,))
+        made = scorer(case, engine)
+        choice = Choice(attention="flash", weight_dtype=dtype, kv_dtype="bf16")
+        held = made.memory(choice, np.array([float(slots)]), np.array([float(chunk)]))
+        if float(held[0]) <= made.ledger.capacity_bytes:
+            found.append((case, load))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
