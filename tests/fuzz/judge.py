@@ -31,6 +31,9 @@ MOST_S = 5.0
 MOST_WAIT_S = 60.0
 """Altogether: a reader may wait for what never comes, and use no processor."""
 MOST_BYTES = 2**30
+_FRESH_BYTES = 2**29
+"""A process of its own holds no more before its first input; what a test's process holds beyond
+that, of the tests before, is not the input's."""
 _FRAMES = 6
 _PEAK = "VmHWM:"
 
@@ -71,6 +74,8 @@ class Judge:
         self.counts = {"accepted": 0, "refused": 0}
         self.slowest_s = 0.0
         self.peak_bytes = 0
+        _forget_peak()
+        self._others_bytes = max(_peak_bytes() - _FRESH_BYTES, 0)
 
     def judge(self, data: bytes) -> Finding | None:
         """The finding that an input makes, if it makes one."""
@@ -79,7 +84,7 @@ class Judge:
         _forget_peak()
         begin = time.process_time()
         kind, where, text = self._outcome()
-        seconds, peak = time.process_time() - begin, _peak_bytes()
+        seconds, peak = time.process_time() - begin, _peak_bytes() - self._others_bytes
         self.slowest_s, self.peak_bytes = max(self.slowest_s, seconds), max(self.peak_bytes, peak)
         if kind in self.counts and peak > MOST_BYTES:
             kind, text = "memory", f"{peak / 2**20:.0f} MiB in use"
