@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.memo import Memo
 from shardplan.models.errors import InputError
 from shardplan.search.asked_again import (
@@ -28,7 +31,7 @@ from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_failure import nothing_disaggregated
 from shardplan.search.disagg_plan import candidate_of
 from shardplan.search.disagg_pools import Base, priced_columns
-from shardplan.search.disagg_question import DisaggQuestion
+from shardplan.search.disagg_question import DisaggQuestion, deployments
 from shardplan.search.disagg_request import Sides, disagg_question, resolve_sides
 from shardplan.search.disagg_space import Pool as Side
 from shardplan.search.explain import looser, more_cards, quantized, wide_enough
@@ -120,11 +123,34 @@ def _bindings(found: KnownPools) -> Iterator[Binding]:
     limits = plan.request.limits.model_dump()
     for name, limit in limits.items():
         if limit is not None:
-            value = float(getattr(plan.performance, name))
+            value = _time_s(found, name)
             binds = value >= limit * _AT
             if name == "tpot_s" and not binds:
                 binds = _next(question.decode, plan.pools[1], "tpot_s") > limit
             yield from _binding(name.removesuffix("_s"), value, limit, binds)
+
+
+def _time_s(found: KnownPools, name: str) -> float:
+    """What a limit on time is held against; TPOT is that of full slots for its percentile, too."""
+    plan, question = found.known.plan, found.question
+    if name != "ttft_p99_s":
+        return float(getattr(plan.performance, name.replace("_p99", "")))
+    one, two = (
+        _columns(side, pool, pool.strategy.chunk if side.role == "prefill" else pool.strategy.batch)
+        for side, pool in zip((question.prefill, question.decode), plan.pools, strict=True)
+    )
+    counts = (np.array([pool.instances], dtype=np.int64) for pool in plan.pools)
+    service, _ = deployments(question, (one, two), *counts)
+    late_s = service.ttft_p99_s
+    assert late_s is not None  # of a question that limits it
+    return float(late_s.flat[0])
+
+
+def _columns(side: Side, pool: Pool, size: int) -> dict[str, Array]:
+    """A pool's strategy with so many slots, or tokens of a step."""
+    par = pool.strategy.parallelism()
+    one = replace(side, grid=(size,))
+    return priced_columns(Base(one, par, Memo(), {}), par, Choice.of(pool.strategy))
 
 
 def _binding(name: str, value: float, limit: float, binds: bool) -> Iterator[Binding]:
@@ -144,10 +170,7 @@ def _next(side: Side, pool: Pool, column: str) -> float:
     larger = [size for size in side.grid if size > own]
     if not larger:
         return 0.0
-    par = way.parallelism()
-    one = replace(side, grid=(larger[0],))
-    columns = priced_columns(Base(one, par, Memo(), {}), par, Choice.of(way))
-    return float(columns[column][0])
+    return float(_columns(side, pool, larger[0])[column][0])
 
 
 def _shadows(found: KnownPools) -> Iterator[Shadow]:

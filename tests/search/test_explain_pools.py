@@ -151,6 +151,21 @@ def test_the_command_prints_and_writes_json(
     assert "named by its axes" in capsys.readouterr().err
 
 
+def test_percentiles_that_are_limited_are_told() -> None:
+    """TTFT with its queue, TPOT of full slots."""
+    found: Plan = shardplan.search(
+        "llama-3.1-8b",
+        "atlas-800t-a2",
+        cards=4,
+        serving="disagg",
+        ttft_p99_ms=900,
+        tpot_p99_ms=40,
+    ).plan
+    told = {one.name: one for one in explain(found, shadows=False).bindings}
+    assert found.performance.ttft_s < told["ttft_p99"].value <= 0.9 * (1 + 1e-6)
+    assert told["tpot_p99"].value == found.performance.tpot_s <= 0.04
+
+
 def test_lint_judges_an_instance_of_each_pool(
     plan: Plan, plan_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
