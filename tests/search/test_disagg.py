@@ -56,7 +56,7 @@ def test_the_best_is_brute_forces_best(question: DisaggQuestion) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(disagg_cases())
 def test_the_best_is_brute_forces_best_on_many_questions(question: DisaggQuestion) -> None:
     _agrees(question)
@@ -94,7 +94,7 @@ def test_headroom_is_that_of_brute_force(
 
 
 @pytest.mark.slow
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(disagg_cases(), SPARES, st.sampled_from([1e-3, 2.0, 40.0]), PRICES)
 def test_headroom_is_that_of_brute_force_on_many_questions(
     question: DisaggQuestion, spare: Spare | None, rate: float, prices: tuple[float, float]

@@ -84,7 +84,7 @@ def test_the_best_is_brute_forces_best(case: Case) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(cases())
 def test_the_best_is_brute_forces_best_on_many_questions(case: Case) -> None:
     _agrees(case)
@@ -106,7 +106,7 @@ def test_headroom_is_that_of_brute_force(case: Case, spare: Spare, rate: float) 
 
 
 @pytest.mark.slow
-@settings(max_examples=120)
+@settings(max_examples=50)
 @given(cases(), SPARES, st.sampled_from([1e-3, 5.0, 300.0]))
 def test_headroom_is_that_of_brute_force_on_many_questions(
     case: Case, spare: Spare, rate: float
