@@ -10,6 +10,7 @@ Everything heavy is imported inside the commands, so that `shardplan --help` sta
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from shardplan.models.errors import ShardplanError, UnknownNameError
+from shardplan.models.errors import InputError, ShardplanError, UnknownNameError
 from shardplan.search.cli_analyze import analyze
 from shardplan.search.cli_calibrate import calibrate
 from shardplan.search.cli_common import note, print_json
@@ -158,7 +159,18 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if isinstance(error, _ClickError):
             return _tell_usage(error, as_json)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _tell(_too_long(error), as_json)
         return _tell_bug(error, as_json)
+
+
+def _too_long(error: OSError) -> InputError:
+    """A name that no file can have, wherever it was looked for."""
+    return InputError(
+        "a file's name is no longer than the system takes",
+        got=str(error.filename)[:100],
+        hint="check the argument",
+    )
 
 
 def _command(arguments: list[str]) -> str:

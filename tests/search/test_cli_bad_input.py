@@ -36,6 +36,22 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], *words: st
     return shown.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lint", "FILE", "--cluster", "atlas-800t-a2"],
+        ["analyze", "FILE"],
+        ["search", *BOTH, "--cards", "1", "--out", "FILE"],
+        ["simulate", "FILE"],
+        ["explain", "FILE"],
+        ["estimate", "--points", "FILE"],
+    ],
+    ids=lambda one: one[0],
+)
+def test_names_that_no_file_can_have(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["8" * 400 if word == "FILE" else word for word in words], capsys, "888")
+
+
 @pytest.mark.parametrize("command", ["search", "estimate"])
 @pytest.mark.parametrize(
     ("names", "words"),
