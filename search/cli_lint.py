@@ -100,25 +100,18 @@ def lint(
         raise typer.Exit(_BROKEN)
 
 
-def plan_in(config: str) -> Plan | None:
-    """The plan that a file holds, None where it holds something else; `InputError` for a bad one.
-
-    A file of more than `MAX_PLAN_BYTES` is none.
-    """
-    from shardplan.search.plan_versions import MAX_PLAN_BYTES
-
-    path = Path(config)
-    if not path.is_file() or path.stat().st_size > MAX_PLAN_BYTES:
-        return None
-    if '"shardplan_version"' not in path.read_text(encoding="utf-8", errors="replace"):
-        return None
-    from shardplan.search.plan import Plan
-
-    return Plan.load(path)
-
-
 def read(config: str, arguments: str) -> list[Configuration]:
     """The configurations that an argument names or is; `InputError` for what none can be read."""
+    found = plan_or_configurations(config, arguments)
+    if isinstance(found, list):
+        return found
+    from shardplan.search.lint_case import of_plan
+
+    return of_plan(found, Path(config).name)
+
+
+def plan_or_configurations(config: str, arguments: str) -> Plan | list[Configuration]:
+    """The same, a plan.json as the plan that it holds."""
     path = Path(config)
     if "vllm" in config and any(space in config for space in " \n\t"):
         text, source = config, "the command"
@@ -136,11 +129,10 @@ def read(config: str, arguments: str) -> list[Configuration]:
         from shardplan.search.read_vllm import read_vllm
 
         return read_vllm(text, source, shlex.split(arguments))
-    plan = plan_in(config)
-    if plan is not None:
-        from shardplan.search.lint_case import of_plan
+    if '"shardplan_version"' in text:
+        from shardplan.search.plan import Plan
 
-        return of_plan(plan, source)
+        return Plan.load(path)
     from shardplan.search.read_mindie import read_mindie
 
     return [read_mindie(text, source)]

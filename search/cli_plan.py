@@ -204,8 +204,10 @@ def _explain_operators(
 def _rival(against: str, plan: Plan, model: str | None) -> Rival:
     """A rival, of its own words, of a configuration or of a plan of pools."""
     from shardplan.search.asked_again import known_of
-    from shardplan.search.cli_lint import plan_in, read
+    from shardplan.search.cli_lint import plan_or_configurations
     from shardplan.search.explain_pools import known_pools
+    from shardplan.search.lint_case import of_plan
+    from shardplan.search.plan import Plan
     from shardplan.search.rival import rival_of, values_of, words_of
     from shardplan.search.rival_pools import (
         SERVINGS,
@@ -222,10 +224,11 @@ def _rival(against: str, plan: Plan, model: str | None) -> Rival:
         return other_serving(known, against)
     if "vllm" not in against and not Path(against).is_file():
         return rival_of(known, words_of(against))
-    other = plan_in(against)
-    if other is not None and other.pools:
+    other = plan_or_configurations(against, "")
+    if isinstance(other, Plan) and other.pools:
         return rival_plan(plan, other)
-    return rival_of(known, values_of(read(against, "")[0], known))
+    first = of_plan(other, against)[0] if isinstance(other, Plan) else other[0]
+    return rival_of(known, values_of(first, known))
 
 
 def _options(given: list[str]) -> dict[str, str]:

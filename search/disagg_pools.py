@@ -35,6 +35,7 @@ from shardplan.search.space import Choice
 __all__ = [
     "Base",
     "PoolPricing",
+    "columns_alone",
     "cost_columns",
     "priced_columns",
     "role_input",
@@ -205,6 +206,11 @@ def priced_columns(base: Base, par: Parallelism, choice: Choice) -> dict[str, Ar
         "memory_s": total.memory_s,
         "collective_s": total.collective_s,
     }
+
+
+def columns_alone(pool: Pool, par: Parallelism, choice: Choice) -> dict[str, Array]:
+    """The same of a pool of which nothing else is priced."""
+    return priced_columns(Base(pool, par, Memo(), {}), par, choice)
 
 
 def _costs(

@@ -119,14 +119,13 @@ class Hunt:
             if one.most < bound or one.most <= self.best:
                 break
             one.seek(self.best, self.deadline_s)
+            self.best = max(self.best, one.best)
             if self.late:
                 break
-            self.best = max(self.best, one.best)
         return self.best
 
     def settle(self) -> None:
         """Judge what is told of the grids that wait for it."""
-        self.judge.until_s = self.deadline_s
         self.judge.settle(self.pending)
         for one in self.pending:
             if self.late:  # what is open may be better, and was not looked at
@@ -144,8 +143,14 @@ class Hunt:
         scores: Scores,
         unjudged: NDArray[np.bool_] | None = None,
     ) -> KeptGrid:
-        """Remember the best of a grid, and count it; `unjudged`, flat, are left out."""
-        count_refused(self.tally, scores, 0 if unjudged is None else int(unjudged.sum()))
+        """Remember the best of a grid, and count it; `unjudged`, flat, are left out.
+
+        These count as pruned, or where the time limit has passed as not reached.
+        """
+        left = 0 if unjudged is None else int(unjudged.sum())
+        count_refused(self.tally, scores, left)
+        if left and not self.late:
+            self.tally.pruned_by["queue"] += left
         note_nearest(self.tally, scores, scorer.parallel, choice, grid)
         known = None if unjudged is None else ~unjudged
         self.kept.append(keep_best(scores, scorer.parallel, choice, *grid, known))
@@ -178,12 +183,13 @@ def search_exact(
     the same machine and engine. `wanted`: what is told beside the optimum, where limits are dear.
     """
     start = time.perf_counter()
+    deadline_s = math.inf if time_limit_s is None else start + time_limit_s
     hunt = Hunt(
         question=question,
         space=space,
-        deadline_s=math.inf if time_limit_s is None else start + time_limit_s,
+        deadline_s=deadline_s,
         memo=Memo() if memo is None else memo,
-        judge=Judge(wanted or Wanted()),
+        judge=Judge(wanted or Wanted(), deadline_s),
     )
     layouts = _by_bound(question, space)
     done = 0

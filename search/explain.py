@@ -9,7 +9,7 @@ best plan would then do, not what this plan would. Plans of pools: `search.expla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,21 @@ from shardplan.search.asked_again import (
     objective_of,
 )
 from shardplan.search.evaluate import LIMITS, LayoutScorer
-from shardplan.search.explanation import Binding, Explanation, Shadow
+from shardplan.search.explanation import Binding, Explanation, PoolPart, Shadow
 from shardplan.search.kept import Kept, kept_at
 from shardplan.search.plan import Plan
 from shardplan.search.seen import AT_RATE
 from shardplan.search.space import Choice, batch_grid
 
-__all__ = ["explain", "looser", "more_cards", "priced", "quantized", "wide_enough"]
+__all__ = [
+    "explain",
+    "explanation_of",
+    "looser",
+    "more_cards",
+    "priced",
+    "quantized",
+    "wide_enough",
+]
 
 _MOST_SLOTS = 1024
 _TIMES = {
@@ -59,16 +67,33 @@ def explain(plan: Plan, *, model: str | None = None, shadows: bool = True) -> Ex
 
         return explain_pools(plan, model=model, shadows=shadows)
     known = known_of(plan, model)
+    return explanation_of(plan, _bindings(known), _shadows(known) if shadows else ())
+
+
+def explanation_of(
+    plan: Plan, bindings: Iterable[Binding], shadows: Iterable[Shadow]
+) -> Explanation:
+    """What is found of a plan, with what the plan itself tells."""
     return Explanation(
         model=plan.model.name,
         cluster=plan.cluster.name,
         strategy=plan.strategy,
         performance=plan.performance,
         objective=plan.request.objective,
-        bindings=tuple(_bindings(known)),
+        bindings=tuple(bindings),
         breakdown=plan.breakdown,
         memory=plan.memory,
-        shadows=tuple(_shadows(known)) if shadows else (),
+        shadows=tuple(shadows),
+        pools=tuple(
+            PoolPart(
+                role=pool.role,
+                instances=pool.instances,
+                cards=pool.cards,
+                strategy=pool.strategy,
+                memory=pool.memory,
+            )
+            for pool in plan.pools
+        ),
     )
 
 
@@ -165,6 +190,6 @@ def _changed(known: Known, change: str, **different: Any) -> Shadow:
         asked["cluster"] = wide_enough(asked["cluster"], asked["cards"])
         plan = search(**asked).plan
     except (InputError, InfeasibleError) as error:
-        return Shadow(change=change, objective=None, gain=None, strategy=None, note=str(error))
+        return Shadow.none(change, error)
     own, now = objective_of(known.plan), objective_of(plan)
     return Shadow(change=change, objective=now, gain=now / own, strategy=plan.strategy)

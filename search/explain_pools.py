@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.memo import Memo
 from shardplan.models.errors import InputError
 from shardplan.search.asked_again import (
     FASTER,
@@ -30,12 +29,18 @@ from shardplan.search.asked_again import (
 from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_failure import nothing_disaggregated
 from shardplan.search.disagg_plan import candidate_of
-from shardplan.search.disagg_pools import Base, priced_columns
+from shardplan.search.disagg_pools import columns_alone
 from shardplan.search.disagg_question import DisaggQuestion, deployments
 from shardplan.search.disagg_request import Sides, disagg_question, resolve_sides
 from shardplan.search.disagg_space import Pool as Side
-from shardplan.search.explain import looser, more_cards, quantized, wide_enough
-from shardplan.search.explanation import Binding, Explanation, PoolPart, Shadow
+from shardplan.search.explain import (
+    explanation_of,
+    looser,
+    more_cards,
+    quantized,
+    wide_enough,
+)
+from shardplan.search.explanation import Binding, Explanation, Shadow
 from shardplan.search.plan import Plan, Pool
 from shardplan.search.request import Asked, resolve
 from shardplan.search.space import Choice
@@ -55,11 +60,8 @@ class KnownPools:
     options: dict[str, Any]
     """Of `Asked`."""
     sides: Sides
-
-    @property
-    def question(self) -> DisaggQuestion:
-        """What its deployments are scored against."""
-        return disagg_question(self.sides)
+    question: DisaggQuestion
+    """What its deployments are scored against."""
 
 
 def known_pools(plan: Plan, model: str | None = None) -> KnownPools:
@@ -69,7 +71,8 @@ def known_pools(plan: Plan, model: str | None = None) -> KnownPools:
     if plan.request.prefill_cards is not None:
         options["prefill_cluster"] = machine_of(plan.pools[0].cluster)
         options["prefill_cards"] = plan.request.prefill_cards
-    return KnownPools(known=known, options=options, sides=_sides(options))
+    sides = _sides(options)
+    return KnownPools(known=known, options=options, sides=sides, question=disagg_question(sides))
 
 
 def _sides(options: dict[str, Any]) -> Sides:
@@ -80,27 +83,7 @@ def _sides(options: dict[str, Any]) -> Sides:
 def explain_pools(plan: Plan, *, model: str | None = None, shadows: bool = True) -> Explanation:
     """Why this plan. `model`: its `config.json`, where the plan's own is not found."""
     found = known_pools(plan, model)
-    return Explanation(
-        model=plan.model.name,
-        cluster=plan.cluster.name,
-        strategy=plan.strategy,
-        performance=plan.performance,
-        objective=plan.request.objective,
-        bindings=tuple(_bindings(found)),
-        breakdown=plan.breakdown,
-        memory=plan.memory,
-        shadows=tuple(_shadows(found)) if shadows else (),
-        pools=tuple(
-            PoolPart(
-                role=pool.role,
-                instances=pool.instances,
-                cards=pool.cards,
-                strategy=pool.strategy,
-                memory=pool.memory,
-            )
-            for pool in plan.pools
-        ),
-    )
+    return explanation_of(plan, _bindings(found), _shadows(found) if shadows else ())
 
 
 def _bindings(found: KnownPools) -> Iterator[Binding]:
@@ -148,9 +131,8 @@ def _time_s(found: KnownPools, name: str) -> float:
 
 def _columns(side: Side, pool: Pool, size: int) -> dict[str, Array]:
     """A pool's strategy with so many slots, or tokens of a step."""
-    par = pool.strategy.parallelism()
     one = replace(side, grid=(size,))
-    return priced_columns(Base(one, par, Memo(), {}), par, Choice.of(pool.strategy))
+    return columns_alone(one, pool.strategy.parallelism(), Choice.of(pool.strategy))
 
 
 def _binding(name: str, value: float, limit: float, binds: bool) -> Iterator[Binding]:
@@ -216,11 +198,10 @@ def _shadow(plan: Plan, change: str, question: Callable[[], DisaggQuestion]) -> 
     try:
         outcome = search_disagg(question())
     except InputError as error:
-        return Shadow(change=change, objective=None, gain=None, strategy=None, note=str(error))
+        return Shadow.none(change, error)
     best = outcome.best
     if best is None:
-        note = str(nothing_disaggregated(outcome, None))
-        return Shadow(change=change, objective=None, gain=None, strategy=None, note=note)
+        return Shadow.none(change, nothing_disaggregated(outcome, None))
     one, now = candidate_of(outcome, best), best.columns["objective"]
     return Shadow(
         change=change,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from shardplan.search.plan import BreakdownRow, MemoryRow, Performance, StrategyInfo
 from shardplan.search.plan_confidence import Part
@@ -35,6 +35,11 @@ class Shadow(Part):
     """With pools, of a decode instance; `note` tells both."""
     note: str = ""
 
+    @classmethod
+    def none(cls, change: str, why: Exception) -> Shadow:
+        """Nothing is feasible then, or the change cannot be made."""
+        return cls(change=change, objective=None, gain=None, strategy=None, note=str(why))
+
 
 class Difference(Part):
     """Where a rival spends more (above 0) or less than the plan."""
@@ -66,6 +71,18 @@ class Rival(Part):
     """What it is, where it is more than one strategy."""
     notes: tuple[str, ...] = ()
     """What the comparison leaves out."""
+
+    @classmethod
+    def refused(cls, strategy: StrategyInfo, why: Exception, **told: Any) -> Rival:
+        """One that cannot be priced."""
+        return cls(
+            strategy=strategy,
+            performance=None,
+            broken=(str(why),),
+            ratio=None,
+            differences=(),
+            **told,
+        )
 
 
 class PoolPart(Part):

@@ -297,7 +297,6 @@ def keep_best(
 def count_refused(tally: Tally, scores: Scores, unjudged: int = 0) -> None:
     """Count what was priced, and what was refused by each limit; `unjudged`: not to the end."""
     tally.evaluated += scores.limit.size - unjudged
-    tally.pruned_by["queue"] += unjudged
     counts = np.bincount(scores.limit.ravel() + 1, minlength=len(LIMITS) + 1)[1:]
     for name, count in zip(LIMITS, counts.tolist(), strict=True):
         if count:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 
-from shardplan.costmodel.memo import Memo
-from shardplan.search.disagg_pools import Base, priced_columns
+from shardplan.search.disagg_pools import columns_alone
 from shardplan.search.disagg_space import Judged, Pool, Role
 from shardplan.search.lint_case import Case
 from shardplan.search.lint_report import Finding
@@ -35,7 +34,7 @@ def instance_finding(case: Case, slots: int, chunk: int) -> Finding:
         reach=case.resolved.reach,
         layouts=(Judged(par),),
     )
-    columns = priced_columns(Base(pool, par, Memo(), {}), par, case.choice)
+    columns = columns_alone(pool, par, case.choice)
     found = {name: float(values.flat[0]) for name, values in columns.items()}
     work, limits = question.workload, question.limits
     lengths = f"{work.input_len:,} prompt and {work.output_len:,} output tokens"

@@ -94,9 +94,7 @@ def rival_of(known: Known, values: Mapping[str, Any]) -> Rival:
         scorer = LayoutScorer(known.question, par)
     except LayoutError as error:
         strategy = _strategy(known, par, choice, own.batch, own.chunk)
-        return Rival(
-            strategy=strategy, performance=None, broken=(str(error),), ratio=None, differences=()
-        )
+        return Rival.refused(strategy, error)
     kept = _tuned(known, scorer, choice, values)
     against = (*_rules(known, par, choice), *_limits(kept, known.question))
     return Rival(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from shardplan import __version__
 from shardplan.models.errors import InfeasibleError, InputError
@@ -18,7 +18,7 @@ from shardplan.search.asked_again import Known, asked_of, objective_of
 from shardplan.search.disagg import search_disagg
 from shardplan.search.disagg_failure import nothing_disaggregated
 from shardplan.search.disagg_plan import build_disagg_plan
-from shardplan.search.disagg_space import Pool
+from shardplan.search.disagg_space import Pool, Role
 from shardplan.search.explain_pools import KnownPools
 from shardplan.search.explanation import Difference, Rival
 from shardplan.search.plan import Plan
@@ -30,7 +30,7 @@ from shardplan.search.tables_disagg import instances_words
 __all__ = ["SERVINGS", "is_of_pools", "other_serving", "rival_of_pools", "rival_plan"]
 
 SERVINGS = ("agg", "disagg")
-_ROLES = ("prefill", "decode")
+_ROLES: tuple[Role, ...] = get_args(Role)
 
 
 def is_of_pools(text: str) -> bool:
@@ -40,7 +40,6 @@ def is_of_pools(text: str) -> bool:
 
 def rival_plan(plan: Plan, other: Plan, *, notes: tuple[str, ...] = ()) -> Rival:
     """Another plan beside a plan, as it stands."""
-    words = instances_words(other)
     if other.request.workload != plan.request.workload:
         notes = (*notes, "the rival was made for another workload: its times are of that one")
     return Rival(
@@ -49,7 +48,7 @@ def rival_plan(plan: Plan, other: Plan, *, notes: tuple[str, ...] = ()) -> Rival
         broken=(),
         ratio=objective_of(other) / objective_of(plan),
         differences=tuple(_differences(plan, other)),
-        words=words,
+        words=instances_words(other),
         notes=notes,
     )
 
@@ -72,15 +71,7 @@ def other_serving(known: Known, serving: str) -> Rival:
     try:
         other = search(**{**asked_of(known), "serving": serving}).plan
     except (InfeasibleError, InputError) as error:
-        return Rival(
-            strategy=plan.strategy,
-            performance=None,
-            broken=(str(error),),
-            ratio=None,
-            differences=(),
-            words=f"serving {serving}",
-            notes=note,
-        )
+        return Rival.refused(plan.strategy, error, words=f"serving {serving}", notes=note)
     return rival_plan(plan, other, notes=note)
 
 
@@ -98,14 +89,7 @@ def rival_of_pools(found: KnownPools, text: str) -> Rival:
         if outcome.best is None:
             raise nothing_disaggregated(outcome, None)
     except InfeasibleError as error:
-        return Rival(
-            strategy=plan.strategy,
-            performance=None,
-            broken=(str(error),),
-            ratio=None,
-            differences=(),
-            words=text,
-        )
+        return Rival.refused(plan.strategy, error, words=text)
     other = build_disagg_plan(
         found.sides, outcome, outcome.best, quantized=[], top=0, version=__version__
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shardplan.search.plan import Plan
+from shardplan.search.report.frame import commands
 from shardplan.search.report.markup import Html, tag
 from shardplan.search.targets import BUILT_IN, SERVING
 
@@ -38,13 +39,7 @@ def next_section(plan: Plan) -> Html:
         ("Simulate its requests one by one", "shardplan simulate plan.json --out simulated"),
         ("Each kernel of each rank, for Perfetto", "shardplan trace plan.json --out trace.json"),
         ("What each dimension is worth", "shardplan analyze trials.csv"),
-    ]
-    if not plan.pools:
-        lines.append(("Why this plan, and what would change it", "shardplan explain plan.json"))
-    pairs = [
-        part
-        for what, command in lines
-        for part in (tag("dt", what), tag("dd", tag("code", command)))
+        ("Why this plan, and what would change it", "shardplan explain plan.json"),
     ]
     return tag(
         "section",
@@ -54,5 +49,5 @@ def next_section(plan: Plan) -> Html:
             "Run where plan.json lies. A target that cannot express the plan says why and writes"
             " nothing.",
         ),
-        tag("dl", *pairs, class_="commands"),
+        commands(lines),
     )

@@ -8,7 +8,17 @@ from importlib import resources
 from shardplan.search.plan import ProofInfo
 from shardplan.search.report.markup import Html, raw, tag
 
-__all__ = ["Section", "document", "notes_section", "pairs", "proof_badge", "proof_section", "tiles"]
+__all__ = [
+    "Section",
+    "commands",
+    "document",
+    "notes_section",
+    "page_header",
+    "pairs",
+    "proof_badge",
+    "proof_section",
+    "tiles",
+]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _MOST_CHECKS = 8
@@ -59,6 +69,26 @@ def pairs(found: Iterable[tuple[str, str]]) -> Html:
     """Short (name, value) lines."""
     cells = [cell for name, value in found for cell in (tag("dt", name), tag("dd", value))]
     return tag("dl", *cells, class_="pairs")
+
+
+def commands(found: Iterable[tuple[str, str]]) -> Html:
+    """(what for, command) lines."""
+    cells = [
+        cell
+        for what, command in found
+        for cell in (tag("dt", what), tag("dd", tag("code", command)))
+    ]
+    return tag("dl", *cells, class_="commands")
+
+
+def page_header(kind: str, what: str, machine: str, badges: Iterable[Html]) -> Html:
+    """The head of the page: what on which machine, and what makes the plan worth trusting."""
+    return tag(
+        "header",
+        tag("p", kind, class_="kicker"),
+        tag("h1", what, tag("span", " on ", class_="soft"), machine),
+        tag("p", *badges, class_="badges"),
+    )
 
 
 def proof_badge(proof: ProofInfo) -> Html:

@@ -16,8 +16,10 @@ from shardplan.search.oplevel.against import OperatorRival
 from shardplan.search.oplevel.plan import OperatorPlan, OperatorRequest, layout_words
 from shardplan.search.report.frame import (
     Section,
+    commands,
     document,
     notes_section,
+    page_header,
     pairs,
     proof_badge,
     proof_section,
@@ -86,12 +88,7 @@ def _header(plan: OperatorPlan) -> Html:
         badges.append(proof_badge(plan.proof))
     if not plan.fits:
         badges.append(tag("span", "does not fit", class_="badge bad"))
-    return tag(
-        "header",
-        tag("p", "shardplan operator plan", class_="kicker"),
-        tag("h1", plan.graph, tag("span", " on ", class_="soft"), plan.cluster.title),
-        tag("p", *badges, class_="badges"),
-    )
+    return page_header("shardplan operator plan", plan.graph, plan.cluster.title, badges)
 
 
 def _summary_section(plan: OperatorPlan, rivals: Sequence[OperatorRival]) -> Html:
@@ -240,16 +237,11 @@ def _next_section(plan: OperatorPlan) -> Html:
     if plan.source.endswith(".onnx"):
         emit = "shardplan emit plan.json --target onnx --out ranks"
         lines.insert(0, ("An ONNX model of each rank", emit))
-    cells = [
-        part
-        for what, command in lines
-        for part in (tag("dt", what), tag("dd", tag("code", command)))
-    ]
     return tag(
         "section",
         tag("h2", "What to run next"),
         tag("p", "Run where plan.json lies."),
-        tag("dl", *cells, class_="commands"),
+        commands(lines),
     )
 
 

@@ -18,6 +18,7 @@ from shardplan.search.report.frame import (
     Section,
     document,
     notes_section,
+    page_header,
     pairs,
     proof_badge,
     proof_section,
@@ -104,12 +105,7 @@ def _header(plan: Plan) -> Html:
     else:
         badges = [tag("span", "sampled, no bound", class_="badge")]
     badges.append(proof_badge(plan.proof))
-    return tag(
-        "header",
-        tag("p", "shardplan deployment plan", class_="kicker"),
-        tag("h1", plan.model.name, tag("span", " on ", class_="soft"), plan.cluster.title),
-        tag("p", *badges, class_="badges"),
-    )
+    return page_header("shardplan deployment plan", plan.model.name, plan.cluster.title, badges)
 
 
 def _summary_section(plan: Plan) -> Html:
