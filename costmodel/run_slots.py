@@ -95,6 +95,7 @@ def _little(
     most, full_s = full
     used, before, left = start.copy(), (start.copy(), start.copy()), np.arange(most.size)
     met = crowd_met(used, np.ones_like(used), most)
+    groups = np.broadcast_to(as_array(model.groups), most.shape)
     whole = now = copy.deepcopy(_served_at(model, case, met, full))
     for turn in range(_TURNS):
         if turn:
@@ -106,7 +107,7 @@ def _little(
         moved = slots - before[0][left]
         slope = (wanted - before[1][left]) / np.where(moved != 0.0, moved, np.inf)
         before[0][left], before[1][left] = slots, wanted
-        uneven = found.uneven / np.broadcast_to(as_array(model.groups), most.shape)[left]
+        uneven = found.uneven / groups[left]
         crowd = crowd_met(wanted, uneven, most[left])
         far = np.abs(wanted - slots) > _CLOSE * slots
         far |= np.abs(crowd - met[left]) > _CLOSE * crowd

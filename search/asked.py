@@ -35,8 +35,6 @@ _MOST_SEED = 2**32 - 1
 _MOST_SECONDS = 1e7
 _MOST_GRAPH_MIB = 65536.0
 _MOST_GRAPHS = 1024
-_NOT_IN_POOLS = ("robust",)
-"""What a search of pools does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
