@@ -1,16 +1,27 @@
-"""Pools of a plan as the cost model takes them."""
+"""Pools of a plan as the cost model takes them, and what requests see of them at the asked rate."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
 from shardplan.costmodel.disagg import step_prompts
+from shardplan.costmodel.disagg_run import DecodeSteps, run_pools
 from shardplan.costmodel.disagg_serve import Pools
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.step_mix import computed_prompt
+from shardplan.search.disagg_pools import columns_alone, role_input
+from shardplan.search.disagg_space import Pool as Side
 from shardplan.search.plan import Plan, Pool
+from shardplan.search.plan_at_rate import AtRate, SpreadTimes
+from shardplan.search.space import Choice
 
-__all__ = ["pools_of"]
+__all__ = ["decode_steps", "pools_at_rate", "pools_of"]
+
+_NAMES = ("mean_s", "p50_s", "p90_s", "p99_s")
+_SIZES = 24
+"""Numbers of sequences that decode steps are priced at."""
 
 
 def pools_of(plan: Plan, gone: tuple[int, int] = (0, 0)) -> Pools | None:
@@ -48,3 +59,38 @@ def pools_of(plan: Plan, gone: tuple[int, int] = (0, 0)) -> Pools | None:
         received_s=part_s(decode),
         transfer_per_s=np.array(ranks * transfer.link_bytes_per_s / transfer.request_bytes),
     )
+
+
+def decode_steps(side: Side, decode: Pool) -> DecodeSteps:
+    """How long the steps of a plan's decode instances take, of any number of sequences."""
+    way, choice = decode.strategy.parallelism(), Choice.of(decode.strategy)
+    spread = np.round(np.geomspace(1.0, decode.strategy.batch, _SIZES)).astype(np.int64)
+    sizes = tuple(dict.fromkeys(spread.tolist()))
+    columns = columns_alone(replace(side, grid=sizes), way, choice)
+    given = role_input(side, way, choice)
+    return DecodeSteps(
+        sequences=np.array(sizes, dtype=np.float64),
+        step_s=np.broadcast_to(columns["step_s"], (len(sizes),)),
+        instances=decode.instances,
+        groups=decode.instances * way.dp,
+        passes=1.0 + float(given.decode_steps),
+        per_token=float(given.steps_per_token) if side.workload.output_len > 1 else 0.0,
+    )
+
+
+def pools_at_rate(side: Side, plan: Plan) -> Plan:
+    """The plan with what requests see at the asked rate, where one is; `side`: of decode."""
+    rate, pools = plan.request.workload.request_rate, pools_of(plan)
+    if rate is None or pools is None:
+        return plan
+    steps = decode_steps(side, plan.pools[1])
+    run = run_pools(pools, steps, rate)
+    found = AtRate(
+        requests_per_s=rate,
+        used=max(rate / float(most) for most in (pools.prefill_per_s, pools.decode_per_s)),
+        concurrency=run.in_flight,
+        end_to_end_s=run.end_to_end_s,
+        ttft=SpreadTimes(**dict(zip(_NAMES, run.ttft_s, strict=True))),
+        tpot=SpreadTimes(**dict(zip(_NAMES, run.tpot_s, strict=True))),
+    )
+    return plan.model_copy(update={"at_rate": found})

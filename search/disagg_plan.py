@@ -20,6 +20,7 @@ from shardplan.search.build_plan import (
     time_note,
 )
 from shardplan.search.disagg import DisaggOutcome
+from shardplan.search.disagg_at_rate import pools_at_rate
 from shardplan.search.disagg_beside import BESIDE_LAYOUTS
 from shardplan.search.disagg_combine import Combination
 from shardplan.search.disagg_options import Options
@@ -251,7 +252,7 @@ def build_disagg_plan(
     chosen = candidate_of(outcome, best)
     front = disagg_front(outcome)[:_PARETO_KEPT]
     model, cluster = plan_info(sides.decode)
-    return Plan(
+    plan = Plan(
         shardplan_version=version,
         request=sides.decode.request,
         model=model,
@@ -276,6 +277,7 @@ def build_disagg_plan(
             *_kept_notes(outcome),
         ),
     )
+    return pools_at_rate(question.decode, plan)
 
 
 def _others(outcome: DisaggOutcome, best: Combination, top: int) -> Iterable[Candidate]:

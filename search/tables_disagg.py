@@ -73,7 +73,7 @@ def print_pools(plan: Plan, console: Console) -> None:
     """Instances, cards, strategy and times of each pool; the memory of prefill; the transfer."""
     if not plan.pools:
         return
-    numbers = ("instances", "cards each", "requests/s", "used", "step", "alone")
+    numbers = ("instances", "cards each", "requests/s", "used", "step", "a request")
     table = new_table("pools", "pool", *numbers, "strategy", right=numbers)
     for pool in plan.pools:
         way, times = pool.strategy, pool.times

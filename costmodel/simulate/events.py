@@ -100,11 +100,11 @@ class Simulation:
                 self._unit_of[engine.number] = unit
         first = [engine for unit in units for engine in unit.engines]
         later = [engine for unit in decode for engine in unit.engines]
-        self._pick = router(name, first)
+        self._pick = router(name, [unit.engines for unit in units])
         self._first = first[0]
         if sending is not None:
             self.sending = sending
-            self._pick_decode = router(name, later)
+            self._pick_decode = router(name, [unit.engines for unit in decode])
             self._last = later[0]
             self._out_s = {engine.number: 0.0 for engine in first}
             self._in_s = {engine.number: 0.0 for engine in later}

@@ -17,7 +17,7 @@ _HEADS = (
     "Requests/s",
     "Used",
     "One step",
-    "Alone",
+    "A request",
     "Fullest rank, GiB",
 )
 

@@ -159,7 +159,7 @@ class Seen:
     ttft_p99_s: float
 
 
-class _Kept:
+class Kept:
     """Keeps every request."""
 
     def __init__(self) -> None:
@@ -261,7 +261,7 @@ def simulated(case: Case, made: LayoutScorer, *, flight: int | None, rate: float
         count=OPEN_REQUESTS if flight is None else ROUNDS * flight,
         prefix_hit=case.prefix_hit,
     )
-    kept = _Kept()
+    kept = Kept()
     run = Simulation(
         _spread(requests(demand), flight or 0),
         kept,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,17 @@ from agreement_cases import (  # type: ignore[import-not-found]  # beside this s
     simulated,
     steady,
 )
+from agreement_pools import (  # type: ignore[import-not-found]  # beside this script
+    CASES as POOLS,
+)
+from agreement_pools import LOADS as POOL_LOADS
+from agreement_pools import PoolsCase, both_of, drawn_pools, pools_simulated, pools_told
 from measuring import table  # type: ignore[import-not-found]  # beside this script
 
 GOALS = {"requests/s": 0.05, "TPOT": 0.05, "TTFT p50": 0.15, "TTFT p99": 0.25}
 LOADS = ("closed 0.75", "Poisson 0.6", "Poisson 0.85")
 DRAWN_COUNT, DRAWN_SEED = 100, 2026
+DRAWN_POOLS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,26 @@ def drawn_rows() -> Iterator[Row]:
     """Of the workloads that were drawn."""
     for case, load in drawn(DRAWN_COUNT, DRAWN_SEED):
         yield row_of(case, case.engines[0], load)
+
+
+def pools_row(case: PoolsCase, share: float) -> Row:
+    """Both answers to random arrivals at a share of what both pools serve."""
+    both = both_of(case)
+    rate = share * both.most_per_s
+    told, found = pools_told(both, rate), pools_simulated(case, both, rate)
+    return Row(case.name, case.engine, f"Poisson {share:.2g}", case.lengths, told, found)
+
+
+def pool_rows() -> Iterator[Row]:
+    """Of prefill and decode pools, chosen."""
+    for case, share in itertools.product(POOLS, POOL_LOADS):
+        yield pools_row(case, share)
+
+
+def drawn_pool_rows() -> Iterator[Row]:
+    """Of pools that were drawn."""
+    for case, share in drawn_pools(DRAWN_POOLS, DRAWN_SEED):
+        yield pools_row(case, share)
 
 
 def _line(row: Row) -> list[str]:
@@ -165,17 +191,22 @@ What still differs:
 """
 
 
+def _printed(source: Callable[[], Iterator[Row]]) -> list[Row]:
+    """Rows, each told as it is found."""
+    kept = []
+    for row in source():
+        kept.append(row)
+        print(*_line(row), flush=True)
+    return kept
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/agreement.md"))
     given = parser.parse_args()
-    found: list[Row] = []
-    others: list[Row] = []
-    for kept, source in ((found, rows), (others, drawn_rows)):
-        for row in source():
-            kept.append(row)
-            print(*_line(row), flush=True)
+    every = [_printed(source) for source in (rows, drawn_rows, pool_rows, drawn_pool_rows)]
+    found, others, pools, more = every
     goals = [f"{name} within {goal:.0%}" for name, goal in GOALS.items()]
     names = ("requests/s", "TPOT ms", "TTFT p50 ms", "TTFT p99 ms")
     errors = [f"Δ {name}" for name in found[0].errors]
@@ -192,6 +223,15 @@ def main() -> None:
             f"{_agreeing(others)}:",
             "",
             *table(["engine", "load", *goals, "all"], summary(others)),
+            "",
+            f"Prefill and decode pools, chosen; {_agreeing(pools)}:",
+            "",
+            *table(["engine", "load", *goals, "all"], [["all", "", *_met(pools)]]),
+            "",
+            f"Pools drawn at random (`drawn_pools` of `agreement_pools.py`, seed {DRAWN_SEED}); "
+            f"{_agreeing(more)}:",
+            "",
+            *table(["engine", "load", *goals, "all"], [["all", "", *_met(more)]]),
             *WORDS.rstrip().splitlines(),
             "",
             "Numbers below are the simulator's; Δ is what the steady state says over them, less 1.",
@@ -203,6 +243,14 @@ def main() -> None:
             "Drawn:",
             "",
             *table(head, [_line(row) for row in others]),
+            "",
+            "Pools, chosen:",
+            "",
+            *table(head, [_line(row) for row in pools]),
+            "",
+            "Pools, drawn:",
+            "",
+            *table(head, [_line(row) for row in more]),
             "",
             "Regenerate: `python tests/benchmarks/bench_agreement.py`",
             "",
