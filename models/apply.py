@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardplan.models.context import in_parts
 from shardplan.models.errors import LayoutError
@@ -88,6 +88,8 @@ class ShardedBlock:
     entry: str
     exit: str
     order: tuple[str, ...]
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What others have worked out of it: the same for all layouts that share it."""
 
     def op(self, name: str) -> ShardedOp:
         """The operator of that name."""
