@@ -42,7 +42,9 @@ class Points:
     def spread(self, values: Array) -> Array:
         """Values `[..., points]` over the grid; those without points of their own as they are."""
         points = max(one.size for one in self.arrays)
-        return values[..., self.inverse] if values.shape[-1:] == (points,) else values
+        if values.shape[-1:] != (points,):
+            return values
+        return values.take(self.inverse, axis=-1)
 
 
 @dataclass(slots=True)

@@ -31,11 +31,13 @@ from shardplan.models.parallel import (
     AXES,
     Mesh,
     Parallelism,
+    Roles,
     assignment,
     balanced_stages,
     carry,
     check_pipeline,
     make_mesh,
+    roles_of,
 )
 from shardplan.models.redistribute import PARTIAL, redistributions
 
@@ -166,8 +168,11 @@ class ShardedGraph:
 class _Sharder:
     """Walks one template, keeping the layout of every tensor."""
 
-    def __init__(self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph) -> None:
+    def __init__(
+        self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph, roles: Roles
+    ) -> None:
         self.block, self.mesh, self.par, self.model = block, mesh, par, graph
+        self.roles = roles
         self.out: dict[str, ShardedOp] = {}
         self.ready: dict[tuple[str, Layout], str] = {}
 
@@ -216,7 +221,7 @@ class _Sharder:
                 ShardedOp(name=op.name, kind="input", inputs=(), dims=op.dims, layout=key, op=op)
             )
             return
-        chosen = assignment(op, self.mesh, self.par, self.model.phase)
+        chosen = assignment(op, self.mesh, self.roles, self.model.phase)
         passing = self.passing(op, chosen)
         alike = dict(op.cut_as)
         inputs = []
@@ -313,7 +318,10 @@ def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:
 def _blocks(graph: ModelGraph, par: Parallelism) -> tuple[Mesh, Mapping[str, ShardedBlock]]:
     """Every template sharded once; stages differ only in how often each runs."""
     mesh = make_mesh(graph.spec, par)
-    blocks = {name: _Sharder(block, mesh, par, graph).run() for name, block in graph.blocks.items()}
+    roles = roles_of(par, graph.phase)
+    blocks = {
+        name: _Sharder(block, mesh, par, graph, roles).run() for name, block in graph.blocks.items()
+    }
     lies = blocks["head"].op("x").layout
     blocks |= {name: _wire(name, lies) for name in ("send", "recv")}
     return mesh, MappingProxyType(blocks)
