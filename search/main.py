@@ -151,9 +151,9 @@ def _keep_freed_memory() -> None:
     if sys.platform == "linux":
         import ctypes
 
-        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-        for option, size_bytes in _MALLOPT if set_option is not None else ():
-            set_option(option, size_bytes)
+        library = ctypes.CDLL(None)
+        for option, size_bytes in _MALLOPT if hasattr(library, "mallopt") else ():
+            library.mallopt(option, size_bytes)
 
 
 def run(arguments: list[str]) -> int:
