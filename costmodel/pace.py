@@ -194,8 +194,12 @@ def _wait(service_s: Array, rest_s: Array, slots: Array) -> Array:
     ahead = slots * service_s - rest_s
     inside = ahead * ahead
     inside += service_s * (4.0 * rest_s - 2.0 * service_s * (slots - 1.0))
-    stay = np.maximum((ahead + np.sqrt(np.maximum(inside, 0.0))) / 2.0, ahead)
-    return np.maximum(stay - service_s, 0.0)
+    stay = np.sqrt(np.maximum(inside, 0.0))
+    stay += ahead
+    stay /= 2.0
+    stay = np.maximum(stay, ahead)
+    stay -= service_s
+    return np.maximum(stay, 0.0)
 
 
 def _outside_s(given: ServingInput, rate: Array) -> Array:

@@ -19,19 +19,18 @@ and join it there; anything else is refused rather than guessed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from shardplan.models.context import in_parts
 from shardplan.models.errors import LayoutError
-from shardplan.models.graph import Block, ModelGraph, Op, digraph
+from shardplan.models.graph import Block, ModelGraph, Op, Phase, digraph
 from shardplan.models.parallel import (
     AXES,
     Mesh,
     Parallelism,
-    Roles,
     assignment,
     balanced_stages,
     carry,
@@ -165,14 +164,31 @@ class ShardedGraph:
         return self.mesh.ways(layout).get(dim, 1)
 
 
+_Chosen = Callable[[Op], Mapping[str, str]]
+
+
+def _chosen(mesh: Mesh, par: Parallelism, phase: Phase) -> _Chosen:
+    """The assignment of any operator, worked out once for all that are like it."""
+    roles = roles_of(par, phase)
+    known: dict[tuple[object, ...], Mapping[str, str]] = {}
+
+    def of(op: Op) -> Mapping[str, str]:
+        like = (op.role, op.dims, op.contract, op.whole)
+        if like not in known:
+            known[like] = assignment(op, mesh, roles, phase)
+        return known[like]
+
+    return of
+
+
 class _Sharder:
     """Walks one template, keeping the layout of every tensor."""
 
     def __init__(
-        self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph, roles: Roles
+        self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph, chosen: _Chosen
     ) -> None:
         self.block, self.mesh, self.par, self.model = block, mesh, par, graph
-        self.roles = roles
+        self.chosen = chosen
         self.out: dict[str, ShardedOp] = {}
         self.ready: dict[tuple[str, Layout], str] = {}
 
@@ -221,7 +237,7 @@ class _Sharder:
                 ShardedOp(name=op.name, kind="input", inputs=(), dims=op.dims, layout=key, op=op)
             )
             return
-        chosen = assignment(op, self.mesh, self.roles, self.model.phase)
+        chosen = self.chosen(op)
         passing = self.passing(op, chosen)
         alike = dict(op.cut_as)
         inputs = []
@@ -318,9 +334,10 @@ def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:
 def _blocks(graph: ModelGraph, par: Parallelism) -> tuple[Mesh, Mapping[str, ShardedBlock]]:
     """Every template sharded once; stages differ only in how often each runs."""
     mesh = make_mesh(graph.spec, par)
-    roles = roles_of(par, graph.phase)
+    chosen = _chosen(mesh, par, graph.phase)
     blocks = {
-        name: _Sharder(block, mesh, par, graph, roles).run() for name, block in graph.blocks.items()
+        name: _Sharder(block, mesh, par, graph, chosen).run()
+        for name, block in graph.blocks.items()
     }
     lies = blocks["head"].op("x").layout
     blocks |= {name: _wire(name, lies) for name in ("send", "recv")}
