@@ -194,7 +194,7 @@ class _Sharder:
 
     def key(self, layout: Mapping[str, str]) -> Layout:
         """A layout in mesh order."""
-        return tuple((a, layout[a]) for a in self.mesh.axes if a in layout)
+        return tuple([(a, layout[a]) for a in self.mesh.axes if a in layout])
 
     def put(self, op: ShardedOp) -> str:
         """Add a node, in computing order."""
@@ -242,8 +242,9 @@ class _Sharder:
         alike = dict(op.cut_as)
         inputs = []
         for slot, source in enumerate(op.inputs):
-            dims = set(self.op(source).dims)
-            cut = {a: d if d in dims else alike.get(d, d) for a, d in chosen.items()}
+            dims, cut = self.op(source).dims, chosen
+            if alike:
+                cut = {a: d if d in dims else alike.get(d, d) for a, d in chosen.items()}
             want = {a: d for a, d in cut.items() if d in dims}
             if slot in op.linear:
                 want |= dict.fromkeys(passing, PARTIAL)
