@@ -7,8 +7,9 @@ as arrays), and leaves the prices in the memo, where each layout finds them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,9 +39,22 @@ def price_ahead(asked: Iterable[tuple[StepModel, ServingInput]]) -> None:
         key = (given.key, kinds, model.stages, model.context_ranks, id(model.engine))
         if given.key is not None:
             alike_.setdefault(key, []).append((model, given))
+    made: dict[tuple[int, ...], _Ahead] = {}
     for some in alike_.values():
         if len(some) > 1:
-            steady_steps(_Ahead(tuple(model for model, _ in some)), some[0][1])
+            models = tuple(model for model, _ in some)
+            ahead = made.setdefault(tuple(map(id, models)), _Ahead(models))
+            steady_steps(ahead, some[0][1])
+
+
+class _Wanted(NamedTuple):
+    """A row that no layout has asked for yet, and where its price is looked for."""
+
+    number: int
+    row: Row
+    groups: int
+    """Data-parallel groups of the layout."""
+    known: dict[int, Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +62,10 @@ class _Ahead:
     """A pricer that fills the memo of its models and says that nothing takes time."""
 
     models: tuple[StepModel, ...]
+    rows: dict[Hashable, dict[tuple[int, tuple[str, ...]], dict[int, Row]]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """What was found of them."""
 
     @property
     def memo(self) -> Memo:
@@ -91,31 +109,44 @@ class _Ahead:
         """Price what the memo lacks of the rows of one group under a load."""
         if load.remembered:
             own, points = load.at_points(self.memo)
-            prices = self.memo.prices
-            wanted: dict[Hashable, tuple[Row, int]] = {}
-            for model in self.models:
-                table, dp = model.table(group, own), model.groups
-                for number, row in zip(table.numbers, table.rows, strict=True):
-                    key = (number, dp, points.number, own.kinds)
-                    if key not in prices:
-                        wanted[key] = row, dp
-            self._price(own, list(wanted), list(wanted.values()))
+            wanted = []
+            for (dp, dtypes), rows in self._rows(group, own).items():
+                known = self.memo.priced((dp, points.number, own.kinds_of(dtypes)))
+                wanted += [
+                    _Wanted(number, row, dp, known)
+                    for number, row in rows.items()
+                    if number not in known
+                ]
+            self._price(own, wanted)
         return [ZERO]
 
-    def _price(
-        self, load: Load, keys: Sequence[Hashable], wanted: Sequence[tuple[Row, int]]
-    ) -> None:
-        """Price rows `[n]` of layouts of so many data-parallel groups at once."""
+    def _rows(
+        self, group: Group, load: Load
+    ) -> Mapping[tuple[int, tuple[str, ...]], Mapping[int, Row]]:
+        """Different rows of a group by number, of each (data-parallel groups, dtypes they read)."""
+        key = (load.phase, group, is_mixed(load.weight_dtype))
+        found = self.rows.get(key)
+        if found is None:
+            found = self.rows[key] = {}
+            for model in self.models:
+                table, dp = model.table(group, load), model.groups
+                for places, _, dtypes in table.stacks:
+                    own = found.setdefault((dp, dtypes), {})
+                    own.update((table.numbers[place], table.rows[place]) for place in places)
+        return found
+
+    def _price(self, load: Load, wanted: Sequence[_Wanted]) -> None:
+        """Price rows at once, into where they are known."""
         points = max(1, *load.shape)
-        for places in alike((row for row, _ in wanted), is_mixed(load.weight_dtype)):
+        for places in alike((one.row for one in wanted), is_mixed(load.weight_dtype)):
             for start in range(0, len(places), max(_MOST // points, 1)):
-                some = places[start : start + max(_MOST // points, 1)]
-                rows = stack([wanted[place][0] for place in some])
-                dp = np.asarray([float(wanted[place][1]) for place in some])[:, None]
+                some = [wanted[at] for at in places[start : start + max(_MOST // points, 1)]]
+                rows = stack([one.row for one in some])
+                dp = np.asarray([float(one.groups) for one in some])[:, None]
                 model = Stacked.like(self.models[0], dp)
                 priced = model.price(rows.at(range(len(some)), 1), load)
                 own = np.empty((len(some), PARTS, *load.shape))
                 for part in range(PARTS):
                     own[:, part] = priced[part]
-                for place, price in zip(some, own, strict=True):
-                    self.memo.prices[keys[place]] = price
+                for one, price in zip(some, own, strict=True):
+                    one.known[one.number] = price

@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.bulk_tables import (
-    ATTENTION,
     Dtypes,
     Indices,
     Kernels,
@@ -33,6 +32,7 @@ from shardplan.costmodel.bulk_tables import (
     tables_of,
 )
 from shardplan.costmodel.engines import EngineProfile
+from shardplan.costmodel.formulas import ATTENTION
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.optable import Group

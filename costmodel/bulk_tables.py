@@ -8,22 +8,20 @@ from typing import NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.formulas import FORMULAS
+from shardplan.costmodel.formulas import ATTENTION, dtypes_of
 from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array
-from shardplan.costmodel.load import kernel_dtype
 from shardplan.costmodel.optable import Group, Row
 from shardplan.costmodel.row_stacks import SPECIAL, alike, stack
 from shardplan.costmodel.step import StepModel
 from shardplan.models.graph import Phase
 
-__all__ = ["ATTENTION", "Dtypes", "Indices", "Kernels", "Tables", "depends", "tables_of"]
+__all__ = ["Dtypes", "Indices", "Kernels", "Tables", "depends", "tables_of"]
 
 Indices = NDArray[np.int64]
 Rows = Mapping[str, tuple[Row, ...]]
 
 _GROUPS: tuple[Group, ...] = get_args(Group)
-ATTENTION: tuple[Group, ...] = ("attention", "draft_attention")
 
 
 class Dtypes(NamedTuple):
@@ -64,13 +62,8 @@ class Tables(NamedTuple):
 
 def depends(row: Row) -> tuple[str, ...]:
     """The dtypes that the price of a row depends on; attention rows do not know the weights'."""
-    if any(getattr(row, name) for name in SPECIAL):
-        return Dtypes._fields
-    if row.is_collective or row.kind not in FORMULAS:
-        return ()
-    if row.group in ATTENTION:
-        return () if row.kind == "matmul" else ("kv_dtype", "attention")
-    return ("weight_dtype",) if kernel_dtype(row, "") == "" else ()
+    plain = row.group in ATTENTION and row.kind == "matmul"
+    return () if plain and not any(getattr(row, name) for name in SPECIAL) else dtypes_of(row)
 
 
 def _kernels(found: Sequence[tuple[int, int, Row]], tables: int) -> Kernels:

@@ -33,12 +33,25 @@ from shardplan.costmodel.kernels.moe import grouped_matmul, routing_draws
 from shardplan.costmodel.kernels.pointwise import pointwise
 from shardplan.costmodel.kernels.precision import precision_of
 from shardplan.costmodel.load import SIXTEEN_BIT, Load, kernel_dtype
-from shardplan.costmodel.optable import Row, pointwise_bytes, pointwise_kernel
+from shardplan.costmodel.optable import Group, Row, pointwise_bytes, pointwise_kernel
+from shardplan.costmodel.row_stacks import SPECIAL
 
 if TYPE_CHECKING:
     from shardplan.costmodel.step import StepModel
 
-__all__ = ["FORMULAS", "local_tokens", "matmul_time", "pointwise_time"]
+__all__ = [
+    "ATTENTION",
+    "DTYPES",
+    "FORMULAS",
+    "dtypes_of",
+    "local_tokens",
+    "matmul_time",
+    "pointwise_time",
+]
+
+DTYPES = ("weight_dtype", "kv_dtype", "attention")
+"""Choices of a load that are not numbers."""
+ATTENTION: tuple[Group, ...] = ("attention", "draft_attention")
 
 _WRITTEN_BYTES = 2.0
 """A 16-bit element that a norm writes, and that a norm which quantizes does not."""
@@ -77,7 +90,7 @@ def matmul_time(
 
 def matmul_rows(model: StepModel, row: Row, load: Load) -> Array:
     """Rows (tokens) of a product's input on one rank, at least one."""
-    if row.group in ("attention", "draft_attention"):
+    if row.group in ATTENTION:
         tokens = _attended(row, load)
     else:
         tokens = local_tokens(row, load, model.groups)
@@ -222,3 +235,14 @@ FORMULAS: Mapping[str, Callable[[StepModel, Row, Load], KernelTime]] = {
     "add_rmsnorm": _norm,
 }
 """Kind of operator -> formula; every other kind moves bytes (`pointwise_time`)."""
+
+
+def dtypes_of(row: Row) -> tuple[str, ...]:
+    """Fields of a load beside its arrays that the price of a row depends on."""
+    if any(getattr(row, name) for name in SPECIAL):
+        return DTYPES
+    if row.is_collective or row.kind not in FORMULAS:
+        return ()
+    if row.group in ATTENTION and row.kind != "matmul":
+        return ("kv_dtype", "attention")
+    return ("weight_dtype",) if kernel_dtype(row, "") == "" else ()

@@ -102,6 +102,14 @@ def _weights(weights: Iterable[HeldWeight], weight_dtype: str) -> float:
     return total
 
 
+def _peak(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, float]]:
+    """The same as `_liveness`, worked out once for all layouts that share the template."""
+    if "peak" not in block.known:
+        block.known["peak"] = _liveness(graph, block)
+    found: list[tuple[float, float]] = block.known["peak"]
+    return found
+
+
 def _liveness(graph: ShardedGraph, block: ShardedBlock) -> list[tuple[float, float]]:
     """(elements a token, ways tokens are cut) of the tensors alive at the peak of one template.
 
@@ -165,7 +173,7 @@ class Ledger:
     def of(cls, graph: ShardedGraph, device: Device, engine: EngineProfile) -> Ledger:
         """The ledger of an applied graph (prefill: it holds the larger activations)."""
         peaks = {
-            name: _liveness(graph, block)
+            name: _peak(graph, block)
             for name, block in graph.blocks.items()
             if name not in ("send", "recv", "head", "mtp_head")
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -146,6 +147,10 @@ class Load:
     def kinds(self) -> tuple[str, ...]:
         """All that a price depends on beside the arrays."""
         return self.phase, self.weight_dtype, self.kv_dtype, self.attention, self.launch
+
+    def kinds_of(self, dtypes: Sequence[str]) -> tuple[str, ...]:
+        """The same of a price that depends on some of the dtypes alone, in their order."""
+        return self.phase, self.launch, *(getattr(self, name) for name in dtypes)
 
 
 def kernel_dtype(row: Row, weight_dtype: str) -> str:

@@ -42,7 +42,9 @@ class Points:
     def spread(self, values: Array) -> Array:
         """Values `[..., points]` over the grid; those without points of their own as they are."""
         points = max(one.size for one in self.arrays)
-        return values[..., self.inverse] if values.shape[-1:] == (points,) else values
+        if values.shape[-1:] != (points,):
+            return values
+        return values.take(self.inverse, axis=-1)
 
 
 @dataclass(slots=True)
@@ -50,7 +52,8 @@ class Memo:
     """Points and prices by what they depend on."""
 
     points: dict[Hashable, Points] = field(default_factory=dict)
-    prices: dict[Hashable, Array] = field(default_factory=dict)
+    prices: dict[Hashable, dict[int, Array]] = field(default_factory=dict)
+    """Seconds of rows, by the row's number, of each set of what else they depend on."""
     numbers: dict[Hashable, int] = field(default_factory=dict)
     """Short names of what prices depend on."""
     mixes: dict[Hashable, Any] = field(default_factory=dict)
@@ -60,6 +63,10 @@ class Memo:
     def number(self, one: Hashable) -> int:
         """A number that stands for what equals `one`, and for nothing else."""
         return self.numbers.setdefault(one, len(self.numbers))
+
+    def priced(self, key: Hashable) -> dict[int, Array]:
+        """Seconds of rows by their numbers, where what else they depend on is `key`."""
+        return self.prices.setdefault(key, {})
 
     def different(self, arrays: tuple[Array, ...]) -> Points:
         """The different points of these arrays, from memory where they were asked for before."""
@@ -72,7 +79,7 @@ class Memo:
 
     def make_room(self) -> None:
         """Forget everything where there is too much of it."""
-        if len(self.prices) > _MOST_ROWS:
+        if sum(map(len, self.prices.values())) > _MOST_ROWS:
             self.clear()
 
     def clear(self) -> None:

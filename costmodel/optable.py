@@ -38,7 +38,13 @@ from shardplan.costmodel.placement import (
     tiers_crossed,
     with_algorithm,
 )
-from shardplan.costmodel.rowfusion import join_rotary, mark, merged, runs_inside_rotary
+from shardplan.costmodel.rowfusion import (
+    join_rotary,
+    mark,
+    merged,
+    quantized,
+    runs_inside_rotary,
+)
 from shardplan.costmodel.rows import (
     NO_OVERLAP,
     Group,
@@ -296,15 +302,16 @@ def phase_rows(
     return found
 
 
-def _placed(
-    graph: ShardedGraph,
-    block: ShardedBlock,
-    cluster: Cluster,
-    engine: EngineProfile,
-    algorithm: str,
-) -> list[Placed]:
+def _kernels(graph: ShardedGraph, block: ShardedBlock, engine: EngineProfile) -> list[Placed]:
+    """The rows that stay on one rank: the same for all layouts that share the template."""
+    known: tuple[EngineProfile, list[Placed]] | None = block.known.get("kernels")
+    if known is None or known[0] != engine:
+        known = block.known["kernels"] = engine, _made_kernels(graph, block, engine)
+    return known[1]
+
+
+def _made_kernels(graph: ShardedGraph, block: ShardedBlock, engine: EngineProfile) -> list[Placed]:
     placed: list[Placed] = []
-    moving: list[str] = []
     for node in block.ops():
         if node.kind == "slice":
             ways = _ways(graph, node, node.layout)
@@ -313,9 +320,22 @@ def _placed(
             placed.append(Placed(row, (node.name,)))
         elif node.kind not in ("input", "recv") and not runs_inside_rotary(node, graph, engine):
             placed += [Placed(row, (node.name,)) for row in _node_rows(graph, node, engine)]
-        if node.kind == "send" or (node.axes and node.kind != "slice"):
-            moving.append(node.name)
-    placed = list(merged(join_rotary(placed, graph, engine), engine))
+    return quantized(list(merged(join_rotary(placed, graph, engine), engine)), block, engine)
+
+
+def _placed(
+    graph: ShardedGraph,
+    block: ShardedBlock,
+    cluster: Cluster,
+    engine: EngineProfile,
+    algorithm: str,
+) -> list[Placed]:
+    placed = [*_kernels(graph, block, engine)]
+    moving = [
+        node.name
+        for node in block.ops()
+        if node.kind == "send" or (node.axes and node.kind != "slice")
+    ]
     for name, one in zip(moving, transfers(graph, block), strict=True):
         if engine.sampling or not one.logits:
             row = _collective(cluster, graph, block.name, one, algorithm)

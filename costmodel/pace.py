@@ -21,10 +21,12 @@ from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
 __all__ = [
+    "Kept",
     "Pace",
     "Span",
     "Timed",
     "flow_s",
+    "kept_of",
     "rotate_s",
     "serve_spans",
     "stage_times",
@@ -78,15 +80,45 @@ class Pace(NamedTuple):
     """Decode steps in an average step; none where nothing is decoded."""
 
 
-def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array) -> Pace:
-    """Prompts share steps with decoding requests, of all groups that step together."""
-    prefill_s = shares.pieces * mixed_s
+class Kept(NamedTuple):
+    """What of a pace depends on what steps hold, not on how long they take."""
+
+    later: Array
+    """Decode steps of a request."""
+    each: Array
+    """Of these over the tokens that they give it."""
+    slots: Array
+    """Of a dp group."""
+    rooms: Array
+    """Steps that a prompt fills."""
+    mixed: Array
+    """Mixed steps in an average step, where prompts share steps with decoding requests."""
+    pure: Array
+    """Decode steps there."""
+
+
+def kept_of(given: ServingInput, shares: Shares) -> Kept:
+    """Worked out once for all layouts that run the same steps."""
+    later = given.decode_steps
     own = np.minimum(shares.mixed + shares.pieces / (shares.pieces + later), 1.0)
     pure = (1.0 - shares.mixed) * (1.0 - own) ** (shares.together - 1.0)
-    step_s = (1.0 - pure) * mixed_s + pure * decode_s
-    service_s = shares.prompt / shares.room * mixed_s
-    wait_s = _wait(service_s, prefill_s - service_s + later * step_s, shares.slots)
-    return Pace(prefill_s, wait_s, step_s, 1.0 - pure, pure)
+    return Kept(
+        later=later,
+        each=given.steps_per_token,
+        slots=shares.slots * shares.apart,
+        rooms=shares.prompt / shares.room,
+        mixed=1.0 - pure,
+        pure=pure,
+    )
+
+
+def _chunked(shares: Shares, kept: Kept, decode_s: Array, mixed_s: Array) -> Pace:
+    """Prompts share steps with decoding requests, of all groups that step together."""
+    prefill_s = shares.pieces * mixed_s
+    step_s = kept.mixed * mixed_s + kept.pure * decode_s
+    service_s = kept.rooms * mixed_s
+    wait_s = _wait(service_s, prefill_s - service_s + kept.later * step_s, shares.slots)
+    return Pace(prefill_s, wait_s, step_s, kept.mixed, kept.pure)
 
 
 def _prompts_first(shares: Shares, later: Array, decode_s: Array, prefill_s: Array) -> Pace:
@@ -113,22 +145,32 @@ class Timed(NamedTuple):
     pace: Pace
 
 
-def timed(model: Pricer, given: ServingInput, shares: Shares, decode: Span, mixed: Span) -> Timed:
+def timed(
+    model: Pricer,
+    given: ServingInput,
+    shares: Shares,
+    decode: Span,
+    mixed: Span,
+    kept: Kept | None = None,
+) -> Timed:
+    """The steady state whose steps take so long; `kept`: what is known of `shares`."""
     decode_s, mixed_s = rotate_s(model, decode, "decode"), rotate_s(model, mixed, "prefill")
-    later = given.decode_steps
+    kept = kept_of(given, shares) if kept is None else kept
+    later = kept.later
     if model.engine.prefill_first:
         pace = _prompts_first(
             shares, later, decode_s, flow_s(model, mixed, "prefill", shares.pieces)
         )
     else:
-        pace = _chunked(shares, later, decode_s, mixed_s)
+        pace = _chunked(shares, kept, decode_s, mixed_s)
     front_s = model.engine.request_host_s + model.engine.request_steps * pace.step_s
-    latency = front_s + pace.wait_s + pace.prefill_s + later * pace.step_s
-    each = shares.slots * shares.apart / latency
+    first_s = front_s + pace.wait_s + pace.prefill_s
+    latency = first_s + later * pace.step_s
+    each = kept.slots / latency
     outside = _outside_s(given, each)
     return Timed(
-        ttft_s=front_s + pace.wait_s + pace.prefill_s + outside,
-        tpot_s=np.where(later > 0, pace.step_s * given.steps_per_token, 0.0),
+        ttft_s=first_s + outside,
+        tpot_s=np.where(later > 0, pace.step_s * kept.each, 0.0),
         end_to_end_s=latency + outside,
         requests_per_s=model.groups * each,
         front_s=front_s,
@@ -150,9 +192,14 @@ def serve_spans(model: Pricer, given: ServingInput, decode: Span, mixed: Span) -
 def _wait(service_s: Array, rest_s: Array, slots: Array) -> Array:
     """Mean wait of a prompt behind the others', of a closed loop of `slots` requests."""
     ahead = slots * service_s - rest_s
-    inside = ahead * ahead + service_s * (4.0 * rest_s - 2.0 * service_s * (slots - 1.0))
-    stay = np.maximum((ahead + np.sqrt(np.maximum(inside, 0.0))) / 2.0, ahead)
-    return np.maximum(stay - service_s, 0.0)
+    inside = ahead * ahead
+    inside += service_s * (4.0 * rest_s - 2.0 * service_s * (slots - 1.0))
+    stay = np.sqrt(np.maximum(inside, 0.0))
+    stay += ahead
+    stay /= 2.0
+    stay = np.maximum(stay, ahead)
+    stay -= service_s
+    return np.maximum(stay, 0.0)
 
 
 def _outside_s(given: ServingInput, rate: Array) -> Array:

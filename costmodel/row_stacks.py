@@ -18,6 +18,7 @@ from shardplan.costmodel.rows import Row
 
 __all__ = [
     "SPECIAL",
+    "Places",
     "RowTable",
     "Stack",
     "alike",
@@ -108,14 +109,22 @@ def stack(rows: Sequence[Row]) -> Stack:
     return Stack(first, {name: stacked[i] for i, name in enumerate(_SIZES) if not same[i]})
 
 
+class Places(NamedTuple):
+    """Rows of a table that are priced together, and where they stand in it."""
+
+    places: tuple[int, ...]
+    stack: Stack
+    dtypes: tuple[str, ...]
+    """What their prices depend on beside the arrays of a load (`formulas.dtypes_of`)."""
+
+
 class RowTable(NamedTuple):
     """The rows of one group of a layout, in the order of its templates."""
 
     rows: tuple[Row, ...]
     numbers: tuple[int, ...]
     """What a memo calls them."""
-    stacks: tuple[tuple[tuple[int, ...], Stack], ...]
-    """Places of the rows of each stack, and the stack."""
+    stacks: tuple[Places, ...]
     runs: Array
     """Times that each kind of stage runs a row `[kinds, rows]`."""
     kernels: tuple[float, ...]
@@ -129,8 +138,12 @@ def row_table(
     runs: Sequence[Mapping[str, int]],
     by_group: bool,
     number: Callable[[Row], int],
+    dtypes: Callable[[Row], tuple[str, ...]],
 ) -> RowTable:
-    """The table of each template's `rows`; `runs`: how often each stage runs a template."""
+    """The table of each template's `rows`; `runs`: how often each stage runs a template.
+
+    `number` and `dtypes`: what is told of a row, the second the same for all that are `alike`.
+    """
     names = [name for name, ones in rows.items() for _ in ones]
     flat = tuple(row for ones in rows.values() for row in ones)
     kinds: dict[tuple[int, ...], int] = {}
@@ -141,7 +154,7 @@ def row_table(
         rows=flat,
         numbers=tuple(map(number, flat)),
         stacks=tuple(
-            (tuple(places), stack([flat[place] for place in places]))
+            Places(tuple(places), stack([flat[place] for place in places]), dtypes(flat[places[0]]))
             for places in alike(flat, by_group)
         ),
         runs=np.asarray(list(kinds), dtype=np.float64),

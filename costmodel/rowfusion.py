@@ -18,14 +18,14 @@ Left out: norm_quant's smaller all_gather under sequence parallelism (its input 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 
 from shardplan.costmodel.engines import EngineProfile
 from shardplan.costmodel.rows import Overlap, Placed, Row
 from shardplan.models.apply import ShardedBlock, ShardedGraph, ShardedOp
 from shardplan.models.weight_groups import WeightGroup, group_of
 
-__all__ = ["join_rotary", "mark", "merged", "runs_inside_rotary"]
+__all__ = ["join_rotary", "mark", "merged", "quantized", "runs_inside_rotary"]
 
 _MLA_KERNEL = "mla_kv_norm_rope"
 _MLA_KV = frozenset({"kv_a_norm", "k_pe_rope", "latent_cache", "rotary_cache"})
@@ -117,10 +117,7 @@ def mark(
     engine: EngineProfile,
     overlap: Overlap,
 ) -> list[Placed]:
-    """The rows with quantizing norms, fused collectives and prefetches marked."""
-    kinds = {kind for name in engine.fused for kind in _QUANTIZING.get(name, ())}
-    if kinds:
-        placed = _quantized(placed, block, kinds)
+    """The rows with fused collectives and prefetches marked."""
     if "all_reduce_norm" in engine.fused and graph.model.phase == "decode":
         placed = _summed(placed)
     if overlap.fused_collectives and graph.model.phase == "prefill":
@@ -145,11 +142,14 @@ def _linear(node: ShardedOp) -> bool:
     return node.op is not None and node.op.kind == "matmul" and node.op.weight_class == "linear"
 
 
-def _quantized(placed: list[Placed], block: ShardedBlock, kinds: Set[str]) -> list[Placed]:
+def quantized(placed: list[Placed], block: ShardedBlock, engine: EngineProfile) -> list[Placed]:
     """Kernels that only linear products read: norms are marked as theirs, and the products as fed.
 
     Activations and attention are left as they are: what they write narrower is not priced.
     """
+    kinds = {kind for name in engine.fused for kind in _QUANTIZING.get(name, ())}
+    if not kinds:
+        return placed
     fed: set[str] = set()
     norms: dict[str, WeightGroup] = {}
     read_by = block.readers()

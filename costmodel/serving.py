@@ -189,7 +189,7 @@ def steady(
         watch(steps)
     decode = stage_times(model, steps.decode, "decode").at(steps.decode_at)
     mixed = stage_times(model, steps.mixed, "prefill").at(steps.mixed_at)
-    return Steady(timed(model, given, mix.shares, decode, mixed), steps)
+    return Steady(timed(model, given, mix.shares, decode, mixed, mix.kept), steps)
 
 
 def serve(model: Pricer, given: ServingInput) -> Serving:

@@ -23,7 +23,7 @@ from typing import cast
 import numpy as np
 
 from shardplan.costmodel.engines import EngineProfile
-from shardplan.costmodel.formulas import FORMULAS, local_tokens, pointwise_time
+from shardplan.costmodel.formulas import FORMULAS, dtypes_of, local_tokens, pointwise_time
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array, KernelTime, Machine
 from shardplan.costmodel.kernels.collectives import CollectiveKind, collective, group_size
@@ -174,7 +174,9 @@ class StepModel:
             }
             graph = self.graphs[phase]
             runs = [graph.runs(stage) for stage in graph.stages]
-            found = self.kept.tables[key] = row_table(rows, runs, by_group, self.memo.number)
+            found = self.kept.tables[key] = row_table(
+                rows, runs, by_group, self.memo.number, dtypes_of
+            )
         return found
 
     def _seconds(self, table: RowTable, load: Load, points: Points | None) -> Array:
@@ -182,18 +184,16 @@ class StepModel:
 
         Rows that were priced at these points before come from the memo.
         """
-        known, shape = self.memo.prices, load.shape
-        seconds = np.empty((len(table.rows), PARTS, *shape))
-        if points is None:
-            for places, stack in table.stacks:
+        seconds = np.empty((len(table.rows), PARTS, *load.shape))
+        numbers, groups = table.numbers, self.groups
+        for places, stack, dtypes in table.stacks:
+            if points is None:
                 self._price(stack, places, range(len(places)), load, seconds)
-            return seconds
-        lead = (self.groups, points.number, load.kinds)
-        keys = [(number, *lead) for number in table.numbers]
-        for places, stack in table.stacks:
+                continue
+            known = self.memo.priced((groups, points.number, load.kinds_of(dtypes)))
             missing = []
             for index, place in enumerate(places):
-                price = known.get(keys[place])
+                price = known.get(numbers[place])
                 if price is None:
                     missing.append(index)
                 else:
@@ -201,7 +201,7 @@ class StepModel:
             if missing:
                 self._price(stack, places, missing, load, seconds)
                 for index in missing:
-                    known[keys[places[index]]] = seconds[places[index]].copy()
+                    known[numbers[places[index]]] = seconds[places[index]].copy()
         return seconds
 
     def _price(

@@ -19,7 +19,7 @@ from shardplan.costmodel.kernels.attention import AttentionKernel
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.costmodel.load import Load, Parts
 from shardplan.costmodel.memo import Points
-from shardplan.costmodel.pace import flow_s, stage_times
+from shardplan.costmodel.pace import Kept, flow_s, kept_of, stage_times
 from shardplan.costmodel.step_mix import ServingInput, Shares, step_shares
 from shardplan.models.graph import Phase
 
@@ -53,6 +53,8 @@ class Mix(NamedTuple):
     shares: Shares
     decode_at: Points | None = None
     mixed_at: Points | None = None
+    kept: Kept | None = None
+    """What of the pace is the same for all layouts that run these steps."""
 
 
 def _sum(*groups: list[Parts]) -> list[Parts]:
@@ -207,7 +209,8 @@ def mix_of(model: Pricer, given: ServingInput) -> Mix:
         shares = step_shares(given, engine, stages, locked)
         decoding, beside = sequences_of(shares)
         decode_at = memo.different((decoding,))
-        found = memo.mixes[key] = Mix(shares, decode_at, memo.different((beside, shares.piece)))
+        mixed_at = memo.different((beside, shares.piece))
+        found = memo.mixes[key] = Mix(shares, decode_at, mixed_at, kept_of(given, shares))
     return found
 
 

@@ -19,14 +19,14 @@ and join it there; anything else is refused rather than guessed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shardplan.models.context import in_parts
 from shardplan.models.errors import LayoutError
-from shardplan.models.graph import Block, ModelGraph, Op, digraph
+from shardplan.models.graph import Block, ModelGraph, Op, Phase, digraph
 from shardplan.models.parallel import (
     AXES,
     Mesh,
@@ -36,6 +36,7 @@ from shardplan.models.parallel import (
     carry,
     check_pipeline,
     make_mesh,
+    roles_of,
 )
 from shardplan.models.redistribute import PARTIAL, redistributions
 
@@ -88,6 +89,8 @@ class ShardedBlock:
     entry: str
     exit: str
     order: tuple[str, ...]
+    known: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What others have worked out of it: the same for all layouts that share it."""
 
     def op(self, name: str) -> ShardedOp:
         """The operator of that name."""
@@ -161,17 +164,37 @@ class ShardedGraph:
         return self.mesh.ways(layout).get(dim, 1)
 
 
+_Chosen = Callable[[Op], Mapping[str, str]]
+
+
+def _chosen(mesh: Mesh, par: Parallelism, phase: Phase) -> _Chosen:
+    """The assignment of any operator, worked out once for all that are like it."""
+    roles = roles_of(par, phase)
+    known: dict[tuple[object, ...], Mapping[str, str]] = {}
+
+    def of(op: Op) -> Mapping[str, str]:
+        like = (op.role, op.dims, op.contract, op.whole)
+        if like not in known:
+            known[like] = assignment(op, mesh, roles, phase)
+        return known[like]
+
+    return of
+
+
 class _Sharder:
     """Walks one template, keeping the layout of every tensor."""
 
-    def __init__(self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph) -> None:
+    def __init__(
+        self, block: Block, mesh: Mesh, par: Parallelism, graph: ModelGraph, chosen: _Chosen
+    ) -> None:
         self.block, self.mesh, self.par, self.model = block, mesh, par, graph
+        self.chosen = chosen
         self.out: dict[str, ShardedOp] = {}
         self.ready: dict[tuple[str, Layout], str] = {}
 
     def key(self, layout: Mapping[str, str]) -> Layout:
         """A layout in mesh order."""
-        return tuple((a, layout[a]) for a in self.mesh.axes if a in layout)
+        return tuple([(a, layout[a]) for a in self.mesh.axes if a in layout])
 
     def put(self, op: ShardedOp) -> str:
         """Add a node, in computing order."""
@@ -214,13 +237,14 @@ class _Sharder:
                 ShardedOp(name=op.name, kind="input", inputs=(), dims=op.dims, layout=key, op=op)
             )
             return
-        chosen = assignment(op, self.mesh, self.par, self.model.phase)
+        chosen = self.chosen(op)
         passing = self.passing(op, chosen)
         alike = dict(op.cut_as)
         inputs = []
         for slot, source in enumerate(op.inputs):
-            dims = set(self.op(source).dims)
-            cut = {a: d if d in dims else alike.get(d, d) for a, d in chosen.items()}
+            dims, cut = self.op(source).dims, chosen
+            if alike:
+                cut = {a: d if d in dims else alike.get(d, d) for a, d in chosen.items()}
             want = {a: d for a, d in cut.items() if d in dims}
             if slot in op.linear:
                 want |= dict.fromkeys(passing, PARTIAL)
@@ -311,7 +335,11 @@ def _stages(graph: ModelGraph, par: Parallelism) -> tuple[Stage, ...]:
 def _blocks(graph: ModelGraph, par: Parallelism) -> tuple[Mesh, Mapping[str, ShardedBlock]]:
     """Every template sharded once; stages differ only in how often each runs."""
     mesh = make_mesh(graph.spec, par)
-    blocks = {name: _Sharder(block, mesh, par, graph).run() for name, block in graph.blocks.items()}
+    chosen = _chosen(mesh, par, graph.phase)
+    blocks = {
+        name: _Sharder(block, mesh, par, graph, chosen).run()
+        for name, block in graph.blocks.items()
+    }
     lies = blocks["head"].op("x").layout
     blocks |= {name: _wire(name, lies) for name in ("send", "recv")}
     return mesh, MappingProxyType(blocks)

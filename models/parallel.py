@@ -21,7 +21,7 @@ and is what the price assumes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -45,11 +45,13 @@ __all__ = [
     "Exchange",
     "Mesh",
     "Parallelism",
+    "Roles",
     "assignment",
     "balanced_stages",
     "carry",
     "check_pipeline",
     "make_mesh",
+    "roles_of",
 ]
 
 Exchange = Literal["allgather", "alltoall"]
@@ -306,8 +308,13 @@ def _minor(axes: tuple[str, ...], width: int, shape: dict[str, int]) -> tuple[st
 _TOKEN_DIM: dict[Phase, str] = {"prefill": "T", "decode": "B"}
 
 
-def _roles(mesh: Mesh, par: Parallelism, token: str) -> dict[str, list[tuple[str, str]]]:
-    """Role -> [(group, dim)] beyond the split of batch and prompt: the strategy in one table."""
+Roles = Mapping[str, Sequence[tuple[str, str]]]
+"""Role -> [(group, dim)] beyond the split of batch and prompt: the strategy in one table."""
+
+
+def roles_of(par: Parallelism, phase: Phase) -> Roles:
+    """The strategy of one layout in one phase."""
+    token = _TOKEN_DIM[phase]
     tokens = [("tp", token)] if par.sp else []
     sent = par.exchange == "alltoall" and par.ep > 1
     home = [("cp1", token), ("tpe", token)] if sent else []
@@ -341,8 +348,8 @@ def _module(
     return tokens if module_is_whole(par, module) else [(module, dim)]
 
 
-def assignment(op: Op, mesh: Mesh, par: Parallelism, phase: Phase) -> dict[str, str]:
-    """{sub-axis: named dim} of one operator: its whole strategy.
+def assignment(op: Op, mesh: Mesh, roles: Roles, phase: Phase) -> dict[str, str]:
+    """{sub-axis: named dim} of one operator: its whole strategy; `roles`: as of `roles_of`.
 
     Only dims that the operator has (kept or contracted) are assigned; the rest of the mesh
     computes the operator replicated. Sequences are cut over dp and, in prefill, their tokens over
@@ -350,7 +357,7 @@ def assignment(op: Op, mesh: Mesh, par: Parallelism, phase: Phase) -> dict[str, 
     """
     has = set(op.dims) | set(op.contract)
     wanted = [("dp", "B"), *([("cp", "T")] if phase == "prefill" else [])]
-    wanted += _roles(mesh, par, _TOKEN_DIM[phase])[op.role]
+    wanted += roles[op.role]
     chosen: dict[str, str] = {}
     for group, dim in wanted:
         if dim in has and dim not in op.whole:

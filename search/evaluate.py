@@ -134,7 +134,9 @@ class Scores:
         pace, means = timed.pace, self.steady.mean_parts(places)
 
         def some(values: Array) -> Array:
-            return np.asarray(np.broadcast_to(values, self.limit.shape).ravel()[places])
+            if values.shape != self.limit.shape:
+                values = np.broadcast_to(values, self.limit.shape)
+            return np.asarray(values.ravel()[places])
 
         own = {name: some(values) for name, values in self.columns.items()}
         parts = {
@@ -355,5 +357,5 @@ class LayoutScorer:
         limit = np.full(columns["memory_bytes"].shape, -1, dtype=np.int8)
         for index, name in reversed(list(enumerate(LIMITS))):
             if name in broken:
-                limit[np.broadcast_to(broken[name], limit.shape)] = index
+                np.copyto(limit, np.int8(index), where=broken[name])
         return limit

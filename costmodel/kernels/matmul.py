@@ -88,9 +88,9 @@ _FRACTAL = 16.0
 _OUTPUT_BYTES = 2.0
 _READ_BYTES = 2.0
 _SUM_BYTES = 4.0
-_TILE_ROWS = np.asarray([[1.0], [2.0], [0.5]])
-_TILE_COLUMNS = np.asarray([[2.0], [1.0], [2.0]])
-"""Sides of the competing tiles, `[shapes, 1]`, in units of the square root of half their area."""
+_TILE_ROWS = np.asarray([1.0, 2.0, 0.5])
+_TILE_COLUMNS = np.asarray([2.0, 1.0, 2.0])
+"""Sides of the competing tiles, in units of the square root of half their area."""
 _CHUNK = 1 << 12
 """Elements priced at once, so that intermediate arrays stay in the processor's cache."""
 
@@ -141,7 +141,8 @@ def _body(
     beside_s, before_s = unpack_s_per_weight(device, rule, coef)
     splits = coef.get("split_k", 1.0)
     mp, np_, kp = _pad(m), _pad(n), _pad(k)
-    tile_m, tile_n = side * _TILE_ROWS, side * _TILE_COLUMNS
+    beside = (-1, *(1 for _ in range(max(size.ndim for size in sizes))))
+    tile_m, tile_n = (side * tile.reshape(beside) for tile in (_TILE_ROWS, _TILE_COLUMNS))
     rows, columns = np.ceil(mp / tile_m), np.ceil(np_ / tile_n)
     tiles = rows * columns
     waves = np.ceil(tiles / device.cube_cores)
@@ -194,7 +195,7 @@ class _Pricing:
     surface: Surface
 
     def parts(self, sizes: Sizes, warm: Array | None) -> tuple[Array, Array, Array]:
-        """Compute, memory and overhead in seconds of flat sizes `[elements]`."""
+        """Compute, memory and overhead in seconds of sizes of as many dims, which broadcast."""
         coef, device, rule = self.coef, self.device, self.rule
         apart = self.surface.whole and self.state == "cold"
         given_s = _memory_s(sizes, coef, device, rule, self.state, warm)
@@ -265,15 +266,16 @@ def matmul_with(
     pricing = _Pricing(coef=coef, device=device, rule=rule, state=state, surface=surface)
     given = sizes if warm is None else (*sizes, warm)
     shape = np.broadcast_shapes(*(size.shape for size in given))
-    flat = [np.broadcast_to(size, shape).ravel() for size in given]
-    count = flat[0].size
-    if count <= _CHUNK:
-        compute, memory, over = pricing.parts(_three(flat), None if warm is None else flat[3])
+    dims = max(len(shape), 1)
+    alike = [size.reshape((1,) * (dims - size.ndim) + size.shape) for size in given]
+    step = max(_CHUNK // max(math.prod(shape[1:]), 1), 1)
+    if not shape or shape[0] <= step:
+        compute, memory, over = pricing.parts(_three(alike), None if warm is None else alike[3])
     else:
-        compute, memory, over = (np.empty(count) for _ in range(3))
-        for start in range(0, count, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            own = [one[part] for one in flat]
+        compute, memory, over = (np.empty(shape) for _ in range(3))
+        for start in range(0, shape[0], step):
+            part = slice(start, start + step)
+            own = [one if one.shape[0] == 1 else one[part] for one in alike]
             compute[part], memory[part], over[part] = pricing.parts(
                 _three(own), None if warm is None else own[3]
             )

@@ -62,20 +62,20 @@ class Surface:
         return np.asarray(place, dtype=np.float64)
 
     def at(self, places: Sequence[Array]) -> Array:
-        """The correction at coordinates of one shape (three arrays), dimensionless."""
+        """The correction at coordinates that broadcast (three arrays), dimensionless."""
         strides = (self.knots[1].size * self.knots[2].size, self.knots[2].size, 1)
-        base: NDArray[np.int64] = np.zeros(places[0].shape, dtype=np.int64)
+        base: NDArray[np.int64] = np.zeros((), dtype=np.int64)
         shares: list[Array] = []
         steps: list[int] = []
         for place, knots, stride in zip(places, self.knots, strides, strict=True):
             low = np.minimum(place.astype(np.int64), max(knots.size - 2, 0))
-            base += low * stride
+            base = base + low * stride
             shares.append(place - low)
             steps.append(stride if knots.size > 1 else 0)
         return self._blend(base, shares, steps)
 
     def factor(self, sizes: Sequence[Array]) -> Array | float:
-        """exp of the correction at sizes (m, n, k) of one shape; 1 where there is none."""
+        """exp of the correction at sizes (m, n, k) that broadcast; 1 where there is none."""
         if self.values.size == 1 and not self.values[0]:
             return 1.0
         places = [self.coordinate(axis, size) for axis, size in enumerate(sizes)]

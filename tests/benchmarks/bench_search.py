@@ -222,7 +222,8 @@ def report(runs: int, command: str) -> str:
         "priced in full: TTFT, TPOT, throughput, parts of a step, memory, every limit. Strategies "
         "that rules or bounds leave out are in the space and not among the priced. "
         f"Prompts of {INPUT_LEN} and answers of {OUTPUT_LEN} tokens. Seconds of a search in one "
-        "process are those to build its space and to search it; nothing is kept between runs."
+        "process are those to build its space and to search it. Templates that a run applied to a "
+        "layout are kept for the next with their kernels, prices are not."
     )
     cold_text = (
         "From the start of the interpreter to the end of the process, with plan.json, trials.csv, "

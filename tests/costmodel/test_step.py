@@ -292,3 +292,21 @@ def test_quantized_weights_speed_up_small_steps_and_a_quantized_cache_long_ones(
     assert seconds(case, "decode", 1, weight_dtype="w8a8") < 0.75 * whole
     long = seconds(case, "decode", 32, 1.0, 8191.0)
     assert seconds(case, "decode", 32, 1.0, 8191.0, kv_dtype="int8") < 0.9 * long
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prices_that_dtypes_share_are_those_of_each(name: str) -> None:
+    """A memory that has seen other dtypes gives what an empty one does, to the last bit."""
+    batch, shared = np.arange(1.0, FEW_POINTS + 1.0), replace(load(name).model, memo=Memo())
+    kinds: list[dict[str, Any]] = [
+        {"weight_dtype": weight, "kv_dtype": kv, "attention": attention}
+        for weight in ("bf16", "w8a8", "w4a16")
+        for kv in ("bf16", "int8")
+        for attention in ("flash", "naive")
+    ]
+    for phase in PHASES:
+        for kind in kinds:
+            shared = replace(shared, kept=Kept())
+            own = replace(shared, memo=Memo(), kept=Kept())
+            found, alone = (step(model, phase, batch, **kind)[0] for model in (shared, own))
+            assert np.array_equal(found, alone)

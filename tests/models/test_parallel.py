@@ -19,6 +19,7 @@ from shardplan.models.parallel import (
     balanced_stages,
     check_pipeline,
     make_mesh,
+    roles_of,
 )
 from shardplan.models.ranks import extents
 from shardplan.models.spec import ModelSpec
@@ -86,7 +87,10 @@ def test_the_strategy_of_an_operator_is_axis_to_dim() -> None:
     par = Parallelism(tp=8, dp=2)
     mesh = make_mesh(WIDE, par)
     ops = {op.name: op for op in build_graph(WIDE, "decode").blocks["dense"].ops()}
-    found = {name: assignment(ops[name], mesh, par, "decode") for name in ("q", "k", "o", "norm1")}
+    found = {
+        name: assignment(ops[name], mesh, roles_of(par, "decode"), "decode")
+        for name in ("q", "k", "o", "norm1")
+    }
     assert found == {
         "q": {"dp0": "B", "tp0": "K", "tp1": "G"},
         "k": {"dp0": "B", "tp0": "K"},
