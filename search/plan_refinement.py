@@ -35,7 +35,7 @@ class Refinement(Part):
     requests: int = Field(ge=0)
     """Simulated, over all of them."""
     chosen: int = Field(ge=1)
-    """Place of the plan's strategy in the order of the steady state."""
+    """Place of the plan's strategy among them, in the order of the steady state."""
     holds: bool
     """Whether it keeps every limit and serves what comes."""
     run: SimulatedRun

@@ -4,16 +4,17 @@
                  -> the best -> plan
 
 The steady state knows means of lengths and Poisson arrivals; the simulator serves bursts, spread
-lengths, shared prefixes and a cache that runs full. Candidates come in tiers of equal cost where
+lengths, shared prefixes and a cache that runs full. Of strategies that differ in little but the
+step size one is simulated for all. Candidates come in tiers of equal cost where
 cards are to be few: a tier is looked at where none of those before it keeps every limit. The same
 seed gives the same choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from shardplan.costmodel.simulate.fleet import Fleet
@@ -28,9 +29,10 @@ from shardplan.search.simulate import deployed
 from shardplan.search.simulate_demand import planned_demand
 from shardplan.search.staged import race
 
-__all__ = ["Found", "Refined", "Tier", "refine_simulated", "refined"]
+__all__ = ["Found", "Refined", "Tier", "distinct", "halving", "refine_simulated", "refined"]
 
 _MOST_TIERS = 8
+"""Of as many strategies as the first."""
 _One = TypeVar("_One")
 Tier = tuple[float, Sequence[_One]]
 """What its strategies cost, and these, best first."""
@@ -60,9 +62,30 @@ class Refined(NamedTuple, Generic[_One]):
         )
 
 
+def distinct(
+    first: Iterable[_One], others: Iterable[_One], kind: Callable[[_One], Hashable], count: int
+) -> list[_One]:
+    """The first `count`, one of each kind: what else differs is too little to simulate apart."""
+    found: dict[Hashable, _One] = {}
+    for one in chain(first, others):
+        found.setdefault(kind(one), one)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def halving(tokens: int) -> int:
+    """Step sizes of a kind: up to twice one another."""
+    return tokens.bit_length()
+
+
+def _kind(one: Kept) -> Hashable:
+    return one.parallel, one.choice, one.batch, halving(one.chunk)
+
+
 def refined(
     tiers: Iterable[Tier[_One]],
-    runner_of: Callable[[_One], Runner],
+    runner_of: Callable[[_One, int], Runner],
 ) -> Refined[_One]:
     """The best of the first tier that has one which keeps every limit, else the nearest to it.
 
@@ -70,16 +93,16 @@ def refined(
     """
     seen: list[Runner] = []
     best: tuple[float, int, float, _One] | None = None
-    pruned, least = 0, 0.0
-    for cost, tier in islice(tiers, _MOST_TIERS):
-        least = least or cost
-        some = [runner_of(one) for one in tier]
+    pruned, least, most = 0, 1.0, 0
+    for cost, tier in tiers:
+        least, most = (least, most) if seen else (cost, _MOST_TIERS * len(tier))
+        some = [runner_of(one, place) for place, one in enumerate(tier, start=1)]
         found = race(some)
         pruned += found.pruned
         if best is None or found.value > best[0]:
             best = found.value, len(seen) + found.best, cost / least - 1.0, tier[found.best]
         seen += some
-        if found.value > 0.0:
+        if found.value > 0.0 or len(seen) >= most:
             break
     assert best is not None  # there is a tier
     _, place, dearer, chosen = best
@@ -129,8 +152,7 @@ def refine_simulated(
         asked, found = question, outcomes
         first: Kept | None = best
         while first is not None:
-            kept = feasible_of(found[-1].kept)[: count + 1]
-            some = [first, *(one for one in kept if one is not first)][:count]
+            some = distinct([first], feasible_of(found[-1].kept), _kind, count)
             yield float(asked.cards), [Found(asked, found, one) for one in some]
             before, found = len(found), further(found)
             if len(found) == before:
@@ -144,8 +166,9 @@ def refine_simulated(
             scorers[key] = LayoutScorer(one.question, kept.parallel)
         return Fleet(serve=deployed(scorers[key], kept.choice, kept.batch, kept.chunk))
 
-    def runner_of(one: Found) -> Runner:
+    def runner_of(one: Found, place: int) -> Runner:
         return Runner.of(
+            place=place,
             aim=Aim(question.limits, question.objective, work),
             fleet=lambda: fleet_of(one),
             demand=demand,

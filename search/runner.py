@@ -1,7 +1,7 @@
 """One strategy in the simulator, as far as it was run, and what it is worth there in one number.
 
     holds      output tokens a second, or 1 / the mean time of a request; at a rate, where all serve
-               what is offered, the objective of the steady state
+               what is offered, 1 / the place in the order of the steady state
     does not   minus the sum over limits of (value - limit) / value, and the share of requests that
                wait where the queue grows
 
@@ -107,6 +107,8 @@ class Runner:
     """But for its count."""
     in_flight: int
     """Requests at a time, about."""
+    place: int
+    """In the order of the steady state, from 1."""
     objective: float
     """Of the steady state."""
     acceptance: float
@@ -125,6 +127,7 @@ class Runner:
         fleet: Callable[[], Fleet],
         demand: Demand,
         *,
+        place: int,
         in_flight: int,
         columns: Mapping[str, float],
         acceptance: float,
@@ -138,6 +141,7 @@ class Runner:
             fleet=fleet,
             demand=replace(demand, rate=rate, concurrency=in_flight if rate is None else None),
             in_flight=in_flight,
+            place=place,
             objective=columns["objective"],
             acceptance=acceptance,
         )
@@ -175,7 +179,8 @@ class Runner:
             return -missed
         if self.aim.objective == "latency":
             return 1.0 / run.end_to_end_s
-        return self.objective if self.aim.work.request_rate is not None else run.output_tokens_per_s
+        rate = self.aim.work.request_rate
+        return run.output_tokens_per_s if rate is None else 1.0 / self.place
 
     @property
     def holds(self) -> bool:
