@@ -16,8 +16,10 @@ class SimulatedRun(Part):
     """That count."""
     ttft_s: float
     ttft_p99_s: float
+    """Its 99th percentile."""
     tpot_s: float
     tpot_p99_s: float
+    """Its 99th percentile."""
     end_to_end_s: float
     output_tokens_per_s: float
     waiting: float = Field(ge=0)
@@ -43,3 +45,4 @@ class Refinement(Part):
     first: SimulatedRun | None
     """Of the steady state's first choice; None where it cannot hold a request of the workload."""
     first_holds: bool
+    """Whether that one does."""
