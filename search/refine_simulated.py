@@ -183,7 +183,9 @@ def refine_simulated(
 def _note(plan: Plan, found: Refined[Any]) -> str:
     """What was simulated and found, and what the steady state says of it."""
     steady, told, rated = plan.performance, found.told, plan.at_rate
-    held = "keeps every limit there" if told.holds else "misses a limit there, as all of them do"
+    held = "keeps every limit there"
+    if not told.holds:
+        held = "misses a limit there, as all of them do (a larger --refine-simulated tries more)"
     means = (steady.ttft_s, steady.tpot_s)
     if rated is not None:
         means = (rated.ttft.mean_s, rated.tpot.mean_s)
