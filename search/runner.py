@@ -166,8 +166,11 @@ class Runner:
         return self._value(self.run)
 
     def _started(self) -> _Served:
+        fleet = self.fleet()
+        for one in fleet.instances:  # what the one before asked of the same layout
+            one.model.forget()
         demand = replace(self.demand, count=self._requests(STEPS[-1] * FACTOR))
-        return _Served(self.fleet(), demand, self._warmup, self.acceptance)
+        return _Served(fleet, demand, self._warmup, self.acceptance)
 
     def drop(self) -> None:
         """As `Racer` says."""

@@ -41,6 +41,11 @@ class Fleet:
     """The deployment; with `pools`, one decode instance."""
     pools: Pools | None = None
 
+    @property
+    def instances(self) -> list[Instance]:
+        """One of each kind."""
+        return [self.serve] if self.pools is None else [self.pools.prefill, self.serve]
+
     def start(
         self, simulation: Simulation, demand: Demand, *, router: Router, replicas: int
     ) -> None:
