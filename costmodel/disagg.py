@@ -10,6 +10,9 @@ tokens are computed (those not in the prefix cache):
     service = S + (k - 1) s + k h        one prompt through the pipeline
     mu_P    = g n / busy                 prompts a second of an instance of g groups
 
+Below capacity steps hold fewer prompts, m, and are as much shorter (`disagg_queue`: T and the share
+of service).
+
 A decode instance has `b` slots a group and decodes only, at the mean context. Of a request's O
 tokens it makes all: it computes the last prompt token again, as vllm-ascend 0.23.0
 (MooncakeConnectorV1) and vLLM do once the cache is there. n steps follow: O - 1, or fewer where
@@ -19,31 +22,14 @@ tokens are predicted ahead (`ServingInput.decode_steps`):
     mu_D = g b / ((1 + n) t)
 
 The cache of a prompt, B bytes over all ranks of a decode group, is pulled when the prompt is
-done, not layer by layer behind the computation. n prompts of a group are done together. With r
+done, not layer by layer behind the computation. m prompts of a group are done together. With r
 ranks in one group (tp * pp * cp) of either side, v bytes/s of the link between two ranks times the
 share that a transfer reaches:
 
-    X    = setup + latency + max(B n / r_P, B / r_D) / v
+    X    = setup + latency + max(B m / r_P, B / r_D) / v
     mu_X = min(x ranks_P, y ranks_D) v / B
 
-Deployment, M = x mu_P, utilisation rho = rate / M, A = service + X + t:
-
-    wait = f rho busy / (2 (1 - rho))         M/D/1, whose server takes a step's prompts at once
-    TTFT = wait + A     TPOT = n t / (O - 1)     latency = TTFT + n t
-    rate = min(rho_max M, y mu_D, mu_X)
-
-  open      f = 1; a limit L on TTFT gives rho_max = 2 w / (busy + 2 w), w = L - A; without one
-            rho_max is a stated number
-  closed    C requests in flight, rate * latency = C. An arriving request meets the C - 1 others:
-            f = (C - 1) / C. Of  rho^2 M (f busy / 2 - a) + rho (M a + C) - C = 0  with
-            a = A + n t the root in (0, 1] is rho_max; where decode or transfer is slower
-            than that, requests wait for it: TTFT = C / rate - n t
-  offered   rate = R, for the objective latency
-
-A limit on the 99th percentile of TTFT bounds the queue and the slots in use (`disagg_tail`).
-
-Left out: bursts beyond M/D/1, length distributions, idle groups of a step, transfers that queue
-behind one another, blocks that a request holds while its cache arrives, the proxy's own time.
+Both together serve as `disagg_serve` has it.
 """
 
 from __future__ import annotations
@@ -56,15 +42,7 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from shardplan.costmodel.disagg_tail import (
-    Queue,
-    most_in_slots,
-    most_rate,
-    ttft_beyond_s,
-    wait_s,
-)
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.hardware import Cluster
 from shardplan.costmodel.kernels.base import Array
@@ -73,25 +51,16 @@ from shardplan.costmodel.step_mix import ServingInput
 from shardplan.models.errors import InputError
 
 __all__ = [
-    "BOUNDS",
     "DecodeTimes",
-    "Demand",
     "Link",
-    "Pools",
     "PrefillTimes",
-    "Service",
     "decode_times",
     "link_between",
     "link_kind",
     "prefill_times",
-    "serve_pools",
     "step_prompts",
-    "transfer_s",
     "unbounded_utilisation",
 ]
-
-BOUNDS = ("prefill", "decode", "transfer", "demand")
-"""What the rate of a deployment is bound by."""
 
 
 @functools.cache
@@ -212,149 +181,3 @@ def link_between(prefill: Cluster, decode: Cluster, cards: int, *, same: bool) -
 
 def _has_roce(cluster: Cluster) -> bool:
     return any(tier.topology == "roce" for tier in cluster.tiers)
-
-
-def transfer_s(link: Link, sent_bytes: Array, received_bytes: Array) -> Array:
-    """Seconds from a prompt's end until its cache is there.
-
-    `sent_bytes`: what one prefill rank sends of the prompts that end together (B n / r_P);
-    `received_bytes`: what one decode rank takes of a prompt (B / r_D).
-    """
-    return link.latency_s + np.maximum(sent_bytes, received_bytes) / link.bytes_per_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What is asked of a deployment."""
-
-    in_flight: float | None = None
-    offered_per_s: float | None = None
-    """Requests a second that come; None: as many as can be served."""
-    ttft_s: float | None = None
-    ttft_p99_s: float | None = None
-
-    @property
-    def mean_ttft_s(self) -> float | None:
-        """The most that TTFT may be on average: no percentile limit is below it."""
-        given = [one for one in (self.ttft_s, self.ttft_p99_s) if one is not None]
-        return min(given, default=None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pools:
-    """x prefill and y decode instances; arrays broadcast. Rates are of all instances."""
-
-    prefill_instances: Array
-    prefill_per_s: Array
-    busy_s: Array
-    service_s: Array
-    decode_per_s: Array
-    step_s: Array
-    later_s: Array
-    """All tokens of a request after the first."""
-    transfer_s: Array
-    transfer_per_s: Array
-
-    @property
-    def first_s(self) -> Array:
-        """TTFT of a request that does not wait."""
-        return np.asarray(self.service_s + self.transfer_s + self.step_s)
-
-    @property
-    def slots(self) -> Array:
-        """Of all decode instances."""
-        return np.asarray(self.decode_per_s * (self.step_s + self.later_s))
-
-    @property
-    def queue(self) -> Queue:
-        """Of prompts."""
-        return Queue(self.prefill_instances, self.prefill_per_s, self.busy_s)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """Means in steady state, arrays of the pools' shape."""
-
-    requests_per_s: Array
-    ttft_s: Array
-    end_to_end_s: Array
-    wait_s: Array
-    bound: NDArray[np.int64]
-    """Index into `BOUNDS`."""
-    ttft_p99_s: Array | None = None
-    """Where it is limited."""
-
-
-def _closed(pools: Pools, demand: Demand, alone_s: Array, in_flight: float) -> Array:
-    """Utilisation of the prefill pool at which a closed population is all in flight."""
-    most = pools.prefill_per_s
-    wait = (in_flight - 1.0) / in_flight * pools.busy_s / 2.0
-    square = most * (wait - alone_s)
-    linear = most * alone_s + in_flight
-    inside = np.maximum(linear * linear + 4.0 * square * in_flight, 0.0)
-    return np.asarray(2.0 * in_flight / (linear + np.sqrt(inside)))
-
-
-def _closed_beyond_s(pools: Pools, filled: Array, in_flight: float) -> Array:
-    """What the 99th percentile of the wait has beyond its mean, where all are in flight.
-
-    Of the rate at which the prompts alone let them be: no more decode instances raise it.
-    """
-    rate = filled * pools.prefill_per_s
-    mean = filled * pools.busy_s / (2.0 * np.maximum(1.0 - filled, 1e-300))
-    prompts = pools.prefill_per_s * pools.busy_s
-    most = np.ceil((in_flight - 1.0) / prompts - 1e-9) * pools.busy_s
-    return np.maximum(np.minimum(wait_s(pools.queue, rate), most) - mean, 0.0)
-
-
-def _limits(pools: Pools, demand: Demand, filled: Array) -> list[Array]:
-    """Requests a second that each of `BOUNDS` allows, of one shape."""
-    prompts, decode = pools.prefill_per_s * filled, pools.decode_per_s
-    if demand.ttft_p99_s is not None and demand.in_flight is None:
-        left_s = demand.ttft_p99_s - pools.first_s
-        prompts = np.minimum(prompts, most_rate(pools.queue, left_s, pools.step_s))
-        decode = most_in_slots(pools.slots) / (pools.step_s + pools.later_s)
-    offered = np.inf if demand.offered_per_s is None else demand.offered_per_s
-    return list(np.broadcast_arrays(prompts, decode, pools.transfer_per_s, offered))
-
-
-def serve_pools(pools: Pools, demand: Demand) -> Service:
-    """Steady state of many deployments at once (the formulas above)."""
-    first, most_s = pools.first_s, demand.mean_ttft_s
-    if demand.in_flight is not None:
-        filled = _closed(pools, demand, first + pools.later_s, demand.in_flight)
-    elif most_s is not None:
-        room = np.maximum(most_s - first, 0.0)
-        filled = 2.0 * room / (pools.busy_s + 2.0 * room)
-    else:
-        filled = np.full((), unbounded_utilisation())
-    limits = _limits(pools, demand, filled)
-    rate, bound = limits[0], np.zeros(limits[0].shape, dtype=np.int64)
-    for index, limit in enumerate(limits[1:], start=1):
-        bound = np.where(limit < rate, index, bound)
-        rate = np.minimum(rate, limit)
-    used = rate / pools.prefill_per_s
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wait = used * pools.busy_s / (2.0 * np.maximum(1.0 - used, 1e-300))
-        if demand.in_flight is not None:
-            wait = np.maximum(demand.in_flight / rate - pools.later_s - first, 0.0)
-    late = None
-    if demand.ttft_p99_s is not None:
-        late = _ttft_p99_s(pools, demand, rate, wait, filled)
-    return Service(
-        requests_per_s=rate,
-        ttft_s=wait + first,
-        end_to_end_s=wait + first + pools.later_s,
-        wait_s=wait,
-        bound=bound,
-        ttft_p99_s=late,
-    )
-
-
-def _ttft_p99_s(pools: Pools, demand: Demand, rate: Array, mean_s: Array, filled: Array) -> Array:
-    """99th percentile of TTFT, no less than its mean; `mean_s`: of the wait."""
-    waited = wait_s(pools.queue, rate)
-    if demand.in_flight is not None:
-        waited = mean_s + _closed_beyond_s(pools, filled, demand.in_flight)
-    found = ttft_beyond_s(pools.first_s, pools.step_s, waited)
-    return np.maximum(found, pools.first_s + mean_s)

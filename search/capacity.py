@@ -5,7 +5,7 @@ the rate. At an asked rate requests come at random: TTFT and TPOT are means with
 most that is served is the largest rate that keeps the limits (`at_rate`). Without one the rate is
 the plan's own, a closed loop: of all loads up to the slots the smallest that serves it tells TTFT
 and TPOT. Above the rate of full slots the queue grows, the deployment is saturated. Of pools the
-instances that are left serve as `costmodel.disagg` has it.
+instances that are left serve as `costmodel.disagg_serve` has it.
 
 Planned again, where that does not hold: the search once more on the most cards that a job may have
 of those left, within the limits; where that serves too little, once more without them for the least
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from shardplan.costmodel.disagg import Demand, Pools, serve_pools
+from shardplan.costmodel.disagg_serve import Demand, serve_pools
 from shardplan.costmodel.hardware import Cluster
 from shardplan.models.errors import InfeasibleError, InputError
 from shardplan.search.at_rate import Point, most_within, run_at
+from shardplan.search.disagg_at_rate import pools_of
 from shardplan.search.disagg_request import resolve_sides
 from shardplan.search.evaluate import LayoutScorer, Question
 from shardplan.search.plan import Plan
@@ -206,27 +207,9 @@ def _without(plan: Plan, asked: Asked, cluster: Cluster, place: int, gone: int) 
 
 def _pools_served(plan: Plan, gone: tuple[int, int], rate: float) -> _Served:
     """Pools that have lost so many instances of each role."""
-    prefill, decode = plan.pools
-    x, y = (pool.instances - lost for pool, lost in zip(plan.pools, gone, strict=True))
-    transfer, done = plan.transfer, plan.performance
-    if transfer is None or not x or not y:
+    pools = pools_of(plan, gone)
+    if pools is None:
         return _Served(0.0, None, None)
-
-    def ranks(first: int, second: int) -> int:
-        return min(first * prefill.strategy.ranks, second * decode.strategy.ranks)
-
-    links = done.requests_per_s / transfer.used / ranks(prefill.instances, decode.instances)
-    pools = Pools(
-        prefill_instances=np.array(float(x)),
-        prefill_per_s=np.array(x * prefill.times.requests_per_s),
-        busy_s=np.array(prefill.times.step_s),
-        service_s=np.array(prefill.times.service_s),
-        decode_per_s=np.array(y * decode.times.requests_per_s),
-        step_s=np.array(decode.times.step_s),
-        later_s=np.array(decode.times.service_s - decode.times.step_s),
-        transfer_s=np.array(transfer.request_s),
-        transfer_per_s=np.array(links * ranks(x, y)),
-    )
     flight = plan.request.workload.concurrency
     limit = Demand(
         in_flight=flight,
@@ -237,7 +220,7 @@ def _pools_served(plan: Plan, gone: tuple[int, int], rate: float) -> _Served:
     given = serve_pools(pools, Demand(in_flight=flight, offered_per_s=rate))
     if float(given.requests_per_s) * _ROOM < rate:
         return _Served(most, None, None)
-    return _Served(most, float(given.ttft_s), done.tpot_s)
+    return _Served(most, float(given.ttft_s), plan.performance.tpot_s)
 
 
 def _again(asked: Asked, plan: Plan, rate: float, searched: Searched) -> Replanned | None:

@@ -32,7 +32,8 @@ from shardplan.search.disagg_bounds import (
     most_unreached,
     peak_floor,
 )
-from shardplan.search.disagg_combine import Combination, DisaggTally
+from shardplan.search.disagg_combine import Combination
+from shardplan.search.disagg_counts import DisaggTally
 from shardplan.search.disagg_cuts import Refining, refine_cuts
 from shardplan.search.disagg_dominance import Partners
 from shardplan.search.disagg_options import Options, Priced

@@ -7,14 +7,14 @@ output tokens, C requests in flight. With N cards of both pools, or N_P and N_D 
     rate   <= N / (p / u + q), or min(N_P u / p, N_D / q)      rate <= C / (s + t + d)
     latency >= s + t + d                                       cards >= rate asked * (p / u + q)
 
-with u the most that prefill instances may be used (`shardplan.costmodel.disagg`): 1 of a closed
-population, else what the TTFT limit, or none, allows where a prompt begins every b seconds.
+with u the most that prefill instances may be used: 1, but where nothing bounds their queue
+(`shardplan.costmodel.disagg_serve`).
 
 Of layouts that were not priced all of them are at least what the device's peak leaves of them
 (`shardplan.search.bounds`): f operations a token, I' computed prompt tokens, at F a rank
 
     p >= I' f / F      q >= O f / F
-    s, b >= I' f / (tp pp cp F)      t >= f / (tp F)      d >= (O - 1) f / (tp F)
+    s >= I' f / (tp pp cp F)      t >= f / (tp F)      d >= (O - 1) f / (tp F)
 
 (a step of k + 1 verified tokens gives at most as many).
 """
@@ -50,7 +50,7 @@ class Floor(NamedTuple):
     alone_s: ArrayLike = math.inf
     """Seconds of one prompt, or of a decode step."""
     rest_s: ArrayLike = math.inf
-    """Until the next prompts can begin; decode: of all steps of a request after the first."""
+    """Of all decode steps of a request after the first."""
 
     def either(self, other: Floor) -> Floor:
         """Of both together."""
@@ -59,8 +59,10 @@ class Floor(NamedTuple):
 
 def floors(options: Options, role: str) -> Floor:
     """Of each priced option."""
-    names = ("service_s", "busy_s") if role == "prefill" else ("step_s", "later_s")
-    return Floor(*(options.columns[name] for name in ("slow_s", *names)))
+    columns = options.columns
+    if role == "prefill":
+        return Floor(columns["slow_s"], columns["alone_s"], np.zeros(()))
+    return Floor(columns["slow_s"], columns["step_s"], columns["later_s"])
 
 
 def floor_of(options: Options, role: str) -> Floor:
@@ -80,7 +82,7 @@ def peak_floor(pool: Pool, layouts: Iterable[Parallelism]) -> Floor:
     for par in layouts:
         if pool.role == "prefill":
             alone_s = prompt * token_s / (par.tp * par.pp * par.cp)
-            found = found.either(Floor(prompt * token_s, alone_s, alone_s))
+            found = found.either(Floor(prompt * token_s, alone_s, 0.0))
         else:
             each_s, later = token_s / par.tp, work.output_len - 1.0
             found = found.either(Floor(work.output_len * token_s, each_s, later * each_s))
@@ -97,7 +99,8 @@ def most_of(question: DisaggQuestion, prefill: Floor, decode: Floor) -> Array:
     first_s = prefill.alone_s + as_array(decode.alone_s) + question.link.latency_s
     latency_s = first_s + decode.rest_s
     with np.errstate(invalid="ignore", divide="ignore"):
-        p = p / _filled(question, first_s, as_array(prefill.rest_s))
+        if demand.in_flight is None and demand.mean_ttft_s is None:
+            p = p / unbounded_utilisation()
         if question.shared:
             rate = question.cards / (p + q)
         else:
@@ -120,17 +123,6 @@ def _least_spent(question: DisaggQuestion, prefill: Array, decode: Array) -> Arr
     least = question.spent(prefill, decode) / _SLACK
     whole = np.ceil(least) if question.prices == (1.0, 1.0) else least
     return np.asarray(np.maximum(sum(question.prices), whole))
-
-
-def _filled(question: DisaggQuestion, first_s: Array, busy_s: Array) -> Array:
-    """The most that prefill instances may be used, as `serve_pools` has it."""
-    demand = question.demand
-    if demand.in_flight is not None:
-        return np.ones(())
-    if demand.mean_ttft_s is None:
-        return np.asarray(unbounded_utilisation())
-    room = np.maximum(demand.mean_ttft_s * _SLACK - first_s, 0.0)
-    return 2.0 * room / (busy_s + 2.0 * room)
 
 
 def most_unreached(question: DisaggQuestion, prefill: Priced, decode: Priced) -> float:

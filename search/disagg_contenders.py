@@ -37,6 +37,8 @@ from shardplan.search.disagg_question import (
     deployments,
     most_beside,
     objective_of,
+    prefill_binds,
+    rate_beside,
 )
 from shardplan.search.disagg_space import Pool
 from shardplan.search.disagg_sure import Step, role_bands
@@ -121,17 +123,24 @@ class PairContender:
 
     def objectives(self, factors: Mapping[str, Array]) -> Array:
         """`[factors, points]`; minus infinity where a limit is broken."""
+        return self._objectives(factors)
+
+    def _objectives(self, factors: Mapping[str, Array], *, best: bool = False) -> Array:
+        """`best`: those that cannot be the best of a factor count as 0."""
         places = self.prefill.places, self.decode.places
         found = [
             np.where(limit < 0, objective, -np.inf)
-            for limit, objective, _ in self._blocks(factors, places, self.x, self.y)
+            for limit, objective, _ in self._blocks(factors, places, self.x, self.y, best=best)
         ]
         count = len(next(iter(factors.values())))
         return np.concatenate(found).reshape(count, -1)
 
     def tuned(self, factors: Mapping[str, Array]) -> Tuned:
         """Its best point at each of the factors `[factors]`."""
-        return Tuned.of(self.objectives(factors))
+        demand = self.question.demand
+        plain = demand.in_flight is None or demand.mean_ttft_s is None
+        best = plain and self.question.objective == "throughput"
+        return Tuned.of(self._objectives(factors, best=best))
 
     def own(self, factors: Mapping[str, Array]) -> Array:
         """Objective `[factors]` of the deployment that the search found, as it is."""
@@ -202,7 +211,13 @@ class PairContender:
         return self._blocks(factors, places, x, y)
 
     def _blocks(
-        self, factors: Mapping[str, Array], places: tuple[Counts, Counts], x: Counts, y: Counts
+        self,
+        factors: Mapping[str, Array],
+        places: tuple[Counts, Counts],
+        x: Counts,
+        y: Counts,
+        *,
+        best: bool = False,
     ) -> Iterator[tuple[Counts, Array, Array]]:
         """(limit, objective, seconds of a request) `[some factors, prefill, counts, decode]`."""
         count = len(next(iter(factors.values())))
@@ -210,12 +225,18 @@ class PairContender:
         for start in range(0, count, size):
             some = {name: one[start : start + size] for name, one in factors.items()}
             shape = (min(size, count - start), places[0].size, x.size, places[1].size)
-            for_all = self._evaluated(some, places, x, y)
+            for_all = self._evaluated(some, places, x, y, best=best)
             limit, objective, seconds = (np.broadcast_to(one, shape) for one in for_all)
             yield limit.astype(np.int64), objective, seconds
 
     def _evaluated(
-        self, factors: Mapping[str, Array], places: tuple[Counts, Counts], x: Counts, y: Counts
+        self,
+        factors: Mapping[str, Array],
+        places: tuple[Counts, Counts],
+        x: Counts,
+        y: Counts,
+        *,
+        best: bool,
     ) -> tuple[Array, Array, Array]:
         prefill = {
             name: one[:, :, None, None] for name, one in self.prefill.at(factors, places[0]).items()
@@ -225,13 +246,18 @@ class PairContender:
         }
         slower = factors.get(TRANSFER, np.ones(1))[:, None, None, None]
         question = replace(self.question, link=_slower(self.question.link, slower))
-        service, given = deployments(question, (prefill, decode), x[:, None], y[:, None])
-        pools = prefill, decode
-        broken = broken_limits(question, service, pools, x[:, None], y[:, None])
-        slow, few = decode["tpot_s"] > question.most_s[1], POOL_LIMITS.index("rate")
+        pools, counts = (prefill, decode), (x[:, None], y[:, None])
+        slow, worth = decode["tpot_s"] > question.most_s[1], None
+        if best:
+            able = ~prefill_binds(question, pools, *counts) & ~slow
+            rest = np.where(able, rate_beside(question, pools, *counts), 0.0)
+            worth = rest.max(axis=(1, 2, 3), keepdims=True)
+        service, given = deployments(question, pools, *counts, worth)
+        broken = broken_limits(question, service, pools, *counts)
+        few = POOL_LIMITS.index("rate")
         late = (broken > 0) & (broken != few)
         limit = np.where(late, 0, np.where(slow, 1, np.where(broken == few, 2, -1)))
-        seconds = given.service_s + given.transfer_s + given.step_s + given.later_s
+        seconds = given.alone_s + given.later_s
         return limit, objective_of(question, service), seconds
 
 

@@ -41,10 +41,11 @@ _SLACK = 1.0 + 1e-6
 """Bounds are wide by this, so that rounding rules nothing out."""
 
 COSTS: Mapping[str, tuple[str, ...]] = {
-    "prefill": ("slow_s", "busy_s", "service_s", "sent"),
+    "prefill": ("slow_s", "busy_s", "one_s", "service_s", "alone_s", "late_s", "sent"),
     "decode": ("slow_s", "step_s", "later_s", "bytes", "received"),
 }
-"""What is better the less it is, by role; slow_s: cards over requests a second."""
+"""What is better the less it is, by role; slow_s: cards over requests a second, late_s: cards and
+seconds in the pipeline over prompts of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def worth_another_look(
     else:
         most = np.minimum(question.prefill.cards / each[0], question.decode.cards / each[1])
     later = decode["later_s"]
-    alone = prefill["service_s"] + later + decode["step_s"]
+    alone = prefill["alone_s"] + later + decode["step_s"]
     most = np.minimum(most, demand.in_flight / alone) * _SLACK
     asked = question.decode.workload.request_rate or 0.0
     longest = tables[1].columns["later_s"].max() if first else later
@@ -144,7 +145,7 @@ def worth_another_look(
 
 def _least(options: Options, role: str) -> dict[str, Array]:
     """The least of each cost that a bound takes."""
-    names = ("slow_s", "service_s") if role == "prefill" else ("slow_s", "step_s", "later_s")
+    names = ("slow_s", "alone_s") if role == "prefill" else ("slow_s", "step_s", "later_s")
     return {name: np.asarray(options.columns[name].min()) for name in names}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from shardplan.costmodel.disagg import BOUNDS
+from shardplan.costmodel.disagg_serve import BOUNDS
 from shardplan.models.errors import InfeasibleError
 from shardplan.search.disagg import DisaggOutcome
 from shardplan.search.disagg_combine import Combination

@@ -99,7 +99,7 @@ def stacked(rows: list[Row], points: int) -> dict[str, Array]:
 
 def limited_s(options: Options, role: str) -> Array:
     """What a limit bounds: one prompt alone, or TPOT."""
-    return options.columns["service_s" if role == "prefill" else "tpot_s"]
+    return options.columns["alone_s" if role == "prefill" else "tpot_s"]
 
 
 def fitting(priced: Priced, pool: Pool, limit_s: float) -> Priced:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.search.disagg_bounds import floor_of, most_later, most_of
-from shardplan.search.disagg_combine import Combination, DisaggTally, combine
+from shardplan.search.disagg_combine import Combination, combine
+from shardplan.search.disagg_counts import DisaggTally
 from shardplan.search.disagg_dominance import Partners, undominated, worth_another_look
 from shardplan.search.disagg_options import Options
 from shardplan.search.disagg_question import DisaggQuestion

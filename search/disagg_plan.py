@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from shardplan.costmodel.disagg import BOUNDS
+from shardplan.costmodel.disagg_serve import BOUNDS
 from shardplan.models.errors import ProofError
 from shardplan.models.modules import MODULES
 from shardplan.models.parallel import Parallelism
@@ -137,6 +137,7 @@ def _pool(
             used=best.columns[f"{side.role}_used"],
             step_s=held["busy_s"] if first else held["step_s"],
             service_s=held["service_s"] if first else held["step_s"] + held["later_s"],
+            one_s=held["one_s"] if first else None,
         ),
         memory=rows,
         largest_lever=lever(rows, kept, side.cluster.device),
@@ -163,6 +164,7 @@ def _transfer(outcome: DisaggOutcome, best: Combination) -> Transfer:
         link_bytes_per_s=link.bytes_per_s,
         request_bytes=float(outcome.decode.options.columns["bytes"][best.decode]),
         request_s=best.columns["transfer_s"],
+        setup_s=link.latency_s,
         used=best.columns["transfer_used"],
         overlapped=False,
         bound=BOUNDS[int(best.columns["bound"])],  # type: ignore[arg-type]  # one of them

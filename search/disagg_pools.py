@@ -7,6 +7,7 @@ over the whole grid, and the layout adds up its different stages (`shardplan.cos
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -77,6 +78,8 @@ class Base:
         self.ledger = ledgers[alike]
         self.held = Held()
         self.known: dict[object, dict[str, Parts]] = {}
+        self.one_share: dict[Choice, Array] = {}
+        """Of a full prefill step, what one with a prompt a group takes, over the grid."""
 
     def model(self, choice: Choice) -> StepModel:
         """The step model whose stages are single templates."""
@@ -103,16 +106,47 @@ class Base:
         """Prices of single templates over the grid; decode: of one of `stages` microbatches."""
         key = (choice, stages if self.pool.role == "decode" else 1)
         if key not in self.known:
-            self.known[key] = self.templates_at(choice, stages, self.model(choice))
+            self.known[key] = self._first(choice, stages)
         return self.known[key]
 
     def templates_at(self, choice: Choice, stages: int, model: Pricer) -> dict[str, Parts]:
         """The same at the prices of `model`, whose stages are single templates too."""
-        grid = np.array(self.pool.grid, dtype=np.float64)
-        parts = role_stages(
-            self.pool.role, model, role_input(self.pool, self.par, choice), grid, stages
-        )
+        return self._priced(choice, stages, model, self._grid)
+
+    @property
+    def _grid(self) -> Array:
+        return np.array(self.pool.grid, dtype=np.float64)
+
+    def _priced(self, choice: Choice, stages: int, model: Pricer, grid: Array) -> dict[str, Parts]:
+        given = role_input(self.pool, self.par, choice)
+        parts = role_stages(self.pool.role, model, given, grid, stages)
         return dict(zip(self.names, parts, strict=True))
+
+    def _first(self, choice: Choice, stages: int) -> dict[str, Parts]:
+        """Prices over the grid; of prefill with the shares of `one_share`, priced beside it."""
+        model, work = self.model(choice), self.pool.workload
+        if self.pool.role == "decode":
+            return self._priced(choice, stages, model, self._grid)
+        prompt = computed_prompt(work.input_len, work.prefix_hit)
+        held = step_prompts(self._grid, prompt)[0]
+        wide = self._priced(choice, stages, model, np.append(self._grid, prompt))
+        seconds = np.broadcast_to(self._whole_s(model, wide), (held.size + 1,))
+        share = np.clip(seconds[-1] / seconds[:-1], 1.0 / held, 1.0)
+        self.one_share[choice] = np.where(held > 1.0, share, 1.0)
+        return {name: _but_last(parts) for name, parts in wide.items()}
+
+    def _whole_s(self, model: Pricer, templates: Mapping[str, Parts]) -> Array:
+        """Seconds of a step of all layers as one stage, so that no cut counts, with the host's."""
+        total = ZERO
+        for name, count in _counts(self.graph).items():
+            total = total.plus(templates[name].times(count))
+        return np.asarray(model.step_s([total], "prefill")[0] + model.host_s("prefill"))
+
+
+def _but_last(parts: Parts) -> Parts:
+    """Of all points of the grid but the last."""
+    a, b, c, d = (one[:-1] if one.ndim else one for one in parts.seconds)
+    return Parts(a, b, c, d, parts.kernels)
 
 
 def role_input(pool: Pool, par: Parallelism, choice: Choice) -> ServingInput:
@@ -130,6 +164,14 @@ def role_stages(
     prompt = computed_prompt(given.input_len, given.prefix_hit)
     piece = step_prompts(grid, prompt)[2]
     return prompt_stages(model, given, piece=piece, prompt=prompt, sequences=np.zeros(()))
+
+
+def _counts(graph: ShardedGraph) -> Counter[str]:
+    """How often each template is computed, whatever the stages."""
+    found: Counter[str] = Counter()
+    for stage in apply(graph.model, graph.parallel).stages:
+        found.update(stage.counts)
+    return found
 
 
 def _folded(graph: ShardedGraph) -> tuple[tuple[Stage, ...], list[int]]:
@@ -242,10 +284,15 @@ def cost_columns(
         prompts, pieces, _ = step_prompts(grid, prompt)
         times = prefill_times(model, step, groups=par.dp, prompts=prompts, pieces=pieces)
         slots, rate, tokens = _INFLIGHT * prompts * par.pp, times.prompts_per_s, grid
+        share = base.one_share[choice]
         costs = {
             "busy_s": times.busy_s,
+            "one_s": share * times.busy_s,
             "service_s": times.service_s,
-            "sent": prompts / rank,
+            "alone_s": share * times.service_s,
+            "late_s": cards * times.service_s / (par.dp * prompts),
+            "prompts": prompts,
+            "sent": np.asarray(1.0 / rank),
         }
     else:
         found = decode_times(

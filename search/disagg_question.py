@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shardplan.costmodel.disagg import Demand, Link, Pools, Service, serve_pools, transfer_s
+from shardplan.costmodel.disagg import Link
+from shardplan.costmodel.disagg_serve import (
+    Demand,
+    Pools,
+    Service,
+    allowed_beside,
+    prompts_bind,
+    serve_pools,
+)
 from shardplan.costmodel.kernels.base import Array, ArrayLike, as_array
 from shardplan.search.disagg_space import Pool
 from shardplan.search.plan import Limits
@@ -21,6 +29,8 @@ __all__ = [
     "deployments",
     "most_beside",
     "objective_of",
+    "prefill_binds",
+    "rate_beside",
 ]
 
 POOL_LIMITS = ("", "ttft", "rate", "ttft_p99")
@@ -92,33 +102,71 @@ class DisaggQuestion:
         return np.inf if ttft is None else ttft, tokens
 
 
+def _pools(
+    question: DisaggQuestion,
+    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
+    x: Counts,
+    y: Counts,
+) -> Pools:
+    """x prefill and y decode instances, as the cost model takes them."""
+    prefill, decode = pools
+    link = question.link
+    ranks = np.minimum(x * prefill["cards"], y * decode["cards"])
+    return Pools(
+        prefill_instances=as_array(x),
+        prefill_per_s=x * prefill["rate"],
+        busy_s=prefill["busy_s"],
+        one_s=prefill["one_s"],
+        prompts=prefill["prompts"],
+        service_s=prefill["service_s"],
+        decode_per_s=y * decode["rate"],
+        step_s=decode["step_s"],
+        later_s=decode["later_s"],
+        setup_s=as_array(link.latency_s),
+        sent_s=decode["bytes"] * prefill["sent"] / link.bytes_per_s,
+        received_s=decode["received"] / link.bytes_per_s,
+        transfer_per_s=ranks * link.bytes_per_s / decode["bytes"],
+    )
+
+
 def deployments(
     question: DisaggQuestion,
     pools: tuple[Mapping[str, Array], Mapping[str, Array]],
     x: Counts,
     y: Counts,
+    worth: Array | None = None,
 ) -> tuple[Service, Pools]:
-    """x prefill and y decode instances; the pools' columns and the counts broadcast."""
-    prefill, decode = pools
-    link = question.link
-    ranks = np.minimum(x * prefill["cards"], y * decode["cards"])
-    given = Pools(
-        prefill_instances=as_array(x),
-        prefill_per_s=x * prefill["rate"],
-        busy_s=prefill["busy_s"],
-        service_s=prefill["service_s"],
-        decode_per_s=y * decode["rate"],
-        step_s=decode["step_s"],
-        later_s=decode["later_s"],
-        transfer_s=transfer_s(link, decode["bytes"] * prefill["sent"], decode["received"]),
-        transfer_per_s=ranks * link.bytes_per_s / decode["bytes"],
-    )
-    return serve_pools(given, question.demand), given
+    """x prefill and y decode instances; the pools' columns and the counts broadcast.
+
+    `worth`: requests a second; of those that cannot serve as many a rate of 0 is told.
+    """
+    given = _pools(question, pools, x, y)
+    return serve_pools(given, question.demand, worth), given
 
 
-def most_beside(question: DisaggQuestion, cards: Array, x: Counts, prefill: float) -> Counts:
+def prefill_binds(
+    question: DisaggQuestion,
+    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
+    x: Counts,
+    y: Counts,
+) -> NDArray[np.bool_]:
+    """Whether x prefill instances allow less than y decode instances and the links do."""
+    return prompts_bind(_pools(question, pools, x, y), question.demand)
+
+
+def rate_beside(
+    question: DisaggQuestion,
+    pools: tuple[Mapping[str, Array], Mapping[str, Array]],
+    x: Counts,
+    y: Counts,
+) -> Array:
+    """Requests a second that y decode instances and the links allow."""
+    return allowed_beside(_pools(question, pools, x, y), question.demand)
+
+
+def most_beside(question: DisaggQuestion, cards: Array, x: Counts, prefill: ArrayLike) -> Counts:
     """The most decode instances of `cards` each beside x prefill instances; they broadcast."""
-    left = question.decode.cards - (x * prefill if question.shared else 0.0 * x)
+    left = question.decode.cards - (x * as_array(prefill) if question.shared else 0.0 * x)
     return np.asarray(np.floor(left / cards), dtype=np.int64)
 
 

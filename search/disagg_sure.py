@@ -39,7 +39,17 @@ from shardplan.search.space import Choice
 __all__ = ["Step", "pools_confidence", "role_bands"]
 
 _RATES = ("rate",)
-_TIMES = ("busy_s", "service_s", "step_s", "later_s", "tpot_s", "slow_s")
+_TIMES = (
+    "busy_s",
+    "one_s",
+    "alone_s",
+    "late_s",
+    "service_s",
+    "step_s",
+    "later_s",
+    "tpot_s",
+    "slow_s",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

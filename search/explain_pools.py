@@ -122,8 +122,8 @@ def _time_s(found: KnownPools, name: str) -> float:
         _columns(side, pool, pool.strategy.chunk if side.role == "prefill" else pool.strategy.batch)
         for side, pool in zip((question.prefill, question.decode), plan.pools, strict=True)
     )
-    counts = (np.array([pool.instances], dtype=np.int64) for pool in plan.pools)
-    service, _ = deployments(question, (one, two), *counts)
+    x, y = (np.array([pool.instances], dtype=np.int64) for pool in plan.pools)
+    service, _ = deployments(question, (one, two), x, y)
     late_s = service.ttft_p99_s
     assert late_s is not None  # of a question that limits it
     return float(late_s.flat[0])

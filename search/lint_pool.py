@@ -39,8 +39,8 @@ def instance_finding(case: Case, slots: int, chunk: int) -> Finding:
     work, limits = question.workload, question.limits
     lengths = f"{work.input_len:,} prompt and {work.output_len:,} output tokens"
     if role == "prefill":
-        late = found["service_s"] > (limits.ttft_s or math.inf)
-        said = f"{found['rate']:.3g} prompts/s, one alone in {found['service_s'] * 1e3:.4g} ms"
+        late = found["alone_s"] > (limits.ttft_s or math.inf)
+        said = f"{found['rate']:.3g} prompts/s, one alone in {found['alone_s'] * 1e3:.4g} ms"
     else:
         late = found["tpot_s"] > (limits.tpot_s or math.inf)
         tokens = found["rate"] * work.output_len

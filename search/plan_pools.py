@@ -23,7 +23,9 @@ class PoolTimes(Part):
     step_s: float
     """Decode: one step of all slots. Prefill: until the next prompts can begin."""
     service_s: float
-    """Prefill: one prompt, alone. Decode: all tokens of one request."""
+    """Prefill: a prompt in a full step. Decode: all tokens of one request."""
+    one_s: float | None = None
+    """Prefill: as `step_s`, where no group has more than one prompt; None: not told."""
 
 
 class Transfer(Part):
@@ -36,6 +38,9 @@ class Transfer(Part):
     request_bytes: float
     """Cache of one prompt, over all ranks that decode it."""
     request_s: float
+    """With as many prompts as are done together at the deployment's rate."""
+    setup_s: float = 0.0
+    """Of `request_s`, what does not grow with the cache."""
     used: float
     """Rate of the deployment over what all links carry."""
     overlapped: bool

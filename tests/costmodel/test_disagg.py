@@ -8,18 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardplan.costmodel.catalog import load_cluster
-from shardplan.costmodel.disagg import (
-    BOUNDS,
-    Demand,
-    Link,
-    Pools,
-    Service,
-    link_between,
-    serve_pools,
-    step_prompts,
-    transfer_s,
-    unbounded_utilisation,
-)
+from shardplan.costmodel.disagg import link_between, step_prompts, unbounded_utilisation
+from shardplan.costmodel.disagg_serve import BOUNDS, Demand, Pools, Service, serve_pools
 from shardplan.models.errors import InputError
 
 
@@ -29,11 +19,15 @@ def _pools(**changes: float) -> Pools:
         "prefill_instances": 1.0,
         "prefill_per_s": 10.0,
         "busy_s": 0.1,
+        "one_s": 0.1,
+        "prompts": 1.0,
         "service_s": 0.2,
         "decode_per_s": 20.0,
         "step_s": 0.05,
         "later_s": 0.5,
-        "transfer_s": 0.01,
+        "setup_s": 0.002,
+        "sent_s": 0.008,
+        "received_s": 0.004,
         "transfer_per_s": 1000.0,
         **changes,
     }
@@ -45,11 +39,11 @@ def _served(demand: Demand, **changes: float) -> Service:
 
 
 def test_a_ttft_limit_is_what_the_prefill_queue_is_filled_to() -> None:
-    """Limit 0.36 s, alone 0.26 s: a wait of 0.1 s is a utilisation of 2/3 (M/D/1)."""
-    found = _served(Demand(ttft_s=0.36))
+    """Limit 0.385 s, without a wait 0.285 s: one of 0.1 s is a utilisation of 2/3 (M/D/1)."""
+    found = _served(Demand(ttft_s=0.385))
     assert float(found.requests_per_s) == pytest.approx(20.0 / 3.0)
-    assert float(found.ttft_s) == pytest.approx(0.36)
-    assert float(found.end_to_end_s) == pytest.approx(0.36 + 10 * 0.05)
+    assert float(found.ttft_s) == pytest.approx(0.385)
+    assert float(found.end_to_end_s) == pytest.approx(0.385 + 10 * 0.05)
     assert BOUNDS[int(found.bound)] == "prefill"
 
 
@@ -101,7 +95,8 @@ def test_littles_law_holds_of_a_closed_population(
     in_flight: int, prefill: float, decode: float, busy: float, step: float
 ) -> None:
     """Rate times latency is the requests in flight; no pool serves more than it can."""
-    changes = {"prefill_per_s": prefill / busy, "busy_s": busy, "service_s": busy}
+    times = {"busy_s": busy, "one_s": busy, "service_s": busy}
+    changes = {"prefill_per_s": prefill / busy, **times}
     demand = Demand(in_flight=float(in_flight))
     found = _served(demand, decode_per_s=decode, step_s=step, later_s=19 * step, **changes)
     rate = float(found.requests_per_s)
@@ -131,9 +126,58 @@ def test_a_step_holds_whole_prompts_or_one_piece() -> None:
 
 
 def test_a_transfer_takes_the_busier_end() -> None:
-    """A prefill rank that sends 3 MB bounds a decode rank that takes 1 MB."""
-    link = Link(tier="roce", bytes_per_s=1e9, latency_s=1e-5)
-    assert float(transfer_s(link, np.asarray(3e6), np.asarray(1e6))) == pytest.approx(3.01e-3)
+    """A prefill rank sends for 8 ms a prompt, a decode rank takes one in 4 or 9; 2 ms before."""
+    for received, wanted in ((0.004, 0.010), (0.009, 0.011)):
+        found = _served(Demand(in_flight=1.0), received_s=received)
+        assert float(found.passed.transfer_s) == pytest.approx(wanted)
+
+
+def test_steps_are_as_full_as_prompts_come() -> None:
+    """Four prompts in 0.1 s, one in 0.04: 20 a second find 1 in a step, 36 find 18/7."""
+    full = {"prefill_per_s": 40.0, "one_s": 0.04, "prompts": 4.0, "decode_per_s": 1e3}
+    slow = _served(Demand(offered_per_s=20.0), **full)
+    assert float(slow.passed.service_s) == pytest.approx(0.2 * 0.4)
+    fast = _served(Demand(offered_per_s=36.0), **full)
+    step_s = 0.04 + 0.02 * 11 / 7
+    assert step_s * 36 == pytest.approx(18 / 7)
+    assert float(fast.passed.service_s) == pytest.approx(0.2 * step_s / 0.1)
+    assert float(fast.passed.transfer_s) == pytest.approx(0.002 + 0.008 * 18 / 7)
+
+
+def test_several_instances_share_a_queue() -> None:
+    """Three of them at nine tenths: a fifth of the wait behind one (Sakasegawa)."""
+    one = _served(Demand(offered_per_s=9.0), decode_per_s=1e3)
+    three = _served(
+        Demand(offered_per_s=27.0), decode_per_s=1e3, prefill_instances=3.0, prefill_per_s=30.0
+    )
+    share = 0.9 ** (8.0**0.5 - 1.0) / 0.9 / 3.0
+    assert float(three.wait_s) == pytest.approx(float(one.wait_s) * share)
+    assert share == pytest.approx(0.305, abs=0.001)
+
+
+@given(
+    held=st.integers(2, 40),
+    one=st.floats(0.03, 1.0),
+    limit=st.floats(0.2, 3.0),
+    tail=st.booleans(),
+)
+def test_the_most_that_keeps_a_limit_just_keeps_it(
+    held: int, one: float, limit: float, tail: bool
+) -> None:
+    """More breaks it, and what cannot be worth it is not looked for."""
+    changes = {"prefill_per_s": 10.0 * held, "one_s": 0.1 * max(one, 1 / held)}
+    pools = {**changes, "prompts": float(held), "decode_per_s": 1e6, "transfer_per_s": 1e6}
+    name = "ttft_p99_s" if tail else "ttft_s"
+    found = _served(Demand(ttft_s=limit) if not tail else Demand(ttft_p99_s=limit), **pools)
+    rate = float(found.requests_per_s)
+    if rate == 0.0:
+        return
+    assert float(getattr(found, name)) == pytest.approx(limit, rel=1e-6)
+    more = Demand(offered_per_s=rate * 1.001, ttft_s=1e9, ttft_p99_s=1e9)
+    if rate * 1.001 < 10.0 * held * (1.0 - 1e-3):
+        assert float(getattr(_served(more, **pools), name)) > limit
+    left = serve_pools(_pools(**pools), Demand(ttft_s=limit), np.asarray(11.0 * held))
+    assert float(left.requests_per_s) == 0.0
 
 
 def test_pools_meet_on_the_innermost_tier_that_joins_them() -> None:

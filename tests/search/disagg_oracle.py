@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations, pairwise, permutations, product
 from typing import Any
 
 import numpy as np
-from tests.search.disagg_oracle_queue import filled, largest, late, later_steps, wait_of
+from tests.search.disagg_oracle_queue import Prompts, largest, late, later_steps
 
 from shardplan.costmodel.disagg import unbounded_utilisation
+from shardplan.costmodel.load import Parts
 from shardplan.costmodel.serving import ServingInput
+from shardplan.costmodel.step import StepModel
 from shardplan.costmodel.steps import decode_stages, prompt_stages
 from shardplan.models.apply import apply
 from shardplan.models.build import build_graph
@@ -38,10 +41,10 @@ _VLLM: tuple[Axis, ...] = ("dp", "pp", "cp", "tp")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prefill:
     parallel: Parallelism
-    rate: float
+    prompts: int
     busy_s: float
+    one_s: float
     service_s: float
-    prompts: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,23 +217,37 @@ def _prefills(question: DisaggQuestion) -> Iterator[_Prefill]:
                 if memory > scorer.ledger.capacity_bytes:
                     continue
                 model = scorer.model_for(choice)
-                stages = prompt_stages(
-                    model,
-                    _given(pool, choice, par.mtp),
-                    piece=np.asarray(prompt / pieces * count),
-                    prompt=np.asarray(float(prompt)),
-                    sequences=np.zeros(()),
-                )
+                stages = _prompt_stages(pool, model, choice, par, prompt / pieces * count)
+                alone = _prompt_stages(pool, model, choice, par, prompt)
                 times = [float(one) for one in model.step_s(stages, "prefill")]
                 host = model.host_s("prefill")
+                whole, one = (
+                    float(model.step_s([reduce(Parts.plus, some)], "prefill")[0]) + host
+                    for some in (stages, alone)
+                )
                 busy = pieces * (max(times) + host)
                 yield _Prefill(
                     parallel=par,
-                    rate=par.dp * count / busy,
-                    busy_s=busy,
-                    service_s=sum(times) + (pieces - 1) * max(times) + pieces * host,
                     prompts=count,
+                    busy_s=busy,
+                    one_s=busy * min(max(one / whole, 1 / count), 1.0) if count > 1 else busy,
+                    service_s=sum(times) + (pieces - 1) * max(times) + pieces * host,
                 )
+
+
+def _prompt_stages(
+    pool: Pool, model: StepModel, choice: Choice, par: Parallelism, tokens: float
+) -> list[Parts]:
+    """A step of so many prompt tokens a group."""
+    work = pool.workload
+    prompt = math.ceil(work.input_len * (1 - work.prefix_hit))
+    return prompt_stages(
+        model,
+        _given(pool, choice, par.mtp),
+        piece=np.asarray(float(tokens)),
+        prompt=np.asarray(float(prompt)),
+        sequences=np.zeros(()),
+    )
 
 
 def _decodes(question: DisaggQuestion) -> Iterator[_Decode]:
@@ -285,52 +302,58 @@ def _deployment(
 ) -> Deployment | None:
     """One deployment; None where it breaks a limit."""
     work, limits, link = question.decode.workload, question.limits, question.link
-    p, d = one.parallel, other.parallel
-    each = max(
-        other.request_bytes * one.prompts / (p.tp * p.pp * p.cp),
-        other.request_bytes / (d.tp * d.pp * d.cp),
-    )
-    first = one.service_s + link.latency_s + each / link.bytes_per_s + other.step_s
-    later = other.later_s
-    most = x * one.rate
-    latency = question.objective == "latency"
+    p, d, later = one.parallel, other.parallel, other.later_s
+    queue = Prompts(x, p.dp, one.prompts, one.busy_s, one.one_s, one.service_s)
+    latency, tail = question.objective == "latency", limits.ttft_p99_s
     in_flight = work.concurrency
     if latency and in_flight is None and work.request_rate is None:
         in_flight = 1
+    others = 1.0 if in_flight is None else (in_flight - 1) / in_flight
+
+    def first(rate: float, share: float) -> float:
+        prompts = queue.prompts(rate)
+        sent = prompts * other.request_bytes / (p.tp * p.pp * p.cp)
+        taken = other.request_bytes / (d.tp * d.pp * d.cp)
+        service = one.service_s * queue.step_s(prompts) / one.busy_s
+        moved = link.latency_s + max(sent, taken) / link.bytes_per_s
+        return service + moved + other.step_s * (1 + share / 2)
+
+    def mean(rate: float) -> float:
+        return first(rate, others) + others * queue.wait_s(rate)
+
+    def late_at(rate: float) -> float:
+        return late(first(rate, 0), other.step_s, queue.wait_s(rate, 0.01))
+
+    decoded = y * other.rate
+    most = queue.most
     if in_flight is not None:
-        used = filled(most, one.busy_s, first + later, in_flight)
-    elif (bound := min(limits.ttft_s or 1e99, limits.ttft_p99_s or 1e99)) < 1e99:
-        room = max(bound - first, 0.0)
-        used = 2 * room / (one.busy_s + 2 * room)
+        flight = in_flight
+        prompts = largest(most, lambda rate: rate * (mean(rate) + later) <= flight)
+    elif (bound := min(limits.ttft_s or 1e99, tail or 1e99)) < 1e99:
+        prompts = largest(most, lambda rate: mean(rate) <= bound)
+        if tail is not None:
+            prompts = min(prompts, largest(most, lambda rate: late_at(rate) <= tail))
+            span = other.step_s + later
+            slots = decoded * span
+            decoded = largest(slots, lambda n: n + 2.326 * math.sqrt(n) <= slots) / span
     else:
-        used = unbounded_utilisation()
+        prompts = unbounded_utilisation() * most
     sent = min(x * p.ranks, y * d.ranks) * link.bytes_per_s / other.request_bytes
-    decoded, tail = y * other.rate, limits.ttft_p99_s
-    queue = (x, most, one.busy_s)
-    if in_flight is None and tail is not None:
-        span = other.step_s + later
-        slots = y * other.rate * span
-        decoded = largest(slots, lambda n: n + 2.326 * math.sqrt(n) <= slots) / span
-        used = min(
-            used,
-            largest(1.0, lambda u: late(first, other.step_s, wait_of(queue, u * most)) <= tail),
-        )
-    rate = min(most * used, decoded, sent)
+    rate = min(prompts, decoded, sent)
     if latency and work.request_rate is not None:
         rate = min(rate, work.request_rate)
     if rate <= 0 or rate * (1 + 4e-9) < (work.request_rate or 0.0):
         return None
-    wait = (rate / most) * one.busy_s / (2 * (1 - rate / most)) if rate < most else 0.0
-    if in_flight is not None:
-        wait = max(in_flight / rate - later - first, 0.0)
-    ttft = wait + first
+    ttft = first(rate, others)
+    wait = queue.wait_s(rate) if in_flight is None else max(in_flight / rate - later - ttft, 0.0)
+    ttft += wait
     if limits.ttft_s is not None and ttft > limits.ttft_s * (1 + 4e-9):
         return None
     if tail is not None and in_flight is not None:
-        mean = used * one.busy_s / (2 * (1 - used)) if used < 1 else math.inf
-        steps = math.ceil((in_flight - 1) / (most * one.busy_s) - 1e-9)
-        beyond = min(wait_of(queue, used * most), steps * one.busy_s) - mean
-        if max(late(first, other.step_s, wait + max(beyond, 0.0)), ttft) > tail * (1 + 4e-9):
+        steps = math.ceil((in_flight - 1) / (x * p.dp * one.prompts) - 1e-9)
+        beyond = min(queue.wait_s(prompts, 0.01), steps * one.busy_s) - queue.wait_s(prompts)
+        found = late(first(rate, 0), other.step_s, wait + max(beyond, 0.0))
+        if max(found, first(rate, 0) + wait) > tail * (1 + 4e-9):
             return None
     if limits.tpot_p99_s is not None and other.tpot_s > limits.tpot_p99_s:
         return None

@@ -4,44 +4,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shardplan.search.plan import Workload
 
-__all__ = ["filled", "largest", "late", "later_steps", "wait_of"]
+__all__ = ["Prompts", "largest", "late", "later_steps"]
 
 
-def filled(most: float, busy: float, alone: float, in_flight: float) -> float:
-    """The utilisation at which `in_flight` requests are in flight, by bisection."""
-    low, high = 0.0, 1.0
-    others = (in_flight - 1.0) / in_flight
-    for _ in range(200):
-        used = (low + high) / 2.0
-        wait = others * used * busy / (2.0 * max(1.0 - used, 1e-300))
-        low, high = (used, high) if used * most * (wait + alone) < in_flight else (low, used)
-    return low
+@dataclass(frozen=True)
+class Prompts:
+    """x prefill instances: steps of up to `held` prompts in each of `groups`."""
+
+    count: int
+    groups: int
+    held: int
+    full_s: float
+    """A full step, and one with a prompt a group."""
+    one_s: float
+    service_s: float
+
+    @property
+    def most(self) -> float:
+        """Prompts a second."""
+        return self.count * self.groups * self.held / self.full_s
+
+    def prompts(self, rate: float) -> float:
+        """Of a group in a step: those that come while one runs, m = r (T_1 + (m - 1) more)."""
+        each = rate / self.count / self.groups
+        more = (self.full_s - self.one_s) / max(self.held - 1, 1)
+        if each * more >= 1.0:
+            return float(self.held)
+        return min(max(each * (self.one_s - more) / (1 - each * more), 1.0), float(self.held))
+
+    def step_s(self, prompts: float) -> float:
+        """On a line between one prompt and all."""
+        share = (prompts - 1) / max(self.held - 1, 1)
+        return self.one_s + share * (self.full_s - self.one_s)
+
+    def wait_s(self, rate: float, beyond: float | None = None) -> float:
+        """The mean, or what all but a share wait at most: in turn, or for the running step and then
+        together."""
+
+        def of(capacity: float) -> float:
+            used = rate / capacity
+            if used >= 1.0:
+                return math.inf
+            share = math.exp(math.log(max(used, 1e-300)) * (math.sqrt(2 * self.count + 2) - 1))
+            each = 1 / (2 * capacity * (1 - used))
+            if beyond is None:
+                return share * each
+            return math.log(max(share / beyond, 1.0)) * each
+
+        runs = self.step_s(self.prompts(rate)) * (0.5 if beyond is None else 1.0)
+        return min(of(self.count / self.one_s), runs + of(self.most))
 
 
 def largest(most: float, able: Callable[[float], bool]) -> float:
     """The largest number up to `most` that is able, by bisection; 0 where none is."""
     low, high = 0.0, most
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2.0
         low, high = (middle, high) if able(middle) else (low, middle)
-    return low if able(low) and low > most * 1e-40 else 0.0
-
-
-def wait_of(queue: tuple[int, float, float], rate: float) -> float:
-    """What 99 of 100 prompts wait at most: in turn, or for the running step and then together."""
-    count, most, busy = queue
-
-    def of(capacity: float) -> float:
-        used = rate / capacity
-        if used >= 1.0:
-            return math.inf
-        share = used ** (math.sqrt(2 * count + 2) - 1)
-        return math.log(max(share / 0.01, 1.0)) / (2 * capacity * (1 - used))
-
-    return min(of(count / busy), busy + of(most))
+    return low if able(low) and low > most * 1e-17 else 0.0
 
 
 def late(first: float, step: float, wait: float) -> float:
