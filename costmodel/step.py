@@ -137,6 +137,11 @@ class StepModel:
         """The same stages with other rows."""
         return replace(self, rows=rows, kept=Kept())
 
+    def forget(self) -> None:
+        """Give up prices of loads, for whoever asks for each but once."""
+        self.memo.clear()
+        self.kept.sums.clear()
+
     def parts(self, group: Group, load: Load) -> list[Parts]:
         """Per stage, the rows of one group under a load; stages that are alike share an object."""
         if not load.remembered:

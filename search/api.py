@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +37,7 @@ from shardplan.search.output import MOST_ROWS, trial_table
 from shardplan.search.plan import Plan, ProofInfo
 from shardplan.search.proof import prove_strategy
 from shardplan.search.request import Asked, Resolved, resolve, without_limits
-from shardplan.search.robust_plan import refined_of, study, with_study
+from shardplan.search.robust_plan import study, with_study
 from shardplan.search.space import Space, batch_grid, build_space, chunk_grid
 from shardplan.search.trial_table import TrialTable
 from shardplan.search.workload import whole
@@ -147,26 +147,33 @@ def _search_aggregated(
     wanted = wanted_of(resolved.request, top)
     outcomes = _search_counts(resolved, place, progress, memo, wanted)
     if outcomes[-1].best is None and resolved.soft_limits and not _out_of_time(outcomes[-1]):
-        resolved = without_limits(resolved)
-        again = place and place.named("no-limits")
-        outcomes = _search_counts(resolved, again, progress, memo, wanted)
+        resolved, place = without_limits(resolved), place and place.named("no-limits")
+        outcomes = _search_counts(resolved, place, progress, memo, wanted)
     searched = time.perf_counter()
     question = _question(resolved, outcomes[-1].space.cards)
     best = outcomes[-1].best
     if best is None:
         raise nothing_feasible(resolved, question, outcomes[-1])
     left_s = _time_left(resolved, [outcomes[-1]])
+    robust, refine = resolved.request.robust, resolved.request.refine_simulated > 0
     show = functools.partial(_shown, resolved, question, outcomes[-1], memo, left_s)
-    robust = resolved.request.robust
-    shown = show if robust else aside(functools.partial(show, best))
+    shown = show if robust or refine else aside(functools.partial(show, best))
     studying = time.perf_counter()
     best, robustness = study(question, outcomes[-1], robust=robust)
-    studied = time.perf_counter()
-    refined = refined_of(resolved, question, outcomes[-1], best)
+    studied, refined = time.perf_counter(), None
+    if refine:
+        from shardplan.search.refine_simulated import refine_simulated
+
+        further = functools.partial(_search_counts, resolved, place, progress, memo, wanted)
+        refined = refine_simulated(resolved, question, outcomes, best, further)
+        if refined.dearer:  # the strategies that were studied have fewer cards
+            robustness = study(
+                refined.best.question, refined.best.outcomes[-1], robust=False
+            ).robustness
+        question, outcomes, best = refined.best
+        show = functools.partial(_shown, resolved, question, outcomes[-1], memo, left_s)
     simulated = time.perf_counter()
-    later = robust or (refined is not None and refined.best is not best)
-    best = best if refined is None else refined.best
-    beside, proof, timing = show(best) if later else shown()
+    beside, proof, timing = show(best) if robust or refine else shown()
     scorer = LayoutScorer(question, best.parallel)
     plan = build_plan(
         resolved,
@@ -182,7 +189,7 @@ def _search_aggregated(
     )
     plan = with_study(plan, robustness)
     if refined is not None:
-        plan = refined.told(plan)
+        plan = refined.with_plan(plan)
     if resolved.prices is not None:
         plan = plan.model_copy(update={"cost": cost_of(plan, resolved.prices)})
     engine = resolved.request.engine
@@ -303,10 +310,11 @@ def _search_counts(
     progress: Progress | None,
     memo: Memo,
     wanted: Wanted,
+    before: Sequence[Outcome] = (),
 ) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    counts = _counts(resolved)
-    for cards in counts:
+    """Up to the first number of cards that will do, or all; those of `before` have been."""
+    outcomes, counts = [*before], _counts(resolved)
+    for cards in counts[len(before) :]:
         question, space = subject_of(resolved, cards)
         where, left_s = place, _time_left(resolved, outcomes)
         if place is not None and len(counts) > 1:

@@ -130,7 +130,6 @@ def check_words(asked: Asked) -> None:
         if getattr(asked, name) is not None:
             one_of(name, getattr(asked, name), ("off", "on", "auto"))
     _check_prefill(asked)
-    _check_one_pool(asked)
     _check_batching(asked)
     for name, most, good in (
         ("nodes", 2**17, 1),
@@ -144,16 +143,6 @@ def check_words(asked: Asked) -> None:
         whole("refine_simulated", asked.refine_simulated, _MOST_SIMULATED, try_=8, least=0)
     if asked.seed_trials is not None:
         whole("seed_trials", asked.seed_trials, _MOST_SEED_TRIALS, try_=8, least=0)
-
-
-def _check_one_pool(asked: Asked) -> None:
-    """What is known of one pool alone."""
-    if asked.refine_simulated and asked.serving != "agg":
-        raise InputError(
-            "`refine_simulated` goes with aggregated serving",
-            got=f"refine_simulated={shown(asked.refine_simulated)}, serving={asked.serving}",
-            hint="simulate the plan of a search of pools: shardplan simulate plan.json",
-        )
 
 
 def seed_trials_of(asked: Asked, notes: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shardplan import __version__
 from shardplan.models.errors import InfeasibleError, InputError
@@ -54,10 +54,19 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
     beside = time.perf_counter()
     best, robustness = study_pools(outcome, robust=resolved.request.robust)
     studied = time.perf_counter()
+    refined = None
+    if resolved.request.refine_simulated:
+        from shardplan.search.refine_pools import refine_pools
+
+        refined = refine_pools(sides, outcome, best)
+        best = refined.best
+    simulated = time.perf_counter()
     plan = build_disagg_plan(
         sides, outcome, best, quantized=quantized, top=top, version=__version__
     )
     plan = with_study(plan, robustness)
+    if refined is not None:
+        plan = refined.with_plan(plan)
     proven = time.perf_counter()
     if resolved.prices is not None:
         plan = plan.model_copy(update={"cost": cost_of(plan, resolved.prices)})
@@ -69,7 +78,8 @@ def search_disaggregated(asked: Asked, resolved: Resolved, *, top: int) -> Searc
             "search_s": searched - start,
             "quantization_s": beside - searched,
             "robustness_s": studied - beside,
-            "proof_s": proven - studied,
+            "refined_s": simulated - studied,
+            "proof_s": proven - simulated,
             "total_s": time.perf_counter() - start,
             "strategies_per_s": outcome.tally.evaluated / max(searched - start, 1e-9),
         },
@@ -80,17 +90,34 @@ _DEAR_S = 60.0
 """Of a search of both ways of serving, for the aggregated one where percentiles are limited."""
 
 
-def _worth(plan: Plan) -> tuple[bool, float, float]:
-    """Larger is better: limits kept, the objective (less is less negative), throughput."""
+class _Worth(NamedTuple):
+    """How good a plan is; larger is better."""
+
+    holds: bool
+    """In the simulator, where it was asked."""
+    kept: bool
+    """Limits that were assumed."""
+    value: float
+    """The objective (less is less negative); of a run where one was made and it was no rate's."""
+    tokens: float
+
+
+def _worth(plan: Plan) -> _Worth:
+    told, seen = plan.simulated, plan.performance
     kept = any(plan.request.limits.model_dump().values())
-    value = plan.performance.output_tokens_per_s
+    latency_s, tokens = seen.end_to_end_s, seen.output_tokens_per_s
+    if told is not None:
+        latency_s = told.run.end_to_end_s
+        if plan.request.workload.request_rate is None:
+            tokens = told.run.output_tokens_per_s
+    value = tokens
     if plan.request.objective == "cards":
-        return kept, -float(plan.cards), value
-    if plan.request.objective == "cost" and plan.cost is not None:
-        return kept, -plan.cost.per_million_tokens, value
-    if plan.request.objective == "latency":
-        return kept, 1.0 / plan.performance.end_to_end_s, value
-    return kept, value, value
+        value = -float(plan.cards)
+    elif plan.request.objective == "cost" and plan.cost is not None:
+        value = -plan.cost.per_million_tokens
+    elif plan.request.objective == "latency":
+        value = 1.0 / latency_s
+    return _Worth(told is None or told.holds, kept, value, tokens)
 
 
 def _row(
@@ -113,7 +140,7 @@ def _row(
             f"{pool.instances} {pool.role} x ({pool.strategy.parallelism().describe()})"
             for pool in plan.pools
         )
-    objective, own = (abs(_worth(one)[1]) for one in (plan, best))
+    objective, own = (abs(_worth(one).value) for one in (plan, best))
     fewer = plan.request.objective in ("cards", "cost")
     return ServingRow(
         serving=serving,  # type: ignore[arg-type]  # agg or disagg
@@ -172,6 +199,8 @@ def _said(
     """Which way of serving is the better one, and what that does not say."""
     said = "disaggregated" if best.pools else "aggregated"
     note = f"both ways of serving were searched: {said} serving is the better one here"
+    if best.simulated is not None:
+        note += " (in the simulator, limits first)"
     if best.request.prefill_cards is not None:
         note += "; the aggregated plan has the cards of the decode cluster only"
     if resolved.time_limit_s is None:

@@ -27,6 +27,7 @@ from shardplan.search.plan_confidence import BasisShares, Confidence, Part, Weak
 from shardplan.search.plan_cost import Cost
 from shardplan.search.plan_parts import BreakdownRow, ClusterInfo, MemoryRow, ModelInfo
 from shardplan.search.plan_pools import PoolTimes, ServingRow, Transfer
+from shardplan.search.plan_refinement import Refinement
 from shardplan.search.plan_request import Limits, Request, Workload
 from shardplan.search.plan_robustness import PARTS, Robustness
 from shardplan.search.plan_versions import read_plan, upgraded
@@ -60,7 +61,7 @@ __all__ = [
 
 OPERATORS = "operators"
 """`kind` of a plan of operators (`search.oplevel.plan`)."""
-_ASKED_FOR = ("at_rate", "batching", "capacity", "cost")
+_ASKED_FOR = ("at_rate", "batching", "capacity", "cost", "simulated")
 """Parts that only some questions ask for."""
 
 
@@ -273,6 +274,8 @@ class Plan(Part):
     """At prices that were given; likewise."""
     capacity: Capacity | None = None
     """What is left when a card or a node is lost; likewise."""
+    simulated: Refinement | None = None
+    """The best strategies in the simulator, where they were refined; likewise."""
     notes: tuple[str, ...]
 
     @property

@@ -1,180 +1,213 @@
 """The best strategies of a search, simulated with its workload, and the one that does best there.
 
-    steady state -> best N -> simulated briefly -> best quarter -> simulated for long -> plan
+    steady state -> best N -> simulated in stages (`staged`), judged by limits first (`runner`)
+                 -> the best -> plan
 
 The steady state knows means of lengths and Poisson arrivals; the simulator serves bursts, spread
-lengths, shared prefixes and a cache that runs full. Strategies that keep every limit and serve what
-comes stand before others; then the larger objective there: output tokens a second, or 1 / the mean
-time of a request. At a rate all serve what is offered, so that those that do keep the order of the
-steady state. The same seed gives the same choice.
+lengths, shared prefixes and a cache that runs full. Of strategies that differ in little but the
+step size one is simulated for all. Candidates come in tiers of equal cost where
+cards are to be few: a tier is looked at where none of those before it keeps every limit. The same
+seed gives the same choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from shardplan.costmodel.simulate.deploy import Instance, units_of
-from shardplan.costmodel.simulate.events import Simulation
-from shardplan.costmodel.simulate.prices import StepTypes
-from shardplan.costmodel.simulate.record import Recorder
-from shardplan.costmodel.simulate.workload import Demand, requests
-from shardplan.search.evaluate import LayoutScorer, Question, acceptance_of, context_tokens
+from shardplan.costmodel.simulate.fleet import Fleet
+from shardplan.models.parallel import Parallelism
+from shardplan.search.evaluate import LayoutScorer, Question, acceptance_of
 from shardplan.search.kept import Kept, Outcome, feasible_of
 from shardplan.search.plan import Plan
+from shardplan.search.plan_refinement import Refinement, SimulatedRun
 from shardplan.search.request import Resolved
+from shardplan.search.runner import Aim, Runner
+from shardplan.search.simulate import deployed
 from shardplan.search.simulate_demand import planned_demand
+from shardplan.search.staged import race
 
-__all__ = ["Refined", "refine_simulated"]
+__all__ = ["Found", "Refined", "Tier", "distinct", "halving", "refine_simulated", "refined"]
 
-_SHORT, _LONG = 500, 4000
-"""Requests of either simulation."""
-_ROUNDS = 4
-"""Of a closed loop at least: requests over those in flight."""
-_KEPT = 4
-"""One of so many is simulated for long."""
-_LATE = 1.05
-"""A run at a rate that ends so much later than its last request was due has a queue that grows."""
+_MOST_TIERS = 8
+"""Of as many strategies as the first."""
+_One = TypeVar("_One")
+Tier = tuple[float, Sequence[_One]]
+"""What its strategies cost, and these, best first."""
 
 
-class Run(NamedTuple):
-    """What a simulation says of a strategy, in seconds and their inverse."""
+class Refined(NamedTuple, Generic[_One]):
+    """The strategy to deploy, and what the simulator told."""
 
-    ttft_s: float
-    ttft_p99_s: float
-    tpot_s: float
-    tpot_p99_s: float
-    end_to_end_s: float
-    output_tokens_per_s: float
-    served: bool
-    """Whether the queue did not grow."""
+    best: _One
+    told: Refinement
+    objective: float
+    """Of the steady state."""
+    dearer: float
+    """Cost over that of the first tier, less 1, where cards are to be few."""
 
-
-class Refined(NamedTuple):
-    """The strategy to deploy, and its run."""
-
-    best: Kept
-    run: Run
-    tried: int
-    """Strategies that were simulated."""
-    holds: bool
-    """Whether the chosen one keeps every limit there."""
-
-    def told(self, plan: Plan) -> Plan:
-        """The plan of the strategy with a note; the gap of its certificate is its own."""
+    def with_plan(self, plan: Plan) -> Plan:
+        """The plan of the strategy, what was found in it; the gap of its certificate is its own."""
         proof = plan.certificate
-        if proof.bound is not None:
-            gap = max(proof.bound / self.best.columns["objective"] - 1.0, 0.0)
+        if self.dearer > 0.0:
+            proof = proof.model_copy(update={"gap": self.dearer})
+        elif proof.bound is not None:
+            gap = max(proof.bound / self.objective - 1.0, 0.0)
             proof = proof.model_copy(update={"gap": gap})
         notes = (*plan.notes, _note(plan, self))
-        return plan.model_copy(update={"certificate": proof, "notes": notes})
+        return plan.model_copy(
+            update={"certificate": proof, "simulated": self.told, "notes": notes}
+        )
+
+
+def distinct(
+    first: Iterable[_One], others: Iterable[_One], kind: Callable[[_One], Hashable], count: int
+) -> list[_One]:
+    """The first `count`, one of each kind: what else differs is too little to simulate apart."""
+    found: dict[Hashable, _One] = {}
+    for one in chain(first, others):
+        found.setdefault(kind(one), one)
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def halving(tokens: int) -> int:
+    """Step sizes of a kind: up to twice one another."""
+    return tokens.bit_length()
+
+
+def _kind(one: Kept) -> Hashable:
+    return one.parallel, one.choice, one.batch, halving(one.chunk)
+
+
+def refined(
+    tiers: Iterable[Tier[_One]],
+    runner_of: Callable[[_One, int], Runner],
+) -> Refined[_One]:
+    """The best of the first tier that has one which keeps every limit, else the nearest to it.
+
+    Raises what the steady state's first choice was refused for where no strategy can serve.
+    """
+    seen: list[Runner] = []
+    best: tuple[float, int, float, _One] | None = None
+    pruned, least, most = 0, 1.0, 0
+    for cost, tier in tiers:
+        least, most = (least, most) if seen else (cost, _MOST_TIERS * len(tier))
+        some = [runner_of(one, place) for place, one in enumerate(tier, start=1)]
+        found = race(some)
+        pruned += found.pruned
+        if best is None or found.value > best[0]:
+            best = found.value, len(seen) + found.best, cost / least - 1.0, tier[found.best]
+        seen += some
+        if found.value > 0.0 or len(seen) >= most:
+            break
+    assert best is not None  # there is a tier
+    _, place, dearer, chosen = best
+    one, first = seen[place], seen[0]
+    if one.run is None:
+        assert first.refusal is not None  # none could serve
+        raise first.refusal
+    told = Refinement(
+        tried=len(seen),
+        pruned=pruned,
+        requests=sum(each.done for each in seen),
+        chosen=place + 1,
+        holds=one.holds,
+        run=one.run,
+        first=first.run,
+        first_holds=first.holds,
+    )
+    return Refined(chosen, told, one.objective, dearer)
+
+
+class Found(NamedTuple):
+    """A strategy and the searches that found it, in the last of them."""
+
+    question: Question
+    outcomes: list[Outcome]
+    kept: Kept
 
 
 def refine_simulated(
-    resolved: Resolved, question: Question, outcome: Outcome, best: Kept
-) -> Refined:
-    """The best of `request.refine_simulated` strategies; `best` is the first of them."""
-    count = resolved.request.refine_simulated
-    others = [one for one in feasible_of(outcome.kept)[: count + 1] if one is not best]
-    tried = [best, *others][:count]
-    few = _ranked(resolved, question, tried, _SHORT)[: -(-len(tried) // _KEPT)]
-    found = _ranked(resolved, question, [one for one, _ in few], _LONG)
-    chosen, run = found[0]
-    return Refined(chosen, run, len(tried), keeps(question, run))
+    resolved: Resolved,
+    question: Question,
+    outcomes: list[Outcome],
+    best: Kept,
+    further: Callable[[list[Outcome]], list[Outcome]],
+) -> Refined[Found]:
+    """The best of `request.refine_simulated` strategies; `best` is the first of them.
+
+    `further` adds searches of more cards, as far as there are: they are looked at where cards are
+    to be few and all of fewer miss a limit.
+    Raises `InputError` where no strategy can hold the requests of the workload.
+    """
+    count, work = resolved.request.refine_simulated, question.workload
+    demand = planned_demand(resolved.workload_file, work)
+    scorers: dict[tuple[int, Parallelism], LayoutScorer] = {}
+
+    def tiers() -> Iterator[Tier[Found]]:
+        asked, found = question, outcomes
+        first: Kept | None = best
+        while first is not None:
+            some = distinct([first], feasible_of(found[-1].kept), _kind, count)
+            yield float(asked.cards), [Found(asked, found, one) for one in some]
+            before, found = len(found), further(found)
+            if len(found) == before:
+                return
+            asked = replace(question, cards=found[-1].space.cards)
+            first = found[-1].best
+
+    def fleet_of(one: Found) -> Fleet:
+        kept, key = one.kept, (one.question.cards, one.kept.parallel)
+        if key not in scorers:
+            scorers[key] = LayoutScorer(one.question, kept.parallel)
+        return Fleet(serve=deployed(scorers[key], kept.choice, kept.batch, kept.chunk))
+
+    def runner_of(one: Found, place: int) -> Runner:
+        return Runner.of(
+            place=place,
+            aim=Aim(question.limits, question.objective, work),
+            fleet=lambda: fleet_of(one),
+            demand=demand,
+            in_flight=work.concurrency or one.kept.batch * one.kept.parallel.dp,
+            columns=one.kept.columns,
+            acceptance=acceptance_of(question.spec, work),
+        )
+
+    return refined(tiers(), runner_of)
 
 
-def _ranked(
-    resolved: Resolved, question: Question, tried: Sequence[Kept], count: int
-) -> list[tuple[Kept, Run]]:
-    """The strategies with their runs, the best first."""
-    runs = [(one, simulated(resolved, question, one, count)) for one in tried]
-    return sorted(runs, key=lambda pair: _key(question, pair[1]))
-
-
-def _key(question: Question, run: Run) -> tuple[bool, float]:
-    """Sorting key; the sort is stable."""
-    if question.objective == "latency":
-        return not keeps(question, run), run.end_to_end_s
-    if question.workload.request_rate is not None and run.served:
-        return not keeps(question, run), 0.0
-    return not keeps(question, run), -run.output_tokens_per_s
-
-
-def keeps(question: Question, run: Run) -> bool:
-    """Whether every limit is kept and what comes is served."""
-    limits = question.limits.model_dump()
-    return run.served and all(
-        most is None or getattr(run, name) <= most for name, most in limits.items()
+def _note(plan: Plan, found: Refined[Any]) -> str:
+    """What was simulated and found, and what the steady state says of it."""
+    steady, told, rated = plan.performance, found.told, plan.at_rate
+    held = "keeps every limit there"
+    if not told.holds:
+        held = "misses a limit there, as all of them do (a larger --refine-simulated tries more)"
+    means = (steady.ttft_s, steady.tpot_s)
+    if rated is not None:
+        means = (rated.ttft.mean_s, rated.tpot.mean_s)
+    text = (
+        f"refined: the best {told.tried} strategies were simulated with the workload, most of them "
+        f"briefly; the one that does best, the steady state's number {told.chosen}, {held}: "
+        f"{_seen(told.run)} (steady state: TTFT {means[0] * 1e3:.4g} ms, TPOT "
+        f"{means[1] * 1e3:.4g} ms, {steady.output_tokens_per_s:,.4g} output tokens/s at most)"
     )
+    if found.dearer:
+        text += "; with fewer or cheaper cards all of them miss a limit there"
+    if told.chosen == 1:
+        return text
+    if told.first is None:
+        return f"{text}; its first cannot hold a request of the workload"
+    held = "keeps every limit" if told.first_holds else "misses a limit"
+    return f"{text}; its first {held} there: {_seen(told.first)}"
 
 
-def _demand(resolved: Resolved, question: Question, one: Kept, count: int) -> Demand:
-    """The workload, of so many requests; as many in flight as there are slots, unless it says."""
-    work, flight = question.workload, None
-    if work.request_rate is None:
-        flight = min(one.batch * one.parallel.dp, work.concurrency or one.batch * one.parallel.dp)
-    return replace(
-        planned_demand(resolved.workload_file, work),
-        rate=work.request_rate,
-        concurrency=flight,
-        count=max(count, _ROUNDS * (flight or 0)),
-    )
-
-
-def simulated(resolved: Resolved, question: Question, one: Kept, count: int) -> Run:
-    """A strategy under the workload, request by request."""
-    scorer, choice = LayoutScorer(question, one.parallel), one.choice
-    demand = _demand(resolved, question, one, count)
-    instance = Instance(
-        model=scorer.model_for(choice),
-        ledger=scorer.ledger,
-        types=StepTypes(choice.weight_dtype, choice.kv_dtype, choice.attention),
-        slots=one.batch,
-        chunk=one.chunk,
-        context=context_tokens(question.workload),
-        max_context=question.spec.max_context or 0,
-    )
-    recorder = Recorder(warmup=count // 10)
-    run = Simulation(
-        requests(demand, question.spec.max_context or 0),
-        recorder,
-        closed=demand.concurrency,
-        depth=one.parallel.mtp,
-        acceptance=acceptance_of(question.spec, question.workload),
-        seed=demand.seed,
-    )
-    units = units_of(
-        instance,
-        run,
-        prefix_hit=demand.prefix_hit,
-        shares_prefixes=demand.shares_prefixes,
-    )
-    recorder.blocks = sum(engine.blocks.total for unit in units for engine in unit.engines)
-    run.serve_with(units, "least-load")
-    run.run()
-    told = recorder.figures()
-    due_s = 0.0 if demand.rate is None else count / demand.rate
-    spare_s = due_s * (_LATE - 1.0) + 2.0 * one.columns["end_to_end_s"]
-    return Run(
-        ttft_s=told["ttft_s"]["mean"],
-        ttft_p99_s=told["ttft_s"]["p99"],
-        tpot_s=told["tpot_s"]["mean"],
-        tpot_p99_s=told["tpot_s"]["p99"],
-        end_to_end_s=told["end_to_end_s"]["mean"],
-        output_tokens_per_s=told["output_tokens_per_s"],
-        served=demand.rate is None or run.now_s <= due_s + spare_s,
-    )
-
-
-def _note(plan: Plan, refined: Refined) -> str:
-    told, run = plan.performance, refined.run
-    held = "keeps every limit there" if refined.holds else "misses a limit there, as all of them do"
+def _seen(run: SimulatedRun) -> str:
     return (
-        f"refined: the best {refined.tried} strategies were simulated with the workload and the "
-        f"best of these for longer; the one that does best {held}: TTFT {run.ttft_s * 1e3:.4g} ms, "
-        f"p99 {run.ttft_p99_s * 1e3:.4g} ms; TPOT {run.tpot_s * 1e3:.4g} ms, p99 "
-        f"{run.tpot_p99_s * 1e3:.4g} ms; {run.output_tokens_per_s:,.4g} output tokens/s (steady "
-        f"state: {told.ttft_s * 1e3:.4g} ms, {told.tpot_s * 1e3:.4g} ms, "
-        f"{told.output_tokens_per_s:,.4g} output tokens/s)"
+        f"TTFT {run.ttft_s * 1e3:.4g} ms, p99 {run.ttft_p99_s * 1e3:.4g} ms; TPOT "
+        f"{run.tpot_s * 1e3:.4g} ms, p99 {run.tpot_p99_s * 1e3:.4g} ms; "
+        f"{run.output_tokens_per_s:,.4g} output tokens/s"
     )

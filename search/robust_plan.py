@@ -7,7 +7,7 @@ search -> best -> full flips, least worst-case regret -> plan  (`--robust`)
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,10 @@ from shardplan.search.evaluate import Question
 from shardplan.search.kept import Kept, Outcome
 from shardplan.search.plan import Plan
 from shardplan.search.plan_robustness import RobustChoice, Robustness
-from shardplan.search.request import Resolved
 from shardplan.search.robust import FULL, QUICK, bands_of, robustness
 from shardplan.search.robust_choice import choose
 
-if TYPE_CHECKING:
-    from shardplan.search.refine_simulated import Refined
-
-__all__ = ["Study", "refined_of", "study", "with_study"]
+__all__ = ["Study", "study", "with_study"]
 
 _TUNED = "slots and step size"
 
@@ -56,17 +52,6 @@ def study(question: Question, outcome: Outcome, *, robust: bool) -> Study:
         found[chosen.contender] = deployed.without(np.array([chosen.point]))
     told = robustness(found, depth, deployed, _TUNED)
     return Study(deployed.kept, told.model_copy(update={"choice": chosen.summary}))
-
-
-def refined_of(
-    resolved: Resolved, question: Question, outcome: Outcome, best: Kept
-) -> Refined | None:
-    """The best strategies simulated, where that is asked for."""
-    if not resolved.request.refine_simulated:
-        return None
-    from shardplan.search.refine_simulated import refine_simulated
-
-    return refine_simulated(resolved, question, outcome, best)
 
 
 def with_study(plan: Plan, told: Robustness) -> Plan:

@@ -9,32 +9,32 @@ stand side by side behind one router.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.disagg import Link, link_between
 from shardplan.costmodel.hardware import Cluster
-from shardplan.costmodel.simulate.deploy import Instance, units_of
-from shardplan.costmodel.simulate.events import Sending, Simulation
+from shardplan.costmodel.simulate.deploy import Instance
+from shardplan.costmodel.simulate.events import Simulation
+from shardplan.costmodel.simulate.fleet import Fleet, Pools, Service
 from shardplan.costmodel.simulate.prices import StepTypes
-from shardplan.costmodel.simulate.record import Limits, Mark, Recorder, saturation
-from shardplan.costmodel.simulate.request import Asked, Request
+from shardplan.costmodel.simulate.record import Limits, Recorder
+from shardplan.costmodel.simulate.request import Request
 from shardplan.costmodel.simulate.router import Router
 from shardplan.costmodel.simulate.unit import Lane, Unit
-from shardplan.costmodel.simulate.workload import Demand, requests
+from shardplan.costmodel.simulate.workload import Demand
 from shardplan.models.errors import InputError
 from shardplan.models.spec import ModelSpec
-from shardplan.search.evaluate import acceptance_of, context_tokens
+from shardplan.search.evaluate import LayoutScorer, acceptance_of, context_tokens
 from shardplan.search.plan import ClusterInfo, Plan, StrategyInfo
 from shardplan.search.proof import model_of, scorer_of
 from shardplan.search.space import Choice
 
-__all__ = ["Simulated", "Watch", "instance_of", "simulate_plan"]
+__all__ = ["Simulated", "Watch", "deployed", "instance_of", "simulate_plan"]
 
 _TOLD = 1000
-_MOST_MARKS = 1024
 
 
 class Watch(Protocol):
@@ -92,15 +92,20 @@ def _instance(plan: Plan, spec: ModelSpec, machine: ClusterInfo, way: StrategyIn
             got=f"{machine.name}, {machine.device}, {plan.request.engine_profile}",
             hint="search again with those by name",
         )
-    choice = Choice.of(way)
+    return deployed(scorer, Choice.of(way), way.batch, way.chunk)
+
+
+def deployed(scorer: LayoutScorer, choice: Choice, slots: int, chunk: int) -> Instance:
+    """One deployment of a strategy, for the workload and model of the scorer's question."""
+    question = scorer.question
     return Instance(
         model=scorer.model_for(choice),
         ledger=scorer.ledger,
-        types=StepTypes(way.weight_dtype, way.kv_dtype, way.attention),
-        slots=way.batch,
-        chunk=max(way.chunk, 1 + way.mtp),
-        context=context_tokens(plan.request.workload),
-        max_context=plan.model.max_context,
+        types=StepTypes(choice.weight_dtype, choice.kv_dtype, choice.attention),
+        slots=slots,
+        chunk=max(chunk, 1 + scorer.parallel.mtp),
+        context=context_tokens(question.workload),
+        max_context=question.spec.max_context or 0,
     )
 
 
@@ -115,73 +120,18 @@ def _link(plan: Plan, infos: list[ClusterInfo]) -> Link:
     return link_between(clusters[0], clusters[1], plan.request.cards, same=shared)
 
 
-@dataclass(slots=True)
-class _Run:
-    """A simulation that is put together and run."""
-
-    plan: Plan
-    spec: ModelSpec
-    demand: Demand
-    replicas: int
-    simulation: Simulation
-
-    def units(self, one: Instance, count: int, after: list[Unit]) -> list[Unit]:
-        """Units of `count` instances, numbered after those that there are."""
-        return units_of(
-            one,
-            self.simulation,
-            count=count * self.replicas,
-            first=sum(len(unit.engines) for unit in after),
-            first_unit=len(after),
-            prefix_hit=self.demand.prefix_hit,
-            shares_prefixes=self.demand.shares_prefixes,
-        )
-
-    def deploy(self, name: Router) -> None:
-        """Give the simulation its engines."""
-        plan = self.plan
-        if not plan.pools:
-            one = _instance(plan, self.spec, plan.cluster, plan.strategy)
-            self.simulation.serve_with(self.units(one, 1, []), name)
-            return
-        pools = {pool.role: pool for pool in plan.pools}
-        first, last = pools["prefill"], pools["decode"]
-        sender = _instance(plan, self.spec, first.cluster, first.strategy)
-        taker = _instance(plan, self.spec, last.cluster, last.strategy)
-        sender = replace(sender, sends=True)
-        taker = replace(taker, chunk=max(taker.chunk, taker.slots))
-        units = self.units(sender, first.instances, [])
-        sending = Sending(
-            link=_link(plan, [first.cluster, last.cluster]),
-            token_bytes=taker.token_bytes,
-            senders=sender.ranks,
-            receivers=taker.ranks,
-        )
-        later = self.units(taker, last.instances, units)
-        self.simulation.serve_with(units, name, decode=later, sending=sending)
-
-
-class _Marks:
-    """How far the run had come at evenly spread arrivals, some hundreds of them."""
-
-    def __init__(self) -> None:
-        self.found: list[Mark] = []
-        self._every = 1
-
-    def last(self, simulation: Simulation) -> None:
-        """The last request has come."""
-        self.found.append(
-            Mark(simulation.now_s, simulation.arrived, simulation.done, simulation.waiting)
-        )
-
-    def add(self, simulation: Simulation) -> None:
-        """A request has come."""
-        if simulation.arrived % self._every:
-            return
-        self.last(simulation)
-        if len(self.found) >= _MOST_MARKS:
-            self.found = self.found[1::2]
-            self._every *= 2
+def fleet_of(plan: Plan, spec: ModelSpec) -> Fleet:
+    """All that a plan deploys."""
+    if not plan.pools:
+        return Fleet(serve=_instance(plan, spec, plan.cluster, plan.strategy))
+    first, last = plan.pools
+    pools = Pools(
+        prefill=_instance(plan, spec, first.cluster, first.strategy),
+        prefill_instances=first.instances,
+        decode_instances=last.instances,
+        link=_link(plan, [first.cluster, last.cluster]),
+    )
+    return Fleet(serve=_instance(plan, spec, last.cluster, last.strategy), pools=pools)
 
 
 def simulate_plan(
@@ -206,7 +156,6 @@ def simulate_plan(
     simulated.
     """
     spec, work = model_of(plan, model), plan.request.workload
-    marks = _Marks()
     if limits is None:
         limits = Limits(plan.request.limits.ttft_s, plan.request.limits.tpot_s)
 
@@ -218,32 +167,22 @@ def simulate_plan(
         if progress is not None and simulation.done % _TOLD == 0:
             progress(simulation.done)
 
-    def coming() -> Iterator[Asked]:
-        for one in requests(demand, plan.model.max_context):
-            if demand.concurrency is None and simulation.arrived:
-                marks.add(simulation)
-            yield one
-        marks.last(simulation)
-
     recorder = Recorder(
         limits=limits,
         warmup=warmup,
         rows=told,
         steps=None if watch is None else watch.step,
     )
-    simulation = Simulation(
-        coming(),
+    service = Service(
+        fleet_of(plan, spec),
+        demand,
         recorder,
-        closed=demand.concurrency,
-        depth=plan.strategy.mtp,
         acceptance=acceptance_of(spec, work) if acceptance is None else acceptance,
-        seed=demand.seed,
+        router=router,
+        replicas=replicas,
     )
-    _Run(plan, spec, demand, replicas, simulation).deploy(router)
-    recorder.blocks = sum(
-        engine.blocks.total for unit in simulation.units for engine in unit.engines
-    )
-    simulation.run()
+    simulation = service.simulation
+    service.run()
     if not recorder.requests:
         raise InputError(
             "`warmup` is below the number of requests",
@@ -251,7 +190,7 @@ def simulate_plan(
         )
     return Simulated(
         recorder=recorder,
-        saturated=None if demand.concurrency is not None else saturation(marks.found),
+        saturated=service.saturated,
         engines={**_described(simulation), "router": router, "replicas": replicas},
     )
 

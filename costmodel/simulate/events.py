@@ -15,6 +15,7 @@ All that happens at one moment happens before any step begins at that moment.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ class Simulation:
         self.now_s = 0.0
         self.arrived = self.done = 0
         self.sending: Sending | None = None
+        self._due: Asked | None = None
         self._reserve: Asked | None = None
+        self._begun = False
         self._touched: dict[int, Unit] = {}
         self._unit_of: dict[int, Unit] = {}
         self._out_s: dict[int, float] = {}
@@ -114,17 +117,15 @@ class Simulation:
         """Requests that have come and not been admitted."""
         return sum(len(engine.waiting) for unit in self.units for engine in unit.engines)
 
-    def run(self) -> None:
-        """Until every request has ended. `InputError` for one that no engine can hold."""
-        due = self._next()
-        if self._closed is not None:
-            for _ in range(self._closed):
-                if due is not None:
-                    self._arrive(due._replace(arrival_s=0.0))
-                    due = self._next()
-            self._start()
-            self._reserve, due = due, None
-        while due is not None or self._events:
+    def run(self, ended: int | None = None) -> None:
+        """Until so many requests have ended, None: all; a later call goes on from there.
+
+        `InputError` for one that no engine can hold.
+        """
+        if not self._begun:
+            self._begin()
+        due, most = self._due, math.inf if ended is None else ended
+        while (due is not None or self._events) and self.done < most:
             self._drop_stale()
             if due is None and not self._events:
                 break
@@ -140,6 +141,19 @@ class Simulation:
                 self._arrive(due)
                 due = self._next()
             self._start()
+        self._due = due
+
+    def _begin(self) -> None:
+        """The first request is awaited, or those of a closed loop come at once."""
+        self._begun, due = True, self._next()
+        if self._closed is not None:
+            for _ in range(self._closed):
+                if due is not None:
+                    self._arrive(due._replace(arrival_s=0.0))
+                    due = self._next()
+            self._start()
+            self._reserve, due = due, None
+        self._due = due
 
     def _drop_stale(self) -> None:
         events = self._events

@@ -250,10 +250,16 @@ class StepPrices:
         new = knots(float(self.chunk), _FINEST, _PROMPT_GROWTH, 1.0)
         prefix = knots(float(self.longest), _FINE, _PROMPT_GROWTH)
         self._many, self._new, self._prefix = _Line(many), _Line(new), _Line(prefix)
-        a, b, c = np.meshgrid(many, new, prefix, indexing="ij")
-        self._prompt: list[list[list[list[float]]]] = [
-            one.tolist() for one in self.prompt_seconds(a, b, c)
-        ]
+        self._prompt: dict[int, list[list[list[float]]]] = {}
+
+    def _prompt_plane(self, at: int) -> list[list[list[float]]]:
+        """Attention of as many pieces as a knot says: `[stages][new][prefix]`, made when wanted."""
+        found = self._prompt.get(at)
+        if found is None:
+            new, prefix = np.asarray(self._new.at)[:, None], np.asarray(self._prefix.at)[None, :]
+            planes = self.prompt_seconds(np.asarray(self._many.at[at]), new, prefix)
+            found = self._prompt[at] = [one.tolist() for one in planes]
+        return found
 
     def cached(self, kind: int, sequences: int, context: float) -> float:
         """Attention of decoding sequences on a stage of this kind; 0 where there are none."""
@@ -272,13 +278,15 @@ class StepPrices:
             new = tokens / many
             prefix = max(pairs / tokens - new / 2.0, 0.0)
             corners = [
-                (a, b, c, share_a * share_b * share_c)
+                (self._prompt_plane(a), b, c, share_a * share_b * share_c)
                 for a, share_a in _ends(self._many.place(float(many)))
+                if share_a
                 for b, share_b in _ends(self._new.place(new))
                 for c, share_c in _ends(self._prefix.place(prefix))
             ]
             found = [
-                sum(table[a][b][c] * share for a, b, c, share in corners) for table in self._prompt
+                sum(plane[kind][b][c] * share for plane, b, c, share in corners)
+                for kind in self.kinds
             ]
             if len(self._prompts) > _MOST_KEPT:
                 self._prompts.clear()

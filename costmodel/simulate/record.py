@@ -7,7 +7,8 @@
     KV        blocks in use over all blocks, while steps run, weighted by time
     saturated an open loop whose queue grew over its second half by more than a fiftieth of the
               requests that came then and by more than chance (three standard deviations of their
-              number): it is served at the rate of that half
+              number, whose variance over its mean is that of gaps over their mean squared): it is
+              served at the rate of that half
 
 The first `warmup` requests are simulated and not counted.
 """
@@ -65,15 +66,18 @@ def row_of(request: Request) -> str:
     )
 
 
-def saturation(marks: list[Mark]) -> dict[str, float] | None:
-    """Rates offered and served of the second half, where the queue grew in it; else None."""
+def saturation(marks: list[Mark], uneven: float = 1.0) -> dict[str, float] | None:
+    """Rates offered and served of the second half, where the queue grew in it; else None.
+
+    `uneven`: variance of the gaps between arrivals over their mean squared; 1 of random ones.
+    """
     if not marks:
         return None
     last = marks[-1]
     half = min(marks, key=lambda one: abs(one.arrived - last.arrived / 2.0))
     came, span = last.arrived - half.arrived, last.now_s - half.now_s
     grown = last.waiting - half.waiting
-    if span <= 0.0 or grown <= max(0.02 * came, 3.0 * math.sqrt(came)):
+    if span <= 0.0 or grown <= max(0.02 * came, 3.0 * math.sqrt(came * uneven)):
         return None
     return {
         "offered_requests_per_s": came / span,

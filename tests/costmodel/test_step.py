@@ -63,6 +63,18 @@ def seconds(case: Priced, phase: Phase, *sizes: float, **kinds: Any) -> float:
     return float(step(case.model, phase, *sizes, **kinds)[0])
 
 
+def test_a_model_that_forgets_prices_the_same() -> None:
+    case = load("dense tp8", "atlas-800t-a2")
+    model = replace(case.model, memo=Memo(), kept=Kept())
+    batches = np.arange(1.0, 2.0 * FEW_POINTS)
+    first = step(model, "decode", batches)[0]
+    assert model.memo.prices
+    model.forget()
+    assert not model.memo.prices
+    assert not model.kept.sums
+    assert np.array_equal(step(model, "decode", batches)[0], first)
+
+
 @given(name=case_names(), cluster=_clusters, phase=_phases, batch=_batches)
 def test_parts_sum_to_the_step(name: str, cluster: str, phase: Phase, batch: float) -> None:
     case = load(name, cluster)

@@ -54,6 +54,26 @@ def test_a_run_is_that_of_the_reference(setting: Setting, prompts_first: bool) -
     assert mine == pytest.approx(told, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("closed", [None, 5])
+@pytest.mark.parametrize("sending", [None, LINK], ids=["one pool", "apart"])
+def test_a_run_in_parts_is_the_run(closed: int | None, sending: Sending | None) -> None:
+    """Event by event: where it stops changes nothing."""
+    asked = [Asked(0.01 * at, 100 + 37 * at % 400, 1 + 13 * at % 60) for at in range(80)]
+    policy = Policy(slots=4, chunk=256)
+    runs = []
+    for parts in ([], [1, 7, 7, 40]):
+        made, watched = simulation(
+            iter(asked), policy=policy, engines=2, senders=2, sending=sending, closed=closed
+        )
+        for ended in parts:
+            made.run(ended)
+            assert ended <= made.done < 80
+        made.run()
+        runs.append([(one.number, one.first_s, one.end_s) for one in watched.ended])
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 80
+
+
 def test_tokens_predicted_ahead_are_those_of_the_reference() -> None:
     """Different luck, the same means."""
     setting = Setting(16, 512, 300, 60, 2, 0.7)

@@ -56,6 +56,13 @@ def test_a_queue_that_grows_is_saturation() -> None:
     assert saturation([]) is None
 
 
+def test_bursts_let_a_queue_grow_by_chance() -> None:
+    """Two hundred of two thousand wait: too many of random arrivals, not of uneven ones."""
+    marks = [Mark(float(t), 10 * t, 9 * t, t) for t in range(1, 401)]
+    assert saturation(marks) is not None
+    assert saturation(marks, uneven=10.0) is None
+
+
 def test_limits_are_upper_ones() -> None:
     assert Limits().meets(1e9, 1e9)
     assert Limits(1.0, 0.05).meets(1.0, 0.05)
