@@ -81,8 +81,7 @@ class Pace(NamedTuple):
 def _chunked(shares: Shares, later: Array, decode_s: Array, mixed_s: Array) -> Pace:
     """Prompts share steps with decoding requests, of all groups that step together."""
     prefill_s = shares.pieces * mixed_s
-    own = np.minimum(shares.mixed + shares.pieces / (shares.pieces + later), 1.0)
-    pure = (1.0 - shares.mixed) * (1.0 - own) ** (shares.together - 1.0)
+    pure = (1.0 - shares.mixed) * (1.0 - shares.elsewhere) ** (shares.together - 1.0)
     step_s = (1.0 - pure) * mixed_s + pure * decode_s
     service_s = shares.prompt / shares.room * mixed_s
     wait_s = _wait(service_s, prefill_s - service_s + later * step_s, shares.slots)
