@@ -225,26 +225,32 @@ class _Fed(NamedTuple):
         )
 
     def _short(self, groups: Array) -> _Fullest:
-        """Of whole prompts, as many as begin with a step (Poisson) and fit."""
+        """Of whole prompts, as many as begin with a step (Poisson) and fit.
+
+        What does not fit goes into a step of its own, unless another group has prompts in that.
+        """
         own, each, room = self.own, self.each, self.room
         term_own, term = np.exp(-own), np.exp(-each)
         below_own, below = term_own, term
-        tokens = np.zeros(np.broadcast_shapes(own.shape, room.shape))
-        any_ = 1.0 - below_own * below ** (groups - 1.0)
+        tokens, kept, cut, own_cut = np.zeros((4, *np.broadcast_shapes(own.shape, room.shape)))
+        fed = 1.0 - below_own * below ** (groups - 1.0)
         for number in range(1, _MOST_AT_ONCE):
             reached = 1.0 - below_own * below ** (groups - 1.0)
             fits = np.clip(room - (number - 1.0) * self.prompt, 0.0, self.prompt)
+            some = fits < self.prompt
+            cut = np.maximum(cut, np.where(some, 1.0 - below, 0.0))
+            own_cut = np.maximum(own_cut, np.where(some, 1.0 - below_own, 0.0))
             if not fits.any() or reached.max() < _HARDLY:
                 break
-            tokens = tokens + reached * fits
+            tokens, kept = tokens + reached * fits, kept + (1.0 - below) * fits
             term_own, term = term_own * own / number, term * each / number
             below_own, below = below_own + term_own, below + term
-        piece = np.maximum(tokens / np.maximum(any_, 1e-12), own * self.prompt)
-        return _Fullest(
-            np.maximum(piece, np.minimum(self.prompt, room)),
-            1.0 - np.exp(-own),
-            1.0 - np.exp(-each),
-        )
+        rest = np.clip((each * self.prompt - kept) / np.maximum(cut, 1e-12), 0.0, room)
+        share, others = 1.0 - np.exp(-own) * (1.0 - own_cut), 1.0 - np.exp(-each) * (1.0 - cut)
+        mixed = 1.0 - (1.0 - share) * (1.0 - others) ** (groups - 1.0)
+        piece = (tokens + (mixed - fed) * rest) / np.maximum(mixed, 1e-12)
+        least = np.minimum(np.where(cut > _HARDLY, 1.0, self.prompt), room)
+        return _Fullest(np.maximum(np.maximum(piece, own * self.prompt), least), share, others)
 
     def _long(self, groups: Array) -> _Fullest:
         """Of pieces that fill a step, and of rests of prompts where no group has such."""
