@@ -139,8 +139,8 @@ def test_a_pipeline_of_equal_stages_is_as_many_engines_in_turn(stages: int, slot
     one = LinearModel("vllm-ascend", locked=stages)
     alone = served(cast("StepModel", one), slots / stages, **asked)
     cut = served(cast("StepModel", LinearModel("vllm-ascend", stages)), float(slots), **asked)
-    assert cut.requests_per_s == pytest.approx(stages * alone.requests_per_s, rel=0.1)
-    assert cut.tpot_s == pytest.approx(alone.tpot_s, rel=0.1)
+    assert cut.requests_per_s == pytest.approx(stages * alone.requests_per_s, rel=0.15)
+    assert cut.tpot_s == pytest.approx(alone.tpot_s, rel=0.15)
     assert cut.ttft_s == pytest.approx(alone.ttft_s, rel=0.2)
     if slots >= 64 * stages:
         assert cut.requests_per_s >= stages * alone.requests_per_s
