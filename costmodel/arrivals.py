@@ -14,7 +14,9 @@ with the steady state p over steps. Of n prompts that come during a step the ful
 
     groups        ceil(n / G) where they are spread evenly, the most of G independent Poisson
                   numbers where as chance has it; who goes to the group with the least in flight is
-                  of the latter kind with a chance of 1 / G
+                  of the latter kind with a chance of (1 - 1 / G) min(1, t / T)^2: two that come
+                  during T meet in a group where both take the places of requests that ended with
+                  the last step (ends come t apart, as many as prompts); others are spread
     microbatches  all that come go with the next of them: the most of independent ones
     replicas      that requests go to by turns: each R-th, floor((Poisson(R l T) + u) / R)
 
@@ -34,7 +36,8 @@ distribution), has
 
     variance / mean = 1 / (1 - r)^2
 
-A prompt that fills more than one step (c = 1) is taken as one long step of `steps` steps.
+A prompt that leaves no room for another (c = 1) is taken as one long step of `steps` steps
+(`long_prompts`).
 """
 
 from __future__ import annotations
@@ -79,21 +82,42 @@ class Arrivals(NamedTuple):
     replicas: Array
     """Schedules that do not step together, which requests go to by turns."""
     decode_s: Array
+    """Of a step without prompts of the schedule."""
+    bare_s: Array
+    """Of one without any."""
+    bare: Array
+    """How often the former are such."""
     first_s: Array
     more_s: Array
     at_once: Array
     """Prompts of a group that a step holds at most."""
     steps: Array
     """Steps that a prompt longer than one takes; 1 of others."""
+    last_s: Array
+    """Of the last step of such a prompt, which does not keep others waiting."""
     rest_s: Array
-    """Until such a prompt is done, over the time that it keeps others waiting."""
+    """Until it is done, over the time that it takes, where no other comes behind it."""
+    late_s: Array
+    """The same where another does."""
+    late: Array
+    """How often that is."""
+    step_s: Array
+    """Between two decode steps of a request, those that are ahead of it and stops included."""
     prompts_first: bool
+
+    @property
+    def _columns(self) -> dict[str, Array]:
+        return {k: one for k, one in self._asdict().items() if isinstance(one, np.ndarray)}
 
     def take(self, rows: Indices) -> Arrivals:
         """Some rows."""
-        columns: dict[str, Any] = {
-            name: one[rows] for name, one in self._asdict().items() if isinstance(one, np.ndarray)
-        }
+        columns: dict[str, Any] = {name: one[rows] for name, one in self._columns.items()}
+        return self._replace(**columns)
+
+    def where(self, rows: NDArray[np.bool_], others: Arrivals) -> Arrivals:
+        """The others in these rows."""
+        pairs = zip(self._columns.items(), others._columns.values(), strict=True)
+        columns: dict[str, Any] = {name: np.where(rows, b, a) for (name, a), b in pairs}
         return self._replace(**columns)
 
 
@@ -108,6 +132,21 @@ class Waits(NamedTuple):
     """Mean seconds a token of a decoding request `[rows]`."""
     begun_s: Array
     """What the steps after a prompt take beyond that, in all `[rows]`."""
+
+    def pure(self, one: Arrivals) -> Array:
+        """Share of the steps that carry no prompt `[rows]`."""
+        own = self.share[:, 0]
+        return np.asarray(one.bare * own / (own + one.steps * (1.0 - own)))
+
+    def left_s(self, one: Arrivals) -> Array:
+        """Mean of a step, times what is left of it to a prompt that comes, until its own `[rows]`.
+
+        Half of it; the last step of one that takes several is its own, unless it comes in that.
+        """
+        whole = (self.share * self.seconds**2).sum(axis=1)
+        last_s = np.minimum(one.last_s[:, None], self.seconds[:, 1:])
+        earlier = self.share[:, 1:] * last_s * (self.seconds[:, 1:] - last_s)
+        return np.asarray(whole / 2.0 - earlier.sum(axis=1))
 
     def take(self, rows: Indices, states: int = STATES) -> Waits:
         """Some rows, and their first states."""
@@ -164,6 +203,7 @@ def unevenness(one: Arrivals, state: Waits) -> Array:
     """Variance over mean of the requests that decode together `[rows]`.
 
     A request that comes with no other adds a step, or makes one longer; others share its step.
+    Where groups compute prompts apart, r is all that makes steps longer than bare ones.
     """
     decoded_s = 0.0 if one.prompts_first else one.steps * one.decode_s
     alone_s = np.maximum(one.first_s - decoded_s, 0.0)
@@ -171,6 +211,7 @@ def unevenness(one: Arrivals, state: Waits) -> Array:
     met = state.share * state.seconds
     first = (met * np.exp(-one.rate[:, None] * state.seconds)).sum(axis=1) / met.sum(axis=1)
     again = one.rate * (first * alone_s + (1.0 - first) * shared_s)
+    again = np.where(one.bare < 1.0, 1.0 - one.bare_s / state.step_s, again)
     return np.asarray(1.0 / (1.0 - np.minimum(again, _MOST_AGAIN)) ** 2)
 
 
@@ -191,13 +232,19 @@ def _chain(coming: Array, left: Array, one: Arrivals) -> Array:
 
 def _upto(coming: Array, one: Arrivals) -> Array:
     """Probabilities `[rows, states, states]` of 0, 1, ... prompts or fewer in the fullest group."""
+    ended = (one.rate * one.step_s)[:, None] / np.maximum(coming, 1e-300)
+    chance = (1.0 - 1.0 / one.groups[:, None]) * np.minimum(ended, 1.0) ** 2
     found = np.empty((*coming.shape, coming.shape[1]))
     turns = np.minimum(one.replicas, _MOST_TURNS)
     kinds, which = np.unique(np.stack([one.groups, one.lanes, turns]), axis=1, return_inverse=True)
     for place, (groups, lanes, replicas) in enumerate(kinds.T.tolist()):
         rows = np.flatnonzero(which.ravel() == place)
         own = coming[rows] / lanes
-        reached = _by_turns(own, replicas) if replicas > 1.0 else _fullest(own, groups / lanes)
+        reached = (
+            _by_turns(own, replicas)
+            if replicas > 1.0
+            else _fullest(own, groups / lanes, chance[rows])
+        )
         found[rows] = reached**lanes
     return found
 
@@ -212,12 +259,12 @@ def _by_turns(coming: Array, replicas: float) -> Array:
     return np.asarray(np.mean(found, axis=0))
 
 
-def _fullest(coming: Array, groups: float) -> Array:
+def _fullest(coming: Array, groups: float, chance: Array) -> Array:
     """The same of `groups`: between spread evenly and as chance has it."""
     even = _at_most(coming, groups)
     if groups <= 1.0:
         return even
-    return np.asarray(even + (_at_most(coming / groups, 1.0) ** groups - even) / groups)
+    return np.asarray(even + (_at_most(coming / groups, 1.0) ** groups - even) * chance[..., None])
 
 
 def _at_most(coming: Array, each: float) -> Array:

@@ -98,7 +98,9 @@ def open_values(one: Arrivals, state: Waits, filled: Occupancy, alone: Array) ->
     odds = _poisson(one.rate[:, None, None] * state.seconds[:, :, None] * part)
     weights = (state.share * state.seconds)[:, :, None, None] / _PARTS * odds
     ahead = _left(one, state.share.shape[1])[:, :, None, None] + np.arange(float(_AHEAD))
-    later_s = (state.seconds[:, :, None] * (1.0 - part))[..., None]
+    later_s = state.seconds[:, :, None] * (1.0 - part)
+    last_s = np.where(np.arange(later_s.shape[1]) > 0, one.last_s[:, None], 0.0)[..., None]
+    later_s = np.where(later_s > last_s, later_s - last_s, later_s)[..., None]
     behind = one.rate[:, None, None, None] * later_s
     seconds = later_s + _served_s(one, ahead + 0.0 * later_s, behind, coming=True)
     weights = weights.reshape(one.rate.size, -1)
@@ -111,7 +113,12 @@ def open_values(one: Arrivals, state: Waits, filled: Occupancy, alone: Array) ->
         (late + first, filled.waiting),
         (first, alone * found),
     )
-    return Values(every.seconds + one.rest_s[:, None], every.weights)
+    ends = (every.seconds + rest[:, None] for rest in (one.rest_s, one.late_s))
+    if not one.late.any():
+        return Values(next(ends), every.weights)
+    late = one.late[:, None]
+    seconds = np.concatenate([*ends], axis=1)
+    return Values(seconds, np.concatenate([every.weights * (1.0 - late), every.weights * late], 1))
 
 
 def closed_values(one: Arrivals, others: Array, slots: Array, mean_s: Array) -> Values:

@@ -16,8 +16,14 @@ with u = l / r(S): the M/D/S queue over the M/M/S queue (Cosmetatos 1976, "Some 
 equilibrium results for the multi-server queue M/G/r"), as requests that are alike end at regular
 times.
 
-A request in a slot is among more than are there on average: with m of them in the slots, its like
-are E[m^2] / E[m], n taken as gamma distributed.
+A request takes a step of T(m) seconds with m of them in slots, so many that decode. Steps are
+T(m) apart, and a request is in more of those that many share: of times (E over these)
+
+    seconds of a step   1 / E[1 / T(m)]      of a request's step   E[m] / E[m / T(m)]
+
+with the number in flight taken as gamma distributed, at the places and with the weights of Gauss
+and Hermite for five. Its variance is that of clusters over 1 - e where T ~ m^e about the mean: a
+request more makes all stay longer.
 """
 
 from __future__ import annotations
@@ -29,10 +35,19 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 
-__all__ = ["Occupancy", "crowd_met", "occupancy"]
+__all__ = ["WEIGHTS", "Met", "Occupancy", "met", "numbers_of", "occupancy"]
 
 _NEVER = -60.0
 """Log of odds that leave no trace."""
+_PLACES = np.array([0.0021386, 0.0876094, 0.5, 0.9123906, 0.9978614])
+"""How many of a normal distribution are below the roots of the Hermite polynomial of degree 5."""
+WEIGHTS = np.array([0.0112574, 0.2220759, 0.5333333, 0.2220759, 0.0112574])
+_SCALED = 4
+"""Times that numbers are brought to their mean: those beyond the slots wait outside."""
+_MOST_LONGER = 0.5
+"""Elasticity of a decode step over the requests in it that is followed."""
+_LEAST = 1e-3
+"""Shape of a gamma distribution that is mostly none."""
 
 
 class Occupancy(NamedTuple):
@@ -73,18 +88,46 @@ def _regular(used: Array, slots: Array) -> Array:
     return np.asarray(np.minimum((1.0 + more) / 2.0, 1.0))
 
 
-def crowd_met(in_flight: Array, uneven: Array, slots: Array) -> Array:
-    """Requests in slots that one of them is among, itself counted, at least one.
+def numbers_of(mean: Array, uneven: Array, slots: Array) -> Array:
+    """Requests in slots at a time, `[rows, WEIGHTS]`: `mean` of them, those in flight gamma
+    distributed."""
+    from scipy.special import gammaincinv  # slow to import
 
-    One more than `in_flight`, the mean, where they come and go independently (`uneven` 1).
-    """
-    from scipy.special import gammainc  # slow to import
+    shape = np.maximum(mean / uneven, _LEAST)[:, None]
+    found = gammaincinv(shape, _PLACES)
+    for _ in range(_SCALED):
+        found *= (mean / np.maximum(_mean(found), 1e-300))[:, None]
+        found = np.minimum(found, slots[:, None])
+    return np.asarray(found)
 
-    shape, room = in_flight / uneven, slots / uneven
-    below, mean, square = (gammainc(shape + more, room) for more in (0.0, 1.0, 2.0))
-    first = in_flight * mean + slots * (1.0 - below)
-    second = in_flight * (in_flight + uneven) * square + slots**2 * (1.0 - below)
-    return np.asarray(np.clip(second / np.maximum(first, 1e-12), 1.0, slots))
+
+class Met(NamedTuple):
+    """Steps and what a request meets of them; arrays `[rows]`."""
+
+    mean: Array
+    """Requests in slots."""
+    step_s: Array
+    """Of a step."""
+    more_s: Array
+    """What a request's steps are longer."""
+    longer: Array
+    """Elasticity of a step over the requests in it: that of a line through the numbers."""
+
+
+def met(numbers: Array, seconds: Array) -> Met:
+    """`seconds` of a step of each of the `numbers`, both `[rows, WEIGHTS]`."""
+    mean, mean_s = _mean(numbers), _mean(seconds)
+    step_s = 1.0 / _mean(1.0 / seconds)
+    own_s = mean / np.maximum(_mean(numbers / seconds), 1e-300)
+    apart = numbers - mean[:, None]
+    rise = _mean(apart * (seconds - mean_s[:, None])) / np.maximum(_mean(apart**2), 1e-12)
+    longer = np.clip(rise * mean / mean_s, 0.0, _MOST_LONGER)
+    return Met(mean, step_s, np.maximum(own_s - step_s, 0.0), longer)
+
+
+def _mean(values: Array) -> Array:
+    """Of `[rows, WEIGHTS]`; of a row the same to the bit, whatever others there are."""
+    return np.asarray((values * WEIGHTS).sum(axis=1))
 
 
 def _met(slots: Array, in_flight: Array, bend: Array) -> NDArray[np.bool_]:

@@ -100,8 +100,7 @@ class Kept(NamedTuple):
 def kept_of(given: ServingInput, shares: Shares) -> Kept:
     """Worked out once for all layouts that run the same steps."""
     later = given.decode_steps
-    own = np.minimum(shares.mixed + shares.pieces / (shares.pieces + later), 1.0)
-    pure = (1.0 - shares.mixed) * (1.0 - own) ** (shares.together - 1.0)
+    pure = (1.0 - shares.mixed) * (1.0 - shares.elsewhere) ** (shares.together - 1.0)
     return Kept(
         later=later,
         each=given.steps_per_token,

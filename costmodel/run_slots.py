@@ -2,8 +2,8 @@
 
 The slots b at which a closed loop serves the rate are found first (a bracket closed by secants and
 middles; r rises with b). Random arrivals meet other steps (`open_loop`) and stay another time, so
-b = rate * latency (Little's law) follows by secants in a few turns. Steps are those of the crowd
-that a request is among (`occupancy.crowd_met`); requests go to the group with the least in flight,
+b = rate * latency (Little's law) follows by secants in a few turns. Decode steps are those of a
+number in flight that varies (`occupancy.met`); requests go to the group with the least in flight,
 so that the groups of a deployment share its unevenness.
 """
 
@@ -20,14 +20,20 @@ import numpy as np
 from shardplan.costmodel.bulk import Indices
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, as_array
-from shardplan.costmodel.occupancy import crowd_met
+from shardplan.costmodel.occupancy import met, numbers_of
 from shardplan.costmodel.open_loop import Open, open_state
+from shardplan.costmodel.pace import rotate_s, stage_times
 from shardplan.costmodel.run_case import Bools, Case, filled, rate_at, some_rows
 from shardplan.costmodel.serving import Serving, serve
+from shardplan.costmodel.steps import decode_stages
 
 __all__ = ["AtRate", "Slots", "slots_for_rate"]
 
 _TURNS = 6
+_FEWEST = 1e-3
+"""Requests in flight that are followed."""
+_NEAR = 1e-2
+"""Of their unevenness: close enough."""
 _NARROW = 2e-3
 """Width of a narrow bracket, of its high end."""
 _CLOSE = 1e-3
@@ -84,6 +90,22 @@ def slots_for_rate(model: Pricer, case: Case, most: Array, full: Serving) -> Slo
     return Slots(slots, saturated, Serving(**columns), at_rate)
 
 
+class _Flight(NamedTuple):
+    """Requests in flight of one dp group, `[rows]`."""
+
+    mean: Array
+    uneven: Array
+    """Variance over mean, of those in one step."""
+    decoding: Array
+    """Share of them that decode."""
+    most: Array
+    """Slots."""
+
+    def take(self, rows: Indices | Bools) -> _Flight:
+        """Some rows."""
+        return _Flight(*(one[rows] for one in self))
+
+
 def _little(
     model: Pricer, case: Case, start: Array, full: tuple[Array, Array]
 ) -> tuple[Array, Serving, Open]:
@@ -93,31 +115,30 @@ def _little(
     seconds of their decode step.
     """
     most, full_s = full
-    used, before, left = start.copy(), (start.copy(), start.copy()), np.arange(most.size)
-    met = crowd_met(used, np.ones_like(used), most)
+    ones, left = np.ones_like(most), np.arange(most.size)
+    before = start.copy(), start.copy()
+    flight = _Flight(start.copy(), ones.copy(), ones.copy(), most)
     groups = np.broadcast_to(as_array(model.groups), most.shape)
-    whole = now = copy.deepcopy(_served_at(model, case, met, full))
+    whole = now = copy.deepcopy(_served_at(model, case, flight, full_s))
     for turn in range(_TURNS):
         if turn:
             few, own = some_rows(model, case, left)
-            now = _served_at(few, own, met[left], (most[left], full_s[left]))
+            now = _served_at(few, own, flight.take(left), full_s[left])
             _put(whole, left, now)
-        slots, (_, found) = used[left], now
-        wanted = np.clip(case.rate[left] * found.latency_s, 1.0, most[left])
-        moved = slots - before[0][left]
+        (_, found), last = now, flight.take(left)
+        wanted = np.clip(case.rate[left] * found.latency_s, _FEWEST, most[left])
+        moved = last.mean - before[0][left]
         slope = (wanted - before[1][left]) / np.where(moved != 0.0, moved, np.inf)
-        before[0][left], before[1][left] = slots, wanted
-        uneven = found.uneven / groups[left]
-        crowd = crowd_met(wanted, uneven, most[left])
-        far = np.abs(wanted - slots) > _CLOSE * slots
-        far |= np.abs(crowd - met[left]) > _CLOSE * crowd
+        before[0][left], before[1][left] = last.mean, wanted
+        uneven, decoding = found.in_step / groups[left], found.later_s / found.latency_s
+        far = np.abs(wanted - last.mean) > _CLOSE * last.mean
+        far |= np.abs(uneven * last.decoding - last.uneven * decoding) > _NEAR * uneven
         if turn == _TURNS - 1 or not far.any():
             break
-        step = (wanted - slots)[far] / (1.0 - np.clip(slope[far], -0.9, 0.9))
-        used[left[far]] = np.clip(slots[far] + step, 1.0, most[left][far])
-        left = left[far]
-        met[left] = crowd_met(used[left], uneven[far], most[left])
-    return used, *whole
+        step = (wanted - last.mean)[far] / (1.0 - np.clip(slope[far], -0.9, 0.9))
+        left, moved_to = left[far], np.clip(last.mean[far] + step, _FEWEST, most[left][far])
+        _put(flight, left, _Flight(moved_to, uneven[far], decoding[far], most[left]))
+    return np.maximum(flight.mean, 1.0), *whole
 
 
 def _arrays(one: object) -> Iterator[Array]:
@@ -136,22 +157,42 @@ def _put(whole: object, rows: Indices, part: object) -> None:
         held[rows] = values
 
 
-def _served_at(
-    model: Pricer, case: Case, met: Array, full: tuple[Array, Array]
-) -> tuple[Serving, Open]:
-    """The steady state of random arrivals whose requests are among `met`, themselves counted.
+def _decode_s(model: Pricer, case: Case, decoding: Array) -> Array:
+    """Seconds of decode steps of so many sequences of one dp group `[rows, any]`.
 
-    `full`: all slots and the seconds of their decode step. The more are in flight the longer each
-    stays, which makes their number more uneven: with d ~ n^e by 1 + e / 2, as n varies while one
-    stays.
+    Groups that step together are filled evenly, and the fullest of g has (g - 1) / 2 g more. Steps
+    hold whole sequences: a line between two of them.
     """
-    given = replace(case.given, batch=met, in_flight=None)
-    closed = filled(serve(model, given), met.shape)
-    found = open_state(model, given, closed, case.rate)
-    room = np.log(np.maximum(full[0] / met, 1.0 + _CLOSE))
-    longer = np.clip(np.log(full[1] / closed.decode_step_s) / room, 0.0, _MOST_LONGER)
+    rows, each = decoding.shape
+    few, own = some_rows(model, case, np.repeat(np.arange(rows), 2 * each))
+    wide = np.repeat(decoding.ravel(), 2) / as_array(few.stages)
+    fullest = np.maximum(wide + (1.0 - 1.0 / as_array(few.locked)) / 2.0, 1.0)
+    whole = np.floor(fullest) + np.arange(float(fullest.size)) % 2.0
+    stages = decode_stages(few, own.given, whole)
+    seconds = np.broadcast_to(
+        rotate_s(few, stage_times(few, stages, "decode"), "decode"), whole.shape
+    )
+    share = (fullest - np.floor(fullest)).reshape(-1, 2)[:, 0]
+    low, high = seconds.reshape(-1, 2).T
+    return np.asarray(low + share * (high - low)).reshape(rows, each)
+
+
+def _served_at(model: Pricer, case: Case, flight: _Flight, full_s: Array) -> tuple[Serving, Open]:
+    """The steady state of random arrivals with so many in flight.
+
+    `full_s`: seconds of a decode step of all slots. The more are in flight the longer each stays,
+    which makes their number more uneven: with d ~ n^e by 1 + e / 2, as n varies while one stays.
+    """
+    numbers = numbers_of(flight.mean * flight.decoding, flight.uneven, flight.most)
+    step = met(numbers, _decode_s(model, case, numbers))
+    slots = np.clip(step.mean / np.maximum(flight.decoding, 1e-9) + 1.0, 1.0, flight.most)
+    given = replace(case.given, batch=slots, in_flight=None)
+    closed = replace(filled(serve(model, given), slots.shape), decode_step_s=step.step_s)
+    found = open_state(model, given, closed, case.rate, step)
+    room = np.log(np.maximum(flight.most / slots, 1.0 + _CLOSE))
+    longer = np.clip(np.log(full_s / step.step_s) / room, 0.0, _MOST_LONGER)
     found = found._replace(uneven=found.uneven * (1.0 + longer / 2.0))
-    pure, step_s = found.waits.share[:, 0], found.waits.step_s
+    pure, step_s = found.waits.share[:, 0], found.later_s / np.maximum(case.steps, 1e-9)
     first, decodes = model.engine.prefill_first, case.steps > 0.0
     mixed = (1.0 - pure) / np.maximum(pure, 1e-9) if first else 1.0 - pure
     own = closed.compute_s + closed.memory_s + closed.collective_s + closed.overhead_s

@@ -27,6 +27,15 @@ With k = 0 (nothing predicted) E = 1 and n = O - 1. Chunked prefill, prefill mix
     latency = TTFT + n t                           mean, of a request
     TPOT = t n / (O - 1)    throughput = b O / latency (Little's law)
 
+Groups that share experts wait for the fullest of them, with M prompts that begin with a step (those
+of each group Poisson: of mean q the request's own, r the others), or with pieces of long ones:
+    x <= 1   u = E[min(M I, c - (1 + k) e); M > 0] / P(M > 0)      f = 1 - exp(-q), F = 1 - exp(-r)
+             what does not fit makes a step of its own: 1 - f and 1 - F times P(M I of a group fit),
+             and those steps count in u with what is left over
+    x > 1    f = min(1, q s) of a group's steps have a piece, v = (q I - f y) / (c - (1 + k) e - y)
+             a full one, y = I - floor(x) (c - (1 + k) e) the rest of a prompt (F, V: r for q)
+             u: full with probability (1 - (1 - v) (1 - V)^(g - 1)) / h, else y
+
 where wait = R - D of a closed loop of b requests around a server that takes D = I / (c - e) mixed a
 prompt, with Z the rest of a request's time. Mean-value analysis with deterministic service,
 R = D (1 + (b - 1) / b (Q - U / 2)) with Q = b R / (Z + R) and U = b D / (Z + R), solved for R and

