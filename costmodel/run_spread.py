@@ -46,9 +46,10 @@ from shardplan.costmodel.run_slots import AtRate, Slots
 from shardplan.costmodel.serving import Serving, ServingInput
 from shardplan.costmodel.steps import mix_of, step_seconds
 
-__all__ = ["Spread", "closed_tpot_p99_s", "outside_s", "tpot_spread", "ttft_spread"]
+__all__ = ["LATE", "Spread", "closed_tpot_p99_s", "outside_s", "tpot_spread", "ttft_spread"]
 
-_Z = (0.0, 1.2816, 2.326)
+LATE = 2.326
+_Z = (0.0, 1.2816, LATE)
 """Quantiles of a normal distribution: 50, 90, 99 %."""
 _OWN = 2.0 / 3.0
 _WIDTHS = (3, 5, 8, STATES)
@@ -253,7 +254,7 @@ def closed_tpot_p99_s(model: Pricer, given: ServingInput, timed: Timed) -> Array
     """99th percentile of TPOT where all slots are in use, from the steady state alone."""
     pace = timed.pace
     met = _Met(timed.tpot_s, timed.decode_s, timed.mixed_s, pace.prefill_s, pace.mixed)
-    return np.maximum(_tpot_at(_Z[-1], model, given, met, np.zeros(())), timed.tpot_s)
+    return np.maximum(_tpot_at(LATE, model, given, met, np.zeros(())), timed.tpot_s)
 
 
 def _tpot_at(z: float, model: Pricer, given: ServingInput, met: _Met, crowd: Array) -> Array:
