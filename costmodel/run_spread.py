@@ -40,14 +40,16 @@ from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, as_array
 from shardplan.costmodel.occupancy import Occupancy, occupancy
 from shardplan.costmodel.open_loop import Open, arrivals_of
+from shardplan.costmodel.pace import Timed
 from shardplan.costmodel.run_case import Bools, Case, some_rows
 from shardplan.costmodel.run_slots import AtRate, Slots
-from shardplan.costmodel.serving import Serving
+from shardplan.costmodel.serving import Serving, ServingInput
 from shardplan.costmodel.steps import mix_of, step_seconds
 
-__all__ = ["Spread", "outside_s", "tpot_spread", "ttft_spread"]
+__all__ = ["LATE", "Spread", "closed_tpot_p99_s", "outside_s", "tpot_spread", "ttft_spread"]
 
-_NORMAL = (0.0, 1.2816, 2.326)
+LATE = 2.326
+_Z = (0.0, 1.2816, LATE)
 """Quantiles of a normal distribution: 50, 90, 99 %."""
 _OWN = 2.0 / 3.0
 _WIDTHS = (3, 5, 8, STATES)
@@ -220,27 +222,52 @@ def _by_states(state: Open, tails: bool) -> Iterator[tuple[Indices, tuple[Arriva
             yield rows, (state.arrivals.take(rows), state.waits.take(rows, most))
 
 
+class _Met(NamedTuple):
+    """Seconds of the steps that requests meet, and the share of those with prompts."""
+
+    tpot_s: Array
+    decode_s: Array
+    mixed_s: Array
+    prefill_s: Array
+    mixed: Array
+
+
 def tpot_spread(
     model: Pricer, case: Case, slots: Slots, full: Serving, most: Array, variance: Array
 ) -> Spread:
     """TPOT; `full` is the state of `most` slots, `variance` of those in use in one dp group."""
-    steps, each = np.maximum(case.steps, 1.0), case.given.steps_per_token
     served = slots.served
-    decode, share = served.decode_step_s, served.mixed_share
     spare = most - slots.used
     slope = np.where(spare > 0.0, (full.tpot_s - served.tpot_s) / np.maximum(spare, 1e-9), 0.0)
     crowd = np.maximum(slope, 0.0) ** 2 * _OWN * variance
-    found = []
-    for z in _NORMAL:
-        if model.engine.prefill_first:
-            extra = np.maximum(served.tpot_s / each - decode, 0.0)
-            above = z * np.sqrt(extra * served.prefill_s / steps)
-        else:
-            most_mixed = np.minimum(share + z * np.sqrt(share * (1.0 - share) / steps), 1.0)
-            above = (most_mixed - share) * np.maximum(served.mixed_step_s - decode, 0.0)
-        value = served.tpot_s + np.sqrt((above * each) ** 2 + z * z * crowd)
-        found.append(np.where(case.steps > 0.0, value, 0.0))
-    return Spread.of(served.tpot_s, tuple(found))
+    met = _Met(
+        served.tpot_s,
+        served.decode_step_s,
+        served.mixed_step_s,
+        served.prefill_s,
+        served.mixed_share,
+    )
+    return Spread.of(served.tpot_s, tuple(_tpot_at(z, model, case.given, met, crowd) for z in _Z))
+
+
+def closed_tpot_p99_s(model: Pricer, given: ServingInput, timed: Timed) -> Array:
+    """99th percentile of TPOT where all slots are in use, from the steady state alone."""
+    pace = timed.pace
+    met = _Met(timed.tpot_s, timed.decode_s, timed.mixed_s, pace.prefill_s, pace.mixed)
+    return np.maximum(_tpot_at(LATE, model, given, met, np.zeros(())), timed.tpot_s)
+
+
+def _tpot_at(z: float, model: Pricer, given: ServingInput, met: _Met, crowd: Array) -> Array:
+    """Seconds z deviations above the mean; `crowd`: variance by the requests in flight."""
+    steps, each = np.maximum(given.decode_steps, 1.0), given.steps_per_token
+    if model.engine.prefill_first:
+        extra = np.maximum(met.tpot_s / each - met.decode_s, 0.0)
+        above = z * np.sqrt(extra * met.prefill_s / steps)
+    else:
+        most = np.minimum(met.mixed + z * np.sqrt(met.mixed * (1.0 - met.mixed) / steps), 1.0)
+        above = (most - met.mixed) * np.maximum(met.mixed_s - met.decode_s, 0.0)
+    value = met.tpot_s + np.sqrt((above * each) ** 2 + z * z * crowd)
+    return np.where(given.decode_steps > 0.0, value, 0.0)
 
 
 def _occupancy(

@@ -30,7 +30,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shardplan.costmodel.ahead import price_ahead
 from shardplan.costmodel.kernels.base import Array
@@ -41,6 +40,7 @@ from shardplan.search.bounds import most_objective
 from shardplan.search.evaluate import LayoutScorer, Question, Scores
 from shardplan.search.judged import Judge, Pending, Wanted
 from shardplan.search.kept import (
+    QUEUE,
     KeptGrid,
     KeptTable,
     Outcome,
@@ -50,7 +50,7 @@ from shardplan.search.kept import (
     note_nearest,
 )
 from shardplan.search.refine import Open, Slack, fits_some_cut, most_where, open_points, refine_cuts
-from shardplan.search.seen import seen_names
+from shardplan.search.seen import AT_RATE, seen_names
 from shardplan.search.space import Choice, Space
 
 __all__ = ["search_exact"]
@@ -132,7 +132,7 @@ class Hunt:
                 self.unreached = max(self.unreached, one.most)
             self.best = max(self.best, one.best)
             self.refused[one.scorer.parallel, one.choice] = one.refused
-            self._keep(one.scorer, one.choice, (one.batch, one.chunk), one.scores, one.open)
+            self._keep(one.scorer, one.choice, (one.batch, one.chunk), one.scores, one)
         self.pending.clear()
 
     def _keep(
@@ -141,18 +141,19 @@ class Hunt:
         choice: Choice,
         grid: tuple[Array, Array],
         scores: Scores,
-        unjudged: NDArray[np.bool_] | None = None,
+        judged: Pending | None = None,
     ) -> KeptGrid:
-        """Remember the best of a grid, and count it; `unjudged`, flat, are left out.
+        """Remember the best of a grid, and count it; what `judged` leaves open is left out.
 
         These count as pruned, or where the time limit has passed as not reached.
         """
-        left = 0 if unjudged is None else int(unjudged.sum())
+        left = 0 if judged is None else int(judged.open.sum())
         count_refused(self.tally, scores, left)
         if left and not self.late:
             self.tally.pruned_by["queue"] += left
-        note_nearest(self.tally, scores, scorer.parallel, choice, grid)
-        known = None if unjudged is None else ~unjudged
+        among = None if judged is None else ~judged.missing
+        note_nearest(self.tally, scores, scorer.parallel, choice, grid, among)
+        known = None if judged is None else ~judged.open
         self.kept.append(keep_best(scores, scorer.parallel, choice, *grid, known))
         return self.kept[-1]
 
@@ -209,6 +210,7 @@ def search_exact(
     _orders(hunt)
     refine_cuts(hunt)
     hunt.settle()
+    _note_missed(hunt)
     for rule, count in space.broken_strategies.items():
         hunt.tally.pruned_by[f"rule {rule}"] += count
     return _outcome(hunt, start)
@@ -321,6 +323,14 @@ def _outcome(hunt: Hunt, start: float) -> Outcome:
         wall_s=time.perf_counter() - start,
         refused=hunt.refused,
     )
+
+
+def _note_missed(hunt: Hunt) -> None:
+    """Remember what misses dear limits alone by the least, where nothing holds."""
+    found = None if hunt.best > -math.inf else hunt.judge.nearest()
+    if found is not None:
+        column, kept = found
+        hunt.tally.nearest[QUEUE if column == AT_RATE else column.removesuffix("_s")] = kept
 
 
 def _note_too_big(hunt: Hunt) -> None:

@@ -1,7 +1,8 @@
 """Which strategies are judged by limits that are dear to price (`search.seen`): those that matter.
 
 Of a priced grid the strategies that keep every other limit are open: what requests see of them is
-not known. All that decides between strategies is known, though, so that the best are judged first:
+not known, but what it is at least is. Where that breaks a limit they are refused unjudged. All that
+decides between the others is known, so that the best are judged first:
 
   best       where an open one may beat what the search has found, the best ones are judged until
              one holds, or none of those left can beat it: the same best as if all were judged
@@ -11,14 +12,15 @@ not known. All that decides between strategies is known, though, so that the bes
              until there are none: the same Pareto front as if all were judged
 
 Open ones that are left are not needed. They are not kept, and count as pruned, by `queue`. Where
-nothing holds all are judged, so that the nearest miss of each limit is known.
+nothing holds none are left, and the nearest miss is told (`nearest`): the strategy whose worst
+limit is missed by the smallest factor, as if all were judged.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -27,17 +29,17 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.kernels.base import Array
 from shardplan.models.parallel import Parallelism
-from shardplan.search.evaluate import LIMITS, LayoutScorer, Question, Scores
-from shardplan.search.kept import pareto_mask
+from shardplan.search.evaluate import LIMITS, LayoutScorer, Scores
+from shardplan.search.kept import Kept, kept_at, pareto_mask
 from shardplan.search.plan_request import Request
 from shardplan.search.robust import FULL, QUICK
-from shardplan.search.seen import Sight, seen, seen_names, too_slow
+from shardplan.search.seen import Sight, missed, seen, seen_at_least, seen_names, too_slow
 from shardplan.search.space import Choice
 
 __all__ = ["Judge", "Pending", "Wanted", "wanted_of"]
 
-_FIRST, _MOST = 8, 512
-"""Strategies of a grid that are judged at once: at first, and later."""
+_FIRST, _MOST, _TOGETHER = 8, 512, 2048
+"""Strategies of a grid that are judged at once: at first, and later; of all grids, later."""
 _APART = 8
 """Grids of which each is priced by its own model; more are stacked."""
 Indices = NDArray[np.int64]
@@ -72,6 +74,8 @@ class Pending:
     scores: Scores
     open: NDArray[np.bool_]
     """Flat: which strategies are not judged."""
+    far: Array
+    """Flat: by which factor the worst of these limits is missed at least; NaN where another is."""
     best: float = -math.inf
     """Largest objective of those that hold."""
 
@@ -80,13 +84,23 @@ class Pending:
         cls, scorer: LayoutScorer, choice: Choice, grid: tuple[Array, Array], scores: Scores
     ) -> Pending:
         """Of scores without what is dear."""
+        question, open_ = scorer.question, scores.feasible.ravel().copy()
+        opened = scores.opened(seen_names(question))
+        least = seen_at_least(scorer, choice, grid, scores.steady)
+        wide = {
+            name: np.broadcast_to(one, scores.limit.shape).ravel() for name, one in least.items()
+        }
+        far = np.maximum.reduce([*missed(question, wide).values()])
+        slow = {name: one & open_ for name, one in too_slow(question, wide).items()}
+        _refuse(opened.limit.reshape(-1), slow)
         return cls(
             scorer=scorer,
             choice=choice,
             batch=grid[0],
             chunk=grid[1],
-            scores=scores.opened(seen_names(scorer.question)),
-            open=scores.feasible.ravel().copy(),
+            scores=opened,
+            open=np.logical_and.reduce([open_, *(~one for one in slow.values())]),
+            far=np.where(open_, far, np.nan),
         )
 
     def column(self, name: str) -> Array:
@@ -100,14 +114,14 @@ class Pending:
 
     @property
     def refused(self) -> tuple[Array, Array]:
-        """Slots and step sizes of those that were judged and broke a limit."""
-        told = ~np.isnan(np.stack([self.column(name) for name in seen_names(self._question)]))
-        sight = self.sight(np.flatnonzero(told.any(axis=0) & ~self.holds))
+        """Slots and step sizes of those that break one of these limits alone."""
+        sight = self.sight(np.flatnonzero(self.missing))
         return sight.batch, sight.chunk
 
     @property
-    def _question(self) -> Question:
-        return self.scorer.question
+    def missing(self) -> NDArray[np.bool_]:
+        """Flat: which strategies break one of these limits alone."""
+        return np.asarray(~np.isnan(self.far) & ~self.open & ~self.holds)
 
     @property
     def most(self) -> float:
@@ -143,12 +157,19 @@ def _judge(asked: Sequence[tuple[Pending, Indices]]) -> None:
         limit = one.scores.limit.reshape(-1)
         for name, values in columns.items():
             one.column(name)[places] = values
-        slow = too_slow(one.scorer.question, columns)
-        for name in reversed([each for each in LIMITS if each in slow]):
-            limit[places[slow[name]]] = LIMITS.index(name)
+        question, own = one.scorer.question, limit[places]
+        _refuse(own, too_slow(question, columns))
+        limit[places] = own
+        one.far[places] = np.maximum.reduce([*missed(question, columns).values()])
         one.open[places] = False
         held = places[limit[places] < 0]
         one.best = max(one.best, float(one.column("objective")[held].max(initial=-math.inf)))
+
+
+def _refuse(limit: NDArray[np.int8], slow: Mapping[str, NDArray[np.bool_]]) -> None:
+    """Write the first limit that each of `[n]` strategies breaks."""
+    for name in reversed([each for each in LIMITS if each in slow]):
+        limit[slow[name]] = LIMITS.index(name)
 
 
 @dataclass(slots=True)
@@ -165,6 +186,8 @@ class Judge:
     """Of the best strategies."""
     front: tuple[Array, Array] = field(default_factory=lambda: (np.zeros(0), np.zeros(0)))
     """Throughput and TPOT that no other beats."""
+    missing: list[tuple[Sight, Array]] = field(default_factory=list)
+    """Strategies that break these limits alone, and `Pending.far` of each, until one holds."""
 
     def settle(self, grids: Sequence[Pending]) -> None:
         """Judge all that is told of some grids."""
@@ -178,6 +201,42 @@ class Judge:
             self._settle_best(grids)
         if self.wanted.front:
             self._settle_front(grids)
+        self._note_missing(grids)
+
+    def _note_missing(self, grids: Sequence[Pending]) -> None:
+        if any(best > -math.inf for best in self.choices.values()):
+            self.missing.clear()
+            return
+        for one in grids:
+            places = np.flatnonzero(one.missing)
+            if places.size:
+                self.missing.append((one.sight(places), one.far[places]))
+
+    def nearest(self) -> tuple[str, Kept] | None:
+        """(column, strategy) of the nearest miss, where nothing holds: which limit it misses most.
+
+        Judged in the order of what they miss at least, until none left can miss by less.
+        """
+        least = np.concatenate([far for _, far in self.missing] or [np.zeros(0)])
+        grid = np.repeat(np.arange(len(self.missing)), [far.size for _, far in self.missing])
+        place = np.concatenate([np.arange(far.size) for _, far in self.missing] or [grid])
+        order, size, best, found = np.argsort(least, kind="stable"), _FIRST, math.inf, None
+        while order.size and least[order[0]] < best and not (found and self.late):
+            asked = [
+                (at, place[now[grid[now] == at]])
+                for now in [order[:size]]
+                for at in np.unique(grid[now]).tolist()
+            ]
+            sights = [_some(self.missing[at][0], places) for at, places in asked]
+            for sight, columns in zip(sights, seen(sights), strict=True):
+                told = missed(sight.scorer.question, columns)
+                far = np.maximum.reduce([*told.values()])
+                one = int(np.argmin(far))
+                if far[one] < best:
+                    best = float(far[one])
+                    found = max(told, key=lambda name: told[name][one]), sight, one
+            order, size = order[size:], min(2 * size, _TOGETHER)
+        return None if found is None else (found[0], _kept(_some(found[1], np.array([found[2]]))))
 
     @property
     def late(self) -> bool:
@@ -229,6 +288,19 @@ class Judge:
         gain, cost = (np.concatenate(parts) for parts in zip(self.front, *held, strict=True))
         first = pareto_mask(gain, cost)
         self.front = gain[first], cost[first]
+
+
+def _some(sight: Sight, places: Indices) -> Sight:
+    return sight._replace(batch=sight.batch[places], chunk=sight.chunk[places])
+
+
+def _kept(one: Sight) -> Kept:
+    """The only strategy, as a search remembers it."""
+    scores = one.scorer.score(one.choice, one.batch, one.chunk)
+    grid = one.batch, one.chunk
+    return kept_at(scores, one.scorer.parallel, one.choice, *grid, np.zeros(1, dtype=np.int64)).one(
+        0
+    )
 
 
 _TRADED = ("output_tokens_per_s", "tpot_s")

@@ -327,16 +327,20 @@ def _far(name: str, columns: Mapping[str, Any]) -> Any:
 
 
 def note_nearest(
-    tally: Tally, scores: Scores, par: Parallelism, choice: Choice, grid: tuple[Array, Array]
+    tally: Tally,
+    scores: Scores,
+    par: Parallelism,
+    choice: Choice,
+    grid: tuple[Array, Array],
+    among: NDArray[np.bool_] | None = None,
 ) -> None:
-    """Remember, for each limit, the strategy of this grid that misses it by the least so far."""
-    limit = scores.limit
-    queued = np.broadcast_to(_queued(scores.columns), limit.shape)
-    for name in _DISTANCE:
-        missing = limit == LIMITS.index("ttft" if name == QUEUE else name)
-        if name in ("ttft", QUEUE):
-            missing &= queued == (name == QUEUE)
-        missed = np.flatnonzero(missing)
+    """Remember, for each limit, the strategy of this grid that misses it by the least so far.
+
+    `among`, flat: those whose columns tell by how much. None: all.
+    """
+    limit = scores.limit.ravel() if among is None else np.where(among, scores.limit.ravel(), -1)
+    for name in (each for each in _DISTANCE if each in LIMITS):
+        missed = np.flatnonzero(limit == LIMITS.index(name))
         if not missed.size:
             continue
         values = _far(name, scores.columns).ravel()

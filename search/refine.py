@@ -34,6 +34,7 @@ from shardplan.models.graph import Phase
 from shardplan.models.parallel import balanced_stages
 from shardplan.search.cuts import front, least, least_of_many
 from shardplan.search.evaluate import LayoutScorer, Scores, context_tokens
+from shardplan.search.seen import may_hold, mean_limits
 from shardplan.search.space import Choice
 from shardplan.search.stage_costs import BYTES, DECODE, MIXED, TemplateCosts
 
@@ -160,12 +161,12 @@ def keeps_limits(
 ) -> NDArray[np.bool_]:
     """Whether times and rate keep the limits of a question, in some order of the ranks."""
     question = scorer.question
-    limits, work = question.limits, question.workload
+    most_ttft_s, most_tpot_s = mean_limits(question)
     left = question.share_left(scorer.parallel, best=True)
     return np.asarray(
-        (ttft_s * _ROUNDING <= (limits.ttft_s or math.inf))
-        & (tpot_s * _ROUNDING <= (limits.tpot_s or math.inf))
-        & (rate * left >= (work.request_rate or 0.0) * _ROUNDING)
+        (ttft_s * _ROUNDING <= most_ttft_s)
+        & (tpot_s * _ROUNDING <= most_tpot_s)
+        & (rate * left >= (question.workload.request_rate or 0.0) * _ROUNDING)
     )
 
 
@@ -181,7 +182,8 @@ def open_points(
     shape = scores.limit.shape
     bound = _bound(scorer, choice, scores, grid, even)
     batch, chunk = (np.broadcast_to(one, shape) for one in grid)
-    at = np.flatnonzero(bound > best)
+    able = may_hold(scorer, choice, grid, scores.steady, even)
+    at = np.flatnonzero((bound > best) & able)
     if not at.size:
         return None
     names = ("objective", "ttft_s", "tpot_s", "requests_per_s")
@@ -194,8 +196,8 @@ def open_points(
         bound=bound.ravel()[at],
         even=balanced_stages(scorer.question.spec, scorer.parallel),
     )
-    able = found.within(np.broadcast_to(even, shape).ravel()[at])
-    return _only(found, np.flatnonzero(able))
+    kept = found.within(np.broadcast_to(even, shape).ravel()[at])
+    return _only(found, np.flatnonzero(kept))
 
 
 def _bound(

@@ -6,7 +6,8 @@ are those at the rate, else of the closed loop. Where replicas may be lost all i
 are left, which the whole rate comes to.
 
 Dear to price (`costmodel.run_out`: fixed points, a chain of steps), so that it is priced only where
-every other limit holds. Strategies of many layouts are priced together.
+every other limit holds, and what it is at least (`costmodel.run_least`) keeps the limit.
+Strategies of many layouts are priced together.
 """
 
 from __future__ import annotations
@@ -22,14 +23,26 @@ from numpy.typing import NDArray
 from shardplan.costmodel.bulk import Dtypes, Fleet
 from shardplan.costmodel.forward import Pricer
 from shardplan.costmodel.kernels.base import Array, as_array
+from shardplan.costmodel.run_least import Least, least_at_rate, least_closed
 from shardplan.costmodel.run_out import run_out
-from shardplan.costmodel.serving import ServingInput
+from shardplan.costmodel.serving import ServingInput, Steady, steady
 
 if TYPE_CHECKING:
     from shardplan.search.evaluate import LayoutScorer, Question
     from shardplan.search.space import Choice
 
-__all__ = ["AT_RATE", "TAILS", "Sight", "seen", "seen_names", "too_slow"]
+__all__ = [
+    "AT_RATE",
+    "TAILS",
+    "Sight",
+    "may_hold",
+    "mean_limits",
+    "missed",
+    "seen",
+    "seen_at_least",
+    "seen_names",
+    "too_slow",
+]
 
 AT_RATE = "ttft_at_rate_s"
 TAILS = ("ttft_p99_s", "tpot_p99_s")
@@ -53,19 +66,98 @@ def seen_names(question: Question) -> tuple[str, ...]:
     return (*queue, *(TAILS if limits.has_tails else ()))
 
 
-def too_slow(question: Question, columns: Mapping[str, Array]) -> dict[str, NDArray[np.bool_]]:
-    """By limit, which strategies break it; columns without a number break none."""
+def _allowed(question: Question) -> dict[str, tuple[str, float]]:
+    """(limit, seconds) of each column."""
     limits = question.limits
     most = {
         AT_RATE: ("ttft", limits.ttft_s),
         TAILS[0]: ("ttft_p99", limits.ttft_p99_s),
         TAILS[1]: ("tpot_p99", limits.tpot_p99_s),
     }
+    return {name: (most[name][0], most[name][1] or math.inf) for name in seen_names(question)}
+
+
+def mean_limits(question: Question) -> tuple[float, float]:
+    """Seconds of TTFT and TPOT on average that keep their limits with all slots in use.
+
+    Without a rate the percentiles are of these, and no less than the means.
+    """
+    limits = question.limits
+    tails = question.workload.request_rate is None
+    pairs = (limits.ttft_s, limits.ttft_p99_s), (limits.tpot_s, limits.tpot_p99_s)
+    ttft_s, tpot_s = (min(mean or math.inf, (tails and p99) or math.inf) for mean, p99 in pairs)
+    return ttft_s, tpot_s
+
+
+def too_slow(question: Question, columns: Mapping[str, Array]) -> dict[str, NDArray[np.bool_]]:
+    """By limit, which strategies break it; columns without a number break none."""
     return {
-        most[name][0]: np.asarray(columns[name] > (most[name][1] or math.inf))
-        for name in seen_names(question)
+        limit: np.asarray(columns[name] > most_s)
+        for name, (limit, most_s) in _allowed(question).items()
         if name in columns
     }
+
+
+def missed(question: Question, columns: Mapping[str, Array]) -> dict[str, Array]:
+    """By column, its seconds over what is allowed; above 1 the limit is missed."""
+    return {name: columns[name] / most_s for name, (_, most_s) in _allowed(question).items()}
+
+
+def seen_at_least(
+    scorer: LayoutScorer, choice: Choice, grid: tuple[Array, Array], steady_: Steady
+) -> dict[str, Array]:
+    """No more than `seen` of what is priced, in its shape; zeros where nothing is known.
+
+    At a rate that is of those whose capacity is above it.
+    """
+    rate, shape = scorer.question.workload.request_rate, steady_.timed.end_to_end_s.shape
+    model, given = scorer.model_for(choice), scorer.serving_input(choice, *grid)
+    if rate is None:
+        return _named(scorer.question, least_closed(model, given, steady_.timed))
+    if given.in_flight is not None or not scorer.left:
+        return {name: np.zeros(shape) for name in seen_names(scorer.question)}
+    if _crossed(grid):
+        least = least_at_rate(model, given, steady_.timed, rate, scorer.left)
+        return _named(scorer.question, least)
+    slots, row = np.unique(np.append(grid[0], 1.0), return_inverse=True)
+    chunks, column = np.unique(grid[1], return_inverse=True)
+    given = scorer.serving_input(choice, slots[:, None], chunks[None, :])
+    least = least_at_rate(model, given, steady(model, given).timed, rate, scorer.left)
+    found = _named(scorer.question, least)
+    return {name: one[row[:-1], column] for name, one in found.items()}
+
+
+def _crossed(grid: tuple[Array, Array]) -> bool:
+    """Whether a grid is slots `[n, 1]` by step sizes `[1, m]`."""
+    return grid[0].shape[1:] == (1,) and grid[1].shape[:1] == (1,)
+
+
+def _named(question: Question, least: Least) -> dict[str, Array]:
+    names = seen_names(question)
+    return {name: least.ttft_mean_s if name == AT_RATE else getattr(least, name) for name in names}
+
+
+def may_hold(
+    scorer: LayoutScorer,
+    choice: Choice,
+    grid: tuple[Array, Array],
+    steady_: Steady,
+    share: Array,
+) -> NDArray[np.bool_]:
+    """Which points of a grid of slots and step sizes may keep the limits at the rate, were steps
+    `share` of what they are.
+
+    Where all times are s of what they are, rate R means s of what rate s R did; s is the least.
+    """
+    question, timed, least_share = scorer.question, steady_.timed, float(share.min())
+    rate, given = question.workload.request_rate, scorer.serving_input(choice, *grid)
+    left = question.share_left(scorer.parallel, best=True)
+    able = np.ones(timed.end_to_end_s.shape, dtype=bool)
+    if rate is None or not seen_names(question) or given.in_flight is not None or not left:
+        return able
+    least = least_at_rate(scorer.model_for(choice), given, timed, rate * least_share, left)
+    told = {name: one * least_share for name, one in _named(question, least).items()}
+    return np.asarray(able & ~np.logical_or.reduce([*too_slow(question, told).values()]))
 
 
 def seen(sights: Sequence[Sight]) -> list[dict[str, Array]]:

@@ -111,6 +111,29 @@ def test_the_front_and_the_best_are_those_of_all(index: int) -> None:
     assert [*firsts.values()][:3] == [*layouts.values()][:3]
 
 
+@pytest.mark.parametrize("limits", [{"ttft_p99_s": 1e-3}, {"ttft_p99_s": 0.02, "tpot_p99_s": 1e-3}])
+@pytest.mark.parametrize("rate", [None, 40.0])
+def test_the_nearest_miss_is_that_of_judging_all(
+    limits: dict[str, float], rate: float | None
+) -> None:
+    """Where nothing holds: the least factor by which any strategy misses its worst limit."""
+    case = small_case(sparse(), cards=2, request_rate=rate, **limits)
+    case = replace(case, choices=case.choices[:1], batches=(1, 2, 4, 8, 16, 64), chunks=(64, 1024))
+    outcome = search_exact(case.question, case.space())
+    assert outcome.best is None
+    least, grid = np.inf, (np.array(case.batches, dtype=float), np.array(case.chunks, dtype=float))
+    slots, tokens = (one.ravel() for one in np.meshgrid(*grid))
+    for par, choice in outcome.refused:
+        scorer = LayoutScorer(case.question, par)
+        scores = scorer.score(choice, slots, tokens)
+        far = [scores.columns[name] / most for name, most in limits.items()]
+        least = min(least, float(np.nanmin(np.max(far, axis=0))))
+    known = outcome.tally.nearest
+    (nearest,) = (known[name[:-2]] for name in limits if name[:-2] in known)
+    found = [nearest.columns[name] / most for name, most in limits.items()]
+    assert max(found) == pytest.approx(least, rel=1e-9)
+
+
 def all_points(case: Case, held: list[Found]) -> list[tuple[float, float]]:
     """Throughput and TPOT of strategies, priced one by one."""
     found = []
