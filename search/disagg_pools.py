@@ -7,7 +7,6 @@ over the whole grid, and the layout adds up its different stages (`shardplan.cos
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -129,22 +128,22 @@ class Base:
         prompt = computed_prompt(work.input_len, work.prefix_hit)
         held = step_prompts(self._grid, prompt)[0]
         wide = self._priced(choice, stages, model, np.append(self._grid, prompt))
-        seconds = np.broadcast_to(self._whole_s(model, wide), (held.size + 1,))
+        seconds = np.broadcast_to(self._even_s(model, wide), (held.size + 1,))
         share = np.clip(seconds[-1] / seconds[:-1], 1.0 / held, 1.0)
         self._ones[choice] = np.where(held > 1.0, share, 1.0)
         return {name: _but_last(parts) for name, parts in wide.items()}
 
     def one_share(self, choice: Choice) -> Array:
-        """Of a full prefill step, what one with a prompt a group takes, over the grid."""
+        """Of a full prefill step, what one with a prompt a group takes, over the grid; that of the
+        even cut stands for all."""
         self.templates(choice, 1)
         return self._ones[choice]
 
-    def _whole_s(self, model: Pricer, templates: Mapping[str, Parts]) -> Array:
-        """Seconds of a step of all layers as one stage, so that no cut counts, with the host's."""
-        total = ZERO
-        for name, count in _counts(self.graph).items():
-            total = total.plus(templates[name].times(count))
-        return np.asarray(model.step_s([total], "prefill")[0] + model.host_s("prefill"))
+    def _even_s(self, model: Pricer, templates: Mapping[str, Parts]) -> Array:
+        """Seconds until the next step begins, with the layers cut evenly."""
+        stages, _ = _folded(apply(self.graph.model, self.par))
+        step = stage_times(model, _summed(stages, templates), "prefill")
+        return np.asarray(step.slowest_s + model.host_s("prefill"))
 
 
 def _but_last(parts: Parts) -> Parts:
@@ -168,14 +167,6 @@ def role_stages(
     prompt = computed_prompt(given.input_len, given.prefix_hit)
     piece = step_prompts(grid, prompt)[2]
     return prompt_stages(model, given, piece=piece, prompt=prompt, sequences=np.zeros(()))
-
-
-def _counts(graph: ShardedGraph) -> Counter[str]:
-    """How often each template is computed, whatever the stages."""
-    found: Counter[str] = Counter()
-    for stage in apply(graph.model, graph.parallel).stages:
-        found.update(stage.counts)
-    return found
 
 
 def _folded(graph: ShardedGraph) -> tuple[tuple[Stage, ...], list[int]]:

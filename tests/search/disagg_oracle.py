@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 from itertools import combinations, pairwise, permutations, product
 from typing import Any
 
@@ -218,12 +217,11 @@ def _prefills(question: DisaggQuestion) -> Iterator[_Prefill]:
                     continue
                 model = scorer.model_for(choice)
                 stages = _prompt_stages(pool, model, choice, par, prompt / pieces * count)
-                alone = _prompt_stages(pool, model, choice, par, prompt)
                 times = [float(one) for one in model.step_s(stages, "prefill")]
                 host = model.host_s("prefill")
                 whole, one = (
-                    float(model.step_s([reduce(Parts.plus, some)], "prefill")[0]) + host
-                    for some in (stages, alone)
+                    _slowest_s(question, pool, par, choice, tokens) + host
+                    for tokens in (prompt / pieces * count, prompt)
                 )
                 busy = pieces * (max(times) + host)
                 yield _Prefill(
@@ -233,6 +231,18 @@ def _prefills(question: DisaggQuestion) -> Iterator[_Prefill]:
                     one_s=busy * min(max(one / whole, 1 / count), 1.0) if count > 1 else busy,
                     service_s=sum(times) + (pieces - 1) * max(times) + pieces * host,
                 )
+
+
+def _slowest_s(
+    question: DisaggQuestion, pool: Pool, par: Parallelism, choice: Choice, tokens: float
+) -> float:
+    """The slowest stage of the layout with its layers cut evenly."""
+    even = replace(par, stage_layers=())
+    scorer = _scorer(question, pool, even)
+    assert scorer is not None
+    model = scorer.model_for(choice)
+    stages = _prompt_stages(pool, model, choice, even, tokens)
+    return max(float(one) for one in model.step_s(stages, "prefill"))
 
 
 def _prompt_stages(
