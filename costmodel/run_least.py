@@ -30,7 +30,9 @@ as I / c. With l prompts a second of all groups that step together
 A slot is free for one of two at least where there are `_APART` deviations more than those at which
 a closed loop serves `_SPARE` R, more than random arrivals of R fill (Cantelli), if prompts take no
 more than `_PROMPTS` of the time. Where a prompt may need more than one step, which are shorter the
-more they are, t is d alone. Of requests of one token nothing is told.
+more they are, t is d alone. Of requests of one token nothing is told. That steps take no less for more
+sequences, and how far Little's law is reached, is checked, not proven: of a hundred thousand drawn
+strategies a bound was above the value by 1.2 % at most, so a twentieth of each is given way.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ from shardplan.costmodel.steps import mix_of
 __all__ = ["Least", "least_at_rate", "least_closed"]
 
 _ROUNDING = 1.0 - 1e-9
+_SURE = 0.95
+"""Of the bounds at a rate what is used: some of what they rest on is only checked."""
 _CLOSE = 0.98
 """Of Little's law what the turns of `run_slots` reach at least."""
 _UNEVEN = 31.25
@@ -136,7 +140,7 @@ def least_at_rate(
     late_s = at.front_s + at.prompt_s + np.where(0.5 * other / 8.0 >= _SEEN, late_s, 0.0)
     step_s = np.where(whole, at.late_step_s, at.decode_s)
     tpot_s = np.minimum(given.steps_per_token * step_s, timed.tpot_s)
-    known = np.where((place >= 0) & (given.decode_steps > 0.0), _ROUNDING, 0.0)
+    known = np.where((place >= 0) & (given.decode_steps > 0.0), _SURE, 0.0)
     return Least(mean_s * known, np.maximum(mean_s, late_s) * known, tpot_s * known)
 
 

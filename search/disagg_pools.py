@@ -136,7 +136,8 @@ class Base:
     def one_share(self, choice: Choice) -> Array:
         """Of a full prefill step, what one with a prompt a group takes, over the grid; that of the
         even cut stands for all."""
-        self.templates(choice, 1)
+        if choice not in self._ones:
+            self._first(choice, 1)
         return self._ones[choice]
 
     def _even_s(self, model: Pricer, templates: Mapping[str, Parts]) -> Array:
