@@ -30,9 +30,11 @@ as I / c. With l prompts a second of all groups that step together
 A slot is free for one of two at least where there are `_APART` deviations more than those at which
 a closed loop serves `_SPARE` R, more than random arrivals of R fill (Cantelli), if prompts take no
 more than `_PROMPTS` of the time. Where a prompt may need more than one step, which are shorter the
-more they are, t is d alone. Of requests of one token nothing is told. That steps take no less for more
-sequences, and how far Little's law is reached, is checked, not proven: of a hundred thousand drawn
-strategies a bound was above the value by 1.2 % at most, so a twentieth of each is given way.
+more they are, t is d alone. Of requests of one token nothing is told.
+
+That steps take no less for more sequences, and how far Little's law is reached, is checked, not
+proven: of a hundred thousand drawn strategies a bound at a rate was above the value by 1.2 % at
+most, so a twentieth of each is given way.
 """
 
 from __future__ import annotations
