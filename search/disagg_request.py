@@ -183,8 +183,8 @@ def assumptions(question: DisaggQuestion) -> list[str]:
         f"{link.bytes_per_s / 1e9:.3g} GB/s from rank to rank",
         "decode instances make all output tokens: the first is computed again once the cache is "
         "there (vllm-ascend 0.23.0, vLLM)",
-        "instances are parts that divide a node, or whole nodes; the mean wait of prompts is that "
-        "of a queue with random arrivals and fixed service (M/D/1)",
+        "instances are parts that divide a node, or whole nodes; prompts wait in one queue for all "
+        "prefill instances, come at random and find steps as full as the rate makes them",
     ]
     if question.limits.has_tails:
         notes.append(
