@@ -15,7 +15,8 @@ rate R
             slower than that, requests wait for it: TTFT = C / R - n t
   offered   rate = R, for the objective latency
 
-A limit on the 99th percentile of TTFT bounds the queue and the slots in use (`disagg_tail`).
+A limit on the 99th percentile of TTFT bounds the queue and the slots in use (`disagg_tail`); the
+slots, too, a limit on the mean at a rate that is asked.
 
 Left out: bursts beyond random arrivals, length distributions, transfers that queue behind one
 another, blocks that a request holds while its cache arrives, the proxy's own time.
@@ -71,6 +72,14 @@ class Demand:
     """Requests a second that come; None: as many as can be served."""
     ttft_s: float | None = None
     ttft_p99_s: float | None = None
+    at_rate: bool = False
+    """Whether limits hold for requests that come at random, at a rate that is asked."""
+
+    @property
+    def finds_slots(self) -> bool:
+        """Whether requests that come at random must find a decode slot free (`disagg_tail`)."""
+        late = self.ttft_p99_s is not None or (self.at_rate and self.ttft_s is not None)
+        return self.in_flight is None and late
 
     @property
     def mean_ttft_s(self) -> float | None:
@@ -222,7 +231,7 @@ def _allowed(pools: Pools, demand: Demand) -> list[Array]:
     most, decode = pools.prefill_per_s, pools.decode_per_s
     if demand.in_flight is None and demand.mean_ttft_s is None:
         most = unbounded_utilisation() * most
-    if demand.in_flight is None and demand.ttft_p99_s is not None:
+    if demand.finds_slots:
         decode = most_in_slots(pools.slots) / (pools.step_s + pools.later_s)
     offered = np.inf if demand.offered_per_s is None else demand.offered_per_s
     columns = (pools.service_s, pools.later_s, pools.sent_s, pools.received_s)

@@ -9,7 +9,8 @@ its own: 1.5 t at the median, 2 t at most. With A = service + transfer + t (`dis
 
 Slots. n in flight on average in S slots, a Poisson number of them, 99 of 100 find one free where
 n + z sqrt(n) <= S, z = 2.326; with (steps) t seconds each that is a rate. A limit on the 99th
-percentile of TTFT asks for this and for a queue that keeps the limit.
+percentile of TTFT asks for this and for a queue that keeps the limit; one on the mean, of requests
+that come at a rate that is asked, for this beside its own queue, so that few wait for a slot.
 
 Closed. C in flight: the rate at which all are (`disagg`) has the queue of arrivals at random, of
 (C - 1) / (K x) steps at most; what its percentile has beyond the mean all TTFT have beyond theirs.

@@ -215,6 +215,7 @@ def _pools_served(plan: Plan, gone: tuple[int, int], rate: float) -> _Served:
         in_flight=flight,
         ttft_s=plan.request.limits.ttft_s,
         ttft_p99_s=plan.request.limits.ttft_p99_s,
+        at_rate=plan.request.workload.request_rate is not None,
     )
     most = float(serve_pools(pools, limit).requests_per_s)
     given = serve_pools(pools, Demand(in_flight=flight, offered_per_s=rate))

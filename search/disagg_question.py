@@ -83,13 +83,13 @@ class DisaggQuestion:
             offered_per_s=work.request_rate if latency else None,
             ttft_s=self.limits.ttft_s,
             ttft_p99_s=self.limits.ttft_p99_s,
+            at_rate=work.request_rate is not None,
         )
 
     @property
     def finds_slots(self) -> bool:
         """Whether requests that come at random must find a decode slot free."""
-        demand = self.demand
-        return demand.in_flight is None and demand.ttft_p99_s is not None
+        return self.demand.finds_slots
 
     @property
     def most_s(self) -> tuple[float, float]:

@@ -192,6 +192,11 @@ def assumptions(question: DisaggQuestion) -> list[str]:
             "a rate with a decode slot free for 99 of 100 requests; TPOT of all slots in use, "
             "which no request's exceeds"
         )
+    elif demand.finds_slots:
+        notes.append(
+            "requests that come at the rate find a decode slot free, 99 of 100 of them, so that "
+            "TTFT keeps its limit there"
+        )
     if demand.in_flight is None and demand.mean_ttft_s is None:
         notes.append(
             f"no limit on TTFT bounds the queue: prefill instances are used to "

@@ -253,6 +253,7 @@ def _deployment(
         prompts = largest(most, lambda rate: mean(rate) <= bound)
         if tail is not None:
             prompts = min(prompts, largest(most, lambda rate: late_at(rate) <= tail))
+        if tail is not None or (limits.ttft_s is not None and work.request_rate is not None):
             span = other.step_s + later
             slots = decoded * span
             decoded = largest(slots, lambda n: n + 2.326 * math.sqrt(n) <= slots) / span

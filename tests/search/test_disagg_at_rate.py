@@ -18,7 +18,7 @@ from shardplan.search.simulate import simulate_plan
 _CASES = (
     ("llama-3.1-8b", "vllm-ascend", 2048, 128, 12.0),
     ("qwen3-32b", "mindie", 1024, 256, 4.0),
-    ("qwen3-30b-a3b", "vllm-ascend", 700, 300, 6.0),
+    ("qwen3-32b", "vllm-ascend", 3000, 400, 2.0),
 )
 """Model, engine, prompt and output, requests a second."""
 
