@@ -23,7 +23,7 @@ on average w(mu) = r^s / (2 mu (1 - r)); a share q waits longer than
 Where a step takes K > 1 a prompt also waits for the step that runs, half of it on average and all
 of it at most, and taking one a step is no faster:
 
-    wait = min(w(x / T_1), T / 2 + w(M))        of all but q: min(w_q(x / T_1), T + w_q(M))
+    wait = min(w(x / T_1), T / 2 + w(M))        of all but q: w_q(x / T_1), or T_n + w_q(M)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "filled",
     "largest_share",
     "mean_wait_s",
-    "wait_s",
+    "tails_s",
     "waits_s",
 ]
 
@@ -138,14 +138,11 @@ def _longer(one: _Line, beyond: float | None) -> Array:
     return np.where(found > 0.0, found, 0.0) * np.where(found > 0.0, one.each_s, 0.0)
 
 
-def waits_s(queue: Queue, rate: Array, step_s: Array, beyond: float | None = None) -> Array:
-    """Seconds that prompts wait at a rate: the mean, or what all but a share `beyond` wait at most.
-
-    `step_s`: T there. inf at and above capacity.
-    """
-    singly = _longer(_line(queue, rate, queue.singly_per_s), beyond)
-    shared = _longer(_line(queue, rate, queue.prompts_per_s), beyond)
-    return np.minimum(singly, (0.5 if beyond is None else 1.0) * step_s + shared)
+def waits_s(queue: Queue, rate: Array, step_s: Array) -> Array:
+    """Mean seconds that prompts wait at a rate; `step_s`: T there. inf at and above capacity."""
+    singly = _longer(_line(queue, rate, queue.singly_per_s), None)
+    shared = _longer(_line(queue, rate, queue.prompts_per_s), None)
+    return np.minimum(singly, 0.5 * step_s + shared)
 
 
 def mean_wait_s(queue: Queue, rate: Array) -> Array:
@@ -153,9 +150,16 @@ def mean_wait_s(queue: Queue, rate: Array) -> Array:
     return waits_s(queue, rate, filled(queue, rate).step_s)
 
 
-def wait_s(queue: Queue, rate: Array, beyond: float = BEYOND) -> Array:
-    """Seconds that all but a share `beyond` of the prompts wait at most, at a rate."""
-    return waits_s(queue, rate, filled(queue, rate).step_s, beyond)
+def tails_s(
+    queue: Queue, rate: Array, busy_s: Array, beyond: float = BEYOND
+) -> tuple[Array, Array]:
+    """Seconds that all but a share `beyond` of the prompts wait at most.
+
+    In steps of one a group, and in full ones, which take `busy_s`.
+    """
+    singly = _longer(_line(queue, rate, queue.singly_per_s), beyond)
+    shared = _longer(_line(queue, rate, queue.prompts_per_s), beyond)
+    return singly, busy_s + shared
 
 
 class _Bracket(NamedTuple):

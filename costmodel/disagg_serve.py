@@ -34,13 +34,12 @@ from numpy.typing import NDArray
 
 from shardplan.costmodel.disagg import unbounded_utilisation
 from shardplan.costmodel.disagg_queue import (
-    BEYOND,
     Filled,
     Queue,
     filled,
     largest_share,
     mean_wait_s,
-    wait_s,
+    tails_s,
     waits_s,
 )
 from shardplan.costmodel.disagg_tail import most_in_slots, ttft_beyond_s
@@ -181,10 +180,22 @@ def _late_s(pools: Pools, queue: Queue, demand: Demand, rate: Array) -> Array:
         found = first + 0.5 * pools.step_s + waits_s(queue, rate, steps.step_s)
         late = found - demand.mean_ttft_s
     if demand.ttft_p99_s is not None:
-        waited = waits_s(queue, rate, steps.step_s, BEYOND)
-        tail = ttft_beyond_s(first, pools.step_s, waited)
-        late = np.maximum(late, tail - demand.ttft_p99_s)
+        late = np.maximum(late, _tail_s(pools, queue, rate) - demand.ttft_p99_s)
     return np.asarray(late)
+
+
+def _tail_s(pools: Pools, queue: Queue, rate: Array) -> Array:
+    """99th percentile of TTFT of random arrivals.
+
+    How full steps are varies from one to the next: where prompts do not keep up one by one, those
+    that are late are taken to meet full ones.
+    """
+    one, full = Filled(np.ones(()), pools.one_s), Filled(pools.prompts, pools.busy_s)
+    found = (
+        ttft_beyond_s(_first_s(pools, steps, 0.0), pools.step_s, waited)
+        for steps, waited in zip((one, full), tails_s(queue, rate, pools.busy_s), strict=True)
+    )
+    return np.asarray(functools.reduce(np.minimum, found))
 
 
 def _flight(pools: Pools, queue: Queue, in_flight: float, rate: Array) -> Array:
@@ -317,11 +328,12 @@ def serve_pools(pools: Pools, demand: Demand, worth: Array | None = None) -> Ser
 def _ttft_p99_s(pools: Pools, demand: Demand, rate: Array, mean_s: Array) -> Array:
     """99th percentile of TTFT, no less than its mean; `mean_s`: of the wait."""
     queue = pools.queue
-    first, waited = _first_s(pools, filled(queue, rate), 0.0), wait_s(queue, rate)
-    if demand.in_flight is not None:
-        waited = mean_s + _closed_beyond_s(pools, demand, demand.in_flight)
+    first = _first_s(pools, filled(queue, rate), 0.0)
+    if demand.in_flight is None:
+        return np.maximum(_tail_s(pools, queue, rate), first + pools.step_s / 2.0 + mean_s)
+    waited = mean_s + _closed_beyond_s(pools, demand, demand.in_flight)
     found = ttft_beyond_s(first, pools.step_s, waited)
-    return np.maximum(found, first + mean_s)
+    return np.asarray(np.maximum(found, first + mean_s))
 
 
 def _closed_beyond_s(pools: Pools, demand: Demand, in_flight: float) -> Array:
@@ -332,5 +344,5 @@ def _closed_beyond_s(pools: Pools, demand: Demand, in_flight: float) -> Array:
     rate, queue = _prompt_rate(pools, demand), pools.queue
     prompts = pools.prefill_per_s * pools.busy_s
     most = np.ceil((in_flight - 1.0) / prompts - 1e-9) * pools.busy_s
-    late = np.minimum(wait_s(queue, rate), most)
-    return np.maximum(late - mean_wait_s(queue, rate), 0.0)
+    late = np.minimum(functools.reduce(np.minimum, tails_s(queue, rate, pools.busy_s)), most)
+    return np.asarray(np.maximum(late - mean_wait_s(queue, rate), 0.0))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -43,9 +42,8 @@ def check_out(out: Path, *, force: bool = False) -> None:
     missing = [p for p in (out, *out.resolve().parents) if not p.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=out)
-        os.close(handle)
-        os.unlink(name)
+        with tempfile.TemporaryFile(dir=out):
+            pass
         for made in missing:
             made.rmdir()
     except OSError as error:

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.costmodel.disagg_queue import Queue, mean_wait_s, wait_s
+from shardplan.costmodel.disagg_queue import Queue, mean_wait_s, tails_s
 from shardplan.costmodel.disagg_serve import Demand, Pools, serve_pools
 from shardplan.costmodel.disagg_tail import most_in_slots, slots_for
+from shardplan.costmodel.kernels.base import Array
 
 COUNTS = st.integers(1, 60)
 SHARES = st.floats(0.05, 0.98)
@@ -28,6 +29,11 @@ def _of(instances: int, prompts: int, step_s: float) -> Queue:
     one_s = step_s if prompts == 1 else step_s / 2.0
     count, most = float(instances), instances * prompts / step_s
     return Queue.of(*(np.asarray(one) for one in (count, most, step_s, one_s, float(prompts))))
+
+
+def _late(queue: Queue, rate: Array) -> tuple[float, float]:
+    one, full = tails_s(queue, rate, queue.one_s + (queue.prompts - 1.0) * queue.more_s)
+    return float(one), float(full)
 
 
 def _simulated(instances: int, used: float) -> tuple[float, float]:
@@ -48,7 +54,7 @@ def test_the_wait_is_that_of_a_simulated_queue(instances: int, used: float) -> N
     """Within a fifth of the wait, and a tenth of a step."""
     queue, rate = _queue(instances, 1), np.asarray(used * instances / 0.2)
     mean, late = _simulated(instances, used)
-    assert float(wait_s(queue, rate)) == pytest.approx(late, rel=0.2, abs=0.02)
+    assert float(tails_s(queue, rate, np.asarray(0.2))[0]) == pytest.approx(late, rel=0.2, abs=0.02)
     assert float(mean_wait_s(queue, rate)) == pytest.approx(mean, rel=0.2, abs=0.02)
 
 
@@ -60,8 +66,9 @@ def test_what_is_better_waits_no_longer(
     queue = _queue(instances, prompts)
     rate = used * queue.prompts_per_s
     for other in (_queue(instances + 1, prompts), _of(instances, prompts, 0.2 / better)):
-        for wait in (wait_s, mean_wait_s):
-            assert float(wait(other, rate)) <= float(wait(queue, rate)) * (1.0 + 1e-9)
+        assert float(mean_wait_s(other, rate)) <= float(mean_wait_s(queue, rate)) * (1.0 + 1e-9)
+        for late, before in zip(_late(other, rate), _late(queue, rate), strict=True):
+            assert late <= before * (1.0 + 1e-9)
 
 
 @given(st.floats(1e-3, 1e6))

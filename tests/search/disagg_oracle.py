@@ -231,7 +231,9 @@ def _deployment(
     others = 1.0 if in_flight is None else (in_flight - 1) / in_flight
 
     def first(rate: float, share: float) -> float:
-        prompts = queue.prompts(rate)
+        return passed(queue.prompts(rate), share)
+
+    def passed(prompts: float, share: float) -> float:
         sent = prompts * other.request_bytes / (p.tp * p.pp * p.cp)
         taken = other.request_bytes / (d.tp * d.pp * d.cp)
         service = one.service_s * queue.step_s(prompts) / one.busy_s
@@ -242,7 +244,11 @@ def _deployment(
         return first(rate, others) + others * queue.wait_s(rate)
 
     def late_at(rate: float) -> float:
-        return late(first(rate, 0), other.step_s, queue.wait_s(rate, 0.01))
+        one, full = queue.tails_s(rate, 0.01)
+        return min(
+            late(passed(1.0, 0), other.step_s, one),
+            late(passed(float(queue.held), 0), other.step_s, full),
+        )
 
     decoded = y * other.rate
     most = queue.most
@@ -272,7 +278,8 @@ def _deployment(
         return None
     if tail is not None and in_flight is not None:
         steps = math.ceil((in_flight - 1) / (x * p.dp * one.prompts) - 1e-9)
-        beyond = min(queue.wait_s(prompts, 0.01), steps * one.busy_s) - queue.wait_s(prompts)
+        longest = min(*queue.tails_s(prompts, 0.01), steps * one.busy_s)
+        beyond = longest - queue.wait_s(prompts)
         found = late(first(rate, 0), other.step_s, wait + max(beyond, 0.0))
         if max(found, first(rate, 0) + wait) > tail * (1 + 4e-9):
             return None

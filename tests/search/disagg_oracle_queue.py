@@ -41,22 +41,26 @@ class Prompts:
         share = (prompts - 1) / max(self.held - 1, 1)
         return self.one_s + share * (self.full_s - self.one_s)
 
-    def wait_s(self, rate: float, beyond: float | None = None) -> float:
-        """The mean, or what all but a share wait at most: in turn, or for the running step and then
-        together."""
+    def wait_s(self, rate: float) -> float:
+        """The mean: in turn, or for the running step and then together."""
+        runs = self.step_s(self.prompts(rate)) / 2
+        return min(self._of(rate, self.count / self.one_s), runs + self._of(rate, self.most))
 
-        def of(capacity: float) -> float:
-            used = rate / capacity
-            if used >= 1.0:
-                return math.inf
-            share = math.exp(math.log(max(used, 1e-300)) * (math.sqrt(2 * self.count + 2) - 1))
-            each = 1 / (2 * capacity * (1 - used))
-            if beyond is None:
-                return share * each
-            return math.log(max(share / beyond, 1.0)) * each
+    def tails_s(self, rate: float, beyond: float) -> tuple[float, float]:
+        """What all but a share wait at most: in turn, or for a full step and then together."""
+        alone = self._of(rate, self.count / self.one_s, beyond)
+        return alone, self.full_s + self._of(rate, self.most, beyond)
 
-        runs = self.step_s(self.prompts(rate)) * (0.5 if beyond is None else 1.0)
-        return min(of(self.count / self.one_s), runs + of(self.most))
+    def _of(self, rate: float, capacity: float, beyond: float | None = None) -> float:
+        """One way to see the queue."""
+        used = rate / capacity
+        if used >= 1.0:
+            return math.inf
+        share = math.exp(math.log(max(used, 1e-300)) * (math.sqrt(2 * self.count + 2) - 1))
+        each = 1 / (2 * capacity * (1 - used))
+        if beyond is None:
+            return share * each
+        return math.log(max(share / beyond, 1.0)) * each
 
 
 def largest(most: float, able: Callable[[float], bool]) -> float:

@@ -21,7 +21,7 @@ _CASES = (
 @pytest.mark.slow
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def test_what_is_promised_is_simulated(case: tuple[str, str, int, int, float, float]) -> None:
-    """TTFT p99 within a tenth of its limit or below, TPOT p99 below its own, throughput 5 %."""
+    """TTFT p99 at most an eighth above its limit, TPOT p99 below its own, throughput 5 %."""
     model, engine, prompt, output, ttft_ms, tpot_ms = case
     plan = search(
         model,
@@ -41,7 +41,7 @@ def test_what_is_promised_is_simulated(case: tuple[str, str, int, int, float, fl
         count=8000,
     )
     found = simulate_plan(plan, demand, warmup=800).recorder.figures()
-    assert found["ttft_s"]["p99"] <= 1.1 * ttft_ms / 1e3
+    assert found["ttft_s"]["p99"] <= 1.125 * ttft_ms / 1e3
     assert found["tpot_s"]["p99"] <= tpot_ms / 1e3
     told = plan.performance.output_tokens_per_s
     assert found["output_tokens_per_s"] == pytest.approx(told, rel=0.05)

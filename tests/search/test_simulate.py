@@ -138,7 +138,7 @@ def test_pools_serve_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> N
     found = told(capsys, POOLS, "--rate", rate, "--num-prompts", "20000")
     assert found["saturated"] is None
     assert found["tpot_s"]["mean"] <= plan.performance.tpot_s
-    assert found["deployment"]["prefill"]["engines"] == 16
+    assert found["deployment"]["prefill"]["engines"] == 15
 
 
 def test_a_workload_is_described_without_a_plan(
