@@ -45,7 +45,7 @@ __all__ = [
     "filled",
     "largest_share",
     "mean_wait_s",
-    "tails_s",
+    "waits_in",
     "waits_s",
 ]
 
@@ -150,16 +150,16 @@ def mean_wait_s(queue: Queue, rate: Array) -> Array:
     return waits_s(queue, rate, filled(queue, rate).step_s)
 
 
-def tails_s(
-    queue: Queue, rate: Array, busy_s: Array, beyond: float = BEYOND
+def waits_in(
+    queue: Queue, rate: Array, busy_s: Array, beyond: float | None = None
 ) -> tuple[Array, Array]:
-    """Seconds that all but a share `beyond` of the prompts wait at most.
+    """Mean seconds that prompts wait, or what all but a share `beyond` wait at most.
 
-    In steps of one a group, and in full ones, which take `busy_s`.
+    In steps of one a group, and in full ones, which take `busy_s`. inf at and above capacity.
     """
     singly = _longer(_line(queue, rate, queue.singly_per_s), beyond)
     shared = _longer(_line(queue, rate, queue.prompts_per_s), beyond)
-    return singly, busy_s + shared
+    return singly, (0.5 if beyond is None else 1.0) * busy_s + shared
 
 
 class _Bracket(NamedTuple):

@@ -1,12 +1,16 @@
 """What x prefill and y decode instances serve together.
 
 The times of instances are those of `disagg`: busy, service, t, n t; M = x mu_P. A request waits for
-its prompt's turn (`disagg_queue`: wait, T) and, where others decode, for their step to end; at a
-rate R
+its prompt's turn (`disagg_queue`: w, T_1, T_n) and, where others decode, for their step to end; at
+a rate R, with m prompts a group in steps of T
 
-    A(R) = service T / busy + X + t (1 + f / 2)
-    TTFT = f wait(R) + A(R)     TPOT = n t / (O - 1)     latency = TTFT + n t
-    rate = min(prompts, y mu_D, mu_X)
+    A(T, m) = service T / busy + X(m) + t (1 + f / 2)
+    TTFT    = min(A(T_1, 1) + f w(x / T_1), A(T_n, n) + f (T_n / 2 + w(M)))
+    TPOT    = n t / (O - 1)     latency = TTFT + n t
+    rate    = min(prompts, y mu_D, mu_X)
+
+That is the safe side: steps between one prompt and all are those of smaller ones, which the search
+has too, and what requests see at a rate is told by `disagg_run`.
 
   open      f = 1; prompts: the largest R that keeps the limits on TTFT; without one a stated share
             of M
@@ -33,15 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardplan.costmodel.disagg import unbounded_utilisation
-from shardplan.costmodel.disagg_queue import (
-    Filled,
-    Queue,
-    filled,
-    largest_share,
-    mean_wait_s,
-    tails_s,
-    waits_s,
-)
+from shardplan.costmodel.disagg_queue import BEYOND, Filled, Queue, largest_share, waits_in
 from shardplan.costmodel.disagg_tail import most_in_slots, ttft_beyond_s
 from shardplan.costmodel.kernels.base import Array
 
@@ -172,38 +168,63 @@ def _first_s(pools: Pools, steps: Filled, others: float) -> Array:
     return np.asarray(service_s + transfer_s + (1.0 + others / 2.0) * pools.step_s)
 
 
+def _both(pools: Pools) -> tuple[Filled, Filled]:
+    """Steps with one prompt a group, and full ones."""
+    return Filled(np.ones(()), pools.one_s), Filled(pools.prompts, pools.busy_s)
+
+
+class _Mean(NamedTuple):
+    """Seconds of both ways to see the queue."""
+
+    first_s: tuple[Array, Array]
+    wait_s: tuple[Array, Array]
+
+    @classmethod
+    def of(cls, pools: Pools, queue: Queue, rate: Array, others: float) -> _Mean:
+        """At a rate; `others`: f."""
+        one, full = (_first_s(pools, steps, others) for steps in _both(pools))
+        if not others:
+            return cls((one, full), (np.zeros(()), np.zeros(())))
+        waits = waits_in(queue, rate, pools.busy_s)
+        return cls((one, full), (others * waits[0], others * waits[1]))
+
+    @property
+    def ttft_s(self) -> Array:
+        """The lesser."""
+        return np.minimum(*(a + b for a, b in zip(self.first_s, self.wait_s, strict=True)))
+
+    @property
+    def singly(self) -> NDArray[np.bool_]:
+        """Whether that is of steps with one prompt."""
+        one, full = (a + b for a, b in zip(self.first_s, self.wait_s, strict=True))
+        return np.asarray(one <= full)
+
+
 def _late_s(pools: Pools, queue: Queue, demand: Demand, rate: Array) -> Array:
     """By how much random arrivals at a rate break the limits on TTFT; below 0 where they do not."""
-    late, steps = np.asarray(-np.inf), filled(queue, rate)
-    first = _first_s(pools, steps, 0.0)
+    late = np.asarray(-np.inf)
     if demand.mean_ttft_s is not None:
-        found = first + 0.5 * pools.step_s + waits_s(queue, rate, steps.step_s)
-        late = found - demand.mean_ttft_s
+        late = _Mean.of(pools, queue, rate, 1.0).ttft_s - demand.mean_ttft_s
     if demand.ttft_p99_s is not None:
         late = np.maximum(late, _tail_s(pools, queue, rate) - demand.ttft_p99_s)
     return np.asarray(late)
 
 
 def _tail_s(pools: Pools, queue: Queue, rate: Array) -> Array:
-    """99th percentile of TTFT of random arrivals.
-
-    How full steps are varies from one to the next: where prompts do not keep up one by one, those
-    that are late are taken to meet full ones.
-    """
-    one, full = Filled(np.ones(()), pools.one_s), Filled(pools.prompts, pools.busy_s)
+    """99th percentile of TTFT of random arrivals."""
     found = (
         ttft_beyond_s(_first_s(pools, steps, 0.0), pools.step_s, waited)
-        for steps, waited in zip((one, full), tails_s(queue, rate, pools.busy_s), strict=True)
+        for steps, waited in zip(
+            _both(pools), waits_in(queue, rate, pools.busy_s, BEYOND), strict=True
+        )
     )
     return np.asarray(functools.reduce(np.minimum, found))
 
 
 def _flight(pools: Pools, queue: Queue, in_flight: float, rate: Array) -> Array:
     """Requests in flight at a rate, of a population of so many, beyond these."""
-    others, steps = (in_flight - 1.0) / in_flight, filled(queue, rate)
-    latency = _first_s(pools, steps, others) + pools.later_s
-    if others:
-        latency = latency + others * waits_s(queue, rate, steps.step_s)
+    others = (in_flight - 1.0) / in_flight
+    latency = _Mean.of(pools, queue, rate, others).ttft_s + pools.later_s
     return np.asarray(rate * latency - in_flight)
 
 
@@ -302,38 +323,44 @@ def serve_pools(pools: Pools, demand: Demand, worth: Array | None = None) -> Ser
         bound = np.where(limit < rate, index, bound)
         rate = np.minimum(rate, limit)
     others, queue = 1.0, pools.queue
-    steps = filled(queue, rate)
     if demand.in_flight is not None:
         others = (demand.in_flight - 1.0) / demand.in_flight
-    first = _first_s(pools, steps, others)
+    mean = _Mean.of(pools, queue, rate, others)
+    singly = mean.singly
+    first, wait = (np.where(singly, *ways) for ways in (mean.first_s, mean.wait_s))
     if demand.in_flight is not None:
         with np.errstate(divide="ignore"):
             wait = np.maximum(demand.in_flight / rate - pools.later_s - first, 0.0)
-    else:
-        wait = waits_s(queue, rate, steps.step_s)
     late = None
     if demand.ttft_p99_s is not None:
-        late = _ttft_p99_s(pools, demand, rate, wait)
+        late = _ttft_p99_s(pools, demand, rate, wait, first)
     return Service(
         requests_per_s=rate,
         ttft_s=wait + first,
         end_to_end_s=wait + first + pools.later_s,
         wait_s=wait,
-        passed=_passed(pools, steps),
+        passed=_picked(singly, *(_passed(pools, steps) for steps in _both(pools))),
         bound=bound,
         ttft_p99_s=late,
     )
 
 
-def _ttft_p99_s(pools: Pools, demand: Demand, rate: Array, mean_s: Array) -> Array:
-    """99th percentile of TTFT, no less than its mean; `mean_s`: of the wait."""
-    queue = pools.queue
-    first = _first_s(pools, filled(queue, rate), 0.0)
+def _picked(singly: NDArray[np.bool_], one: Passed, full: Passed) -> Passed:
+    return Passed(
+        np.where(singly, one.service_s, full.service_s),
+        np.where(singly, one.transfer_s, full.transfer_s),
+    )
+
+
+def _ttft_p99_s(pools: Pools, demand: Demand, rate: Array, wait_s: Array, first_s: Array) -> Array:
+    """99th percentile of TTFT, no less than its mean, whose parts are told."""
     if demand.in_flight is None:
-        return np.maximum(_tail_s(pools, queue, rate), first + pools.step_s / 2.0 + mean_s)
-    waited = mean_s + _closed_beyond_s(pools, demand, demand.in_flight)
-    found = ttft_beyond_s(first, pools.step_s, waited)
-    return np.asarray(np.maximum(found, first + mean_s))
+        return np.maximum(_tail_s(pools, pools.queue, rate), first_s + wait_s)
+    others = (demand.in_flight - 1.0) / demand.in_flight
+    waited = wait_s + _closed_beyond_s(pools, demand, demand.in_flight)
+    alone = first_s - others / 2.0 * pools.step_s
+    found = ttft_beyond_s(alone, pools.step_s, waited)
+    return np.asarray(np.maximum(found, first_s + wait_s))
 
 
 def _closed_beyond_s(pools: Pools, demand: Demand, in_flight: float) -> Array:
@@ -344,5 +371,8 @@ def _closed_beyond_s(pools: Pools, demand: Demand, in_flight: float) -> Array:
     rate, queue = _prompt_rate(pools, demand), pools.queue
     prompts = pools.prefill_per_s * pools.busy_s
     most = np.ceil((in_flight - 1.0) / prompts - 1e-9) * pools.busy_s
-    late = np.minimum(functools.reduce(np.minimum, tails_s(queue, rate, pools.busy_s)), most)
-    return np.asarray(np.maximum(late - mean_wait_s(queue, rate), 0.0))
+    late, mean = (
+        functools.reduce(np.minimum, waits_in(queue, rate, pools.busy_s, beyond))
+        for beyond in (BEYOND, None)
+    )
+    return np.asarray(np.maximum(np.minimum(late, most) - mean, 0.0))

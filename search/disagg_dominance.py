@@ -41,11 +41,10 @@ _SLACK = 1.0 + 1e-6
 """Bounds are wide by this, so that rounding rules nothing out."""
 
 COSTS: Mapping[str, tuple[str, ...]] = {
-    "prefill": ("slow_s", "busy_s", "one_s", "service_s", "alone_s", "late_s", "sent"),
+    "prefill": ("slow_s", "busy_s", "one_s", "service_s", "alone_s", "sent", "sent_all"),
     "decode": ("slow_s", "step_s", "later_s", "bytes", "received"),
 }
-"""What is better the less it is, by role; slow_s: cards over requests a second, late_s: cards and
-seconds in the pipeline over prompts of a step."""
+"""What is better the less it is, by role; slow_s: cards over requests a second."""
 
 
 @dataclass(frozen=True, slots=True)

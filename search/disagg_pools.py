@@ -286,9 +286,9 @@ def cost_columns(
             "one_s": share * times.busy_s,
             "service_s": times.service_s,
             "alone_s": share * times.service_s,
-            "late_s": cards * times.service_s / (par.dp * prompts),
             "prompts": prompts,
             "sent": np.asarray(1.0 / rank),
+            "sent_all": prompts / rank,
         }
     else:
         found = decode_times(

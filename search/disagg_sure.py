@@ -43,7 +43,6 @@ _TIMES = (
     "busy_s",
     "one_s",
     "alone_s",
-    "late_s",
     "service_s",
     "step_s",
     "later_s",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from shardplan.costmodel.catalog import load_cluster
 from shardplan.costmodel.disagg import link_between, step_prompts, unbounded_utilisation
+from shardplan.costmodel.disagg_queue import filled
 from shardplan.costmodel.disagg_serve import BOUNDS, Demand, Pools, Service, serve_pools
 from shardplan.models.errors import InputError
 
@@ -134,14 +135,25 @@ def test_a_transfer_takes_the_busier_end() -> None:
 
 def test_steps_are_as_full_as_prompts_come() -> None:
     """Four prompts in 0.1 s, one in 0.04: 20 a second find 1 in a step, 36 find 18/7."""
+    full = {"prefill_per_s": 40.0, "one_s": 0.04, "prompts": 4.0}
+    slow, fast = (filled(_pools(**full).queue, np.asarray(rate)) for rate in (20.0, 36.0))
+    assert (float(slow.prompts), float(slow.step_s)) == pytest.approx((1.0, 0.04))
+    step_s = 0.04 + 0.02 * 11 / 7
+    assert (float(fast.prompts), float(fast.step_s)) == pytest.approx((18 / 7, step_s))
+    assert step_s * 36 == pytest.approx(18 / 7)
+
+
+def test_the_search_takes_steps_of_one_prompt_or_full_ones() -> None:
+    """20 a second are kept up with one by one, 36 are not."""
     full = {"prefill_per_s": 40.0, "one_s": 0.04, "prompts": 4.0, "decode_per_s": 1e3}
     slow = _served(Demand(offered_per_s=20.0), **full)
     assert float(slow.passed.service_s) == pytest.approx(0.2 * 0.4)
+    assert float(slow.passed.transfer_s) == pytest.approx(0.002 + 0.008)
+    assert float(slow.wait_s) == pytest.approx(0.8 * 0.04 / (2 * 0.2))
     fast = _served(Demand(offered_per_s=36.0), **full)
-    step_s = 0.04 + 0.02 * 11 / 7
-    assert step_s * 36 == pytest.approx(18 / 7)
-    assert float(fast.passed.service_s) == pytest.approx(0.2 * step_s / 0.1)
-    assert float(fast.passed.transfer_s) == pytest.approx(0.002 + 0.008 * 18 / 7)
+    assert float(fast.passed.service_s) == pytest.approx(0.2)
+    assert float(fast.passed.transfer_s) == pytest.approx(0.002 + 4 * 0.008)
+    assert float(fast.wait_s) == pytest.approx(0.05 + 0.9 / (2 * 40.0 * 0.1))
 
 
 def test_several_instances_share_a_queue() -> None:

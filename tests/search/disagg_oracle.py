@@ -230,25 +230,28 @@ def _deployment(
         in_flight = 1
     others = 1.0 if in_flight is None else (in_flight - 1) / in_flight
 
-    def first(rate: float, share: float) -> float:
-        return passed(queue.prompts(rate), share)
-
-    def passed(prompts: float, share: float) -> float:
+    def first(full: bool, share: float) -> float:
+        prompts = one.prompts if full else 1
         sent = prompts * other.request_bytes / (p.tp * p.pp * p.cp)
         taken = other.request_bytes / (d.tp * d.pp * d.cp)
-        service = one.service_s * queue.step_s(prompts) / one.busy_s
+        service = one.service_s if full else one.service_s * one.one_s / one.busy_s
         moved = link.latency_s + max(sent, taken) / link.bytes_per_s
         return service + moved + other.step_s * (1 + share / 2)
 
+    def ways(rate: float) -> list[tuple[float, float]]:
+        """(all but the wait, the wait) in steps of one prompt, and in full ones."""
+        waits = queue.waits_s(rate)
+        return [
+            (first(bool(at), others), others * wait if others else 0.0)
+            for at, wait in enumerate(waits)
+        ]
+
     def mean(rate: float) -> float:
-        return first(rate, others) + others * queue.wait_s(rate)
+        return min(sum(way) for way in ways(rate))
 
     def late_at(rate: float) -> float:
-        one, full = queue.tails_s(rate, 0.01)
-        return min(
-            late(passed(1.0, 0), other.step_s, one),
-            late(passed(float(queue.held), 0), other.step_s, full),
-        )
+        waits = queue.waits_s(rate, 0.01)
+        return min(late(first(bool(at), 0), other.step_s, wait) for at, wait in enumerate(waits))
 
     decoded = y * other.rate
     most = queue.most
@@ -271,17 +274,19 @@ def _deployment(
         rate = min(rate, work.request_rate)
     if rate <= 0 or rate * (1 + 4e-9) < (work.request_rate or 0.0):
         return None
-    ttft = first(rate, others)
-    wait = queue.wait_s(rate) if in_flight is None else max(in_flight / rate - later - ttft, 0.0)
-    ttft += wait
+    alone, wait = min(ways(rate), key=sum)
+    if in_flight is not None:
+        wait = max(in_flight / rate - later - alone, 0.0)
+    ttft = alone + wait
     if limits.ttft_s is not None and ttft > limits.ttft_s * (1 + 4e-9):
         return None
     if tail is not None and in_flight is not None:
         steps = math.ceil((in_flight - 1) / (x * p.dp * one.prompts) - 1e-9)
-        longest = min(*queue.tails_s(prompts, 0.01), steps * one.busy_s)
-        beyond = longest - queue.wait_s(prompts)
-        found = late(first(rate, 0), other.step_s, wait + max(beyond, 0.0))
-        if max(found, first(rate, 0) + wait) > tail * (1 + 4e-9):
+        longest = min(*queue.waits_s(prompts, 0.01), steps * one.busy_s)
+        beyond = longest - min(queue.waits_s(prompts))
+        least = alone - other.step_s * others / 2
+        found = late(least, other.step_s, wait + max(beyond, 0.0))
+        if max(found, ttft) > tail * (1 + 4e-9):
             return None
     if limits.tpot_p99_s is not None and other.tpot_s > limits.tpot_p99_s:
         return None

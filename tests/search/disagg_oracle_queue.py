@@ -28,28 +28,12 @@ class Prompts:
         """Prompts a second."""
         return self.count * self.groups * self.held / self.full_s
 
-    def prompts(self, rate: float) -> float:
-        """Of a group in a step: those that come while one runs, m = r (T_1 + (m - 1) more)."""
-        each = rate / self.count / self.groups
-        more = (self.full_s - self.one_s) / max(self.held - 1, 1)
-        if each * more >= 1.0:
-            return float(self.held)
-        return min(max(each * (self.one_s - more) / (1 - each * more), 1.0), float(self.held))
-
-    def step_s(self, prompts: float) -> float:
-        """On a line between one prompt and all."""
-        share = (prompts - 1) / max(self.held - 1, 1)
-        return self.one_s + share * (self.full_s - self.one_s)
-
-    def wait_s(self, rate: float) -> float:
-        """The mean: in turn, or for the running step and then together."""
-        runs = self.step_s(self.prompts(rate)) / 2
-        return min(self._of(rate, self.count / self.one_s), runs + self._of(rate, self.most))
-
-    def tails_s(self, rate: float, beyond: float) -> tuple[float, float]:
-        """What all but a share wait at most: in turn, or for a full step and then together."""
+    def waits_s(self, rate: float, beyond: float | None = None) -> tuple[float, float]:
+        """The mean, or what all but a share wait at most: in turn, or for a full step and then
+        together."""
         alone = self._of(rate, self.count / self.one_s, beyond)
-        return alone, self.full_s + self._of(rate, self.most, beyond)
+        runs = self.full_s * (0.5 if beyond is None else 1.0)
+        return alone, runs + self._of(rate, self.most, beyond)
 
     def _of(self, rate: float, capacity: float, beyond: float | None = None) -> float:
         """One way to see the queue."""
