@@ -17,7 +17,7 @@ from rich.console import Console
 from tests.search.disagg_cases import disagg_cases
 
 import shardplan
-from shardplan.costmodel.cost_groups import HOST, IN_NODE, TRANSFER, ScaledModel
+from shardplan.costmodel.cost_groups import HOST, TRANSFER, ScaledModel
 from shardplan.costmodel.load import Parts
 from shardplan.search.disagg import DisaggOutcome, search_disagg
 from shardplan.search.disagg_contenders import LIMITS, PairContender, pair_contenders
