@@ -44,9 +44,7 @@ __all__ = [
     "Queue",
     "filled",
     "largest_share",
-    "mean_wait_s",
     "waits_in",
-    "waits_s",
 ]
 
 BEYOND = 0.01
@@ -136,18 +134,6 @@ def _longer(one: _Line, beyond: float | None) -> Array:
         return np.asarray(np.exp(np.minimum(one.logs, 0.0)) * one.each_s)
     found = np.maximum(one.logs - math.log(beyond), 0.0)
     return np.where(found > 0.0, found, 0.0) * np.where(found > 0.0, one.each_s, 0.0)
-
-
-def waits_s(queue: Queue, rate: Array, step_s: Array) -> Array:
-    """Mean seconds that prompts wait at a rate; `step_s`: T there. inf at and above capacity."""
-    singly = _longer(_line(queue, rate, queue.singly_per_s), None)
-    shared = _longer(_line(queue, rate, queue.prompts_per_s), None)
-    return np.minimum(singly, 0.5 * step_s + shared)
-
-
-def mean_wait_s(queue: Queue, rate: Array) -> Array:
-    """Mean seconds that prompts wait at a rate; inf at and above capacity."""
-    return waits_s(queue, rate, filled(queue, rate).step_s)
 
 
 def waits_in(

@@ -24,17 +24,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardplan.costmodel.disagg_queue import Queue, filled, waits_s
-from shardplan.costmodel.disagg_serve import Pools
+from shardplan.costmodel.disagg_queue import Queue, filled, waits_in
+from shardplan.costmodel.disagg_serve import Pools, passed
 from shardplan.costmodel.first_token import Values, even, percentiles
 from shardplan.costmodel.kernels.base import Array
 from shardplan.costmodel.occupancy import Occupancy, occupancy
+from shardplan.costmodel.run_spread import NORMAL, OWN
 
 __all__ = ["DecodeSteps", "PoolsRun", "run_pools"]
 
-_NORMAL = (0.0, 1.2816, 2.326)
-"""Quantiles of a normal distribution: 50, 90, 99 %."""
-_OWN = 2.0 / 3.0
 _PARTS = 24
 _TURNS = 60
 
@@ -100,17 +98,15 @@ def run_pools(pools: Pools, steps: DecodeSteps, rate: float) -> PoolsRun:
     runs = 1.0 - np.exp(-held * steps.groups / steps.instances)
     queue = pools.queue
     found = filled(queue, np.asarray(rate))
-    sent = np.maximum(found.prompts * pools.sent_s, pools.received_s)
-    base = pools.service_s * (found.step_s / pools.busy_s) + pools.setup_s + sent + step_s
-    slot = _exponential(float(full.waiting[0]), float(full.wait_s[0]))
+    base = sum(passed(pools, found)) + step_s
     parts = (
         *_turns(queue, rate, float(found.step_s)),
-        slot,
+        _exponential(float(full.waiting[0]), float(full.wait_s[0])),
         _evenly(float(runs), step_s),
     )
     ttft = _summed(float(np.max(base)), parts)
-    deviation = spread * np.sqrt(_OWN * held * steps.groups) / steps.groups
-    tpot = [steps.per_token * (step_s + quantile * deviation) for quantile in _NORMAL]
+    deviation = spread * np.sqrt(OWN * held * steps.groups) / steps.groups
+    tpot = [steps.per_token * (step_s + quantile * deviation) for quantile in NORMAL]
     later_s = (steps.passes - 1.0) * step_s
     mean, end = float(ttft.mean[0]), float(ttft.mean[0]) + later_s
     p50, p90, p99 = (float(one[0]) for one in percentiles(ttft))
@@ -124,15 +120,10 @@ def run_pools(pools: Pools, steps: DecodeSteps, rate: float) -> PoolsRun:
 
 def _turns(queue: Queue, rate: float, step_s: float) -> tuple[Values, ...]:
     """What prompts wait for their turn: the lesser of both ways to see the queue."""
-    at, step = np.asarray(rate), np.asarray(step_s)
-    singly = rate < float(queue.singly_per_s)
-    mean = float(waits_s(queue, at, step))
-    capacity = float(queue.prompts_per_s)
-    if singly:
-        alone = _waiting(queue, rate, float(queue.singly_per_s))
-        if float(alone.mean[0]) <= mean * (1.0 + 1e-9):
-            return (alone,)
-    return _waiting(queue, rate, capacity), _evenly(1.0, step_s)
+    singly, shared = waits_in(queue, np.asarray(rate), np.asarray(step_s))
+    if singly <= shared:
+        return (_waiting(queue, rate, float(queue.singly_per_s)),)
+    return _waiting(queue, rate, float(queue.prompts_per_s)), _evenly(1.0, step_s)
 
 
 def _waiting(queue: Queue, rate: float, capacity: float) -> Values:

@@ -48,6 +48,7 @@ __all__ = [
     "Pools",
     "Service",
     "allowed_beside",
+    "passed",
     "prompts_bind",
     "serve_pools",
 ]
@@ -156,7 +157,7 @@ class Service:
     """Where it is limited."""
 
 
-def _passed(pools: Pools, steps: Filled) -> Passed:
+def passed(pools: Pools, steps: Filled) -> Passed:
     """What a prompt takes in steps that are so full."""
     sent = np.maximum(steps.prompts * pools.sent_s, pools.received_s)
     return Passed(pools.service_s * (steps.step_s / pools.busy_s), pools.setup_s + sent)
@@ -164,7 +165,7 @@ def _passed(pools: Pools, steps: Filled) -> Passed:
 
 def _first_s(pools: Pools, steps: Filled, others: float) -> Array:
     """TTFT but for the wait for a prompt's turn (A); `others`: f."""
-    service_s, transfer_s = _passed(pools, steps)
+    service_s, transfer_s = passed(pools, steps)
     return np.asarray(service_s + transfer_s + (1.0 + others / 2.0) * pools.step_s)
 
 
@@ -339,7 +340,7 @@ def serve_pools(pools: Pools, demand: Demand, worth: Array | None = None) -> Ser
         ttft_s=wait + first,
         end_to_end_s=wait + first + pools.later_s,
         wait_s=wait,
-        passed=_picked(singly, *(_passed(pools, steps) for steps in _both(pools))),
+        passed=_picked(singly, *(passed(pools, steps) for steps in _both(pools))),
         bound=bound,
         ttft_p99_s=late,
     )

@@ -46,12 +46,22 @@ from shardplan.costmodel.run_slots import AtRate, Slots
 from shardplan.costmodel.serving import Serving, ServingInput
 from shardplan.costmodel.steps import mix_of, step_seconds
 
-__all__ = ["LATE", "Spread", "closed_tpot_p99_s", "outside_s", "tpot_spread", "ttft_spread"]
+__all__ = [
+    "LATE",
+    "NORMAL",
+    "OWN",
+    "Spread",
+    "closed_tpot_p99_s",
+    "outside_s",
+    "tpot_spread",
+    "ttft_spread",
+]
 
 LATE = 2.326
-_Z = (0.0, 1.2816, LATE)
+NORMAL = (0.0, 1.2816, LATE)
 """Quantiles of a normal distribution: 50, 90, 99 %."""
-_OWN = 2.0 / 3.0
+OWN = 2.0 / 3.0
+"""Variance of a request's own mean of the number in flight over that of the number."""
 _WIDTHS = (3, 5, 8, STATES)
 
 
@@ -239,7 +249,7 @@ def tpot_spread(
     served = slots.served
     spare = most - slots.used
     slope = np.where(spare > 0.0, (full.tpot_s - served.tpot_s) / np.maximum(spare, 1e-9), 0.0)
-    crowd = np.maximum(slope, 0.0) ** 2 * _OWN * variance
+    crowd = np.maximum(slope, 0.0) ** 2 * OWN * variance
     met = _Met(
         served.tpot_s,
         served.decode_step_s,
@@ -247,7 +257,9 @@ def tpot_spread(
         served.prefill_s,
         served.mixed_share,
     )
-    return Spread.of(served.tpot_s, tuple(_tpot_at(z, model, case.given, met, crowd) for z in _Z))
+    return Spread.of(
+        served.tpot_s, tuple(_tpot_at(z, model, case.given, met, crowd) for z in NORMAL)
+    )
 
 
 def closed_tpot_p99_s(model: Pricer, given: ServingInput, timed: Timed) -> Array:

@@ -19,7 +19,6 @@ from shardplan.search.space import Choice
 
 __all__ = ["decode_steps", "pools_at_rate", "pools_of"]
 
-_NAMES = ("mean_s", "p50_s", "p90_s", "p99_s")
 _SIZES = 24
 """Numbers of sequences that decode steps are priced at."""
 
@@ -78,6 +77,10 @@ def decode_steps(side: Side, decode: Pool) -> DecodeSteps:
     )
 
 
+def _spread(seconds: tuple[float, float, float, float]) -> SpreadTimes:
+    return SpreadTimes(**dict(zip(SpreadTimes.model_fields, seconds, strict=True)))
+
+
 def pools_at_rate(side: Side, plan: Plan) -> Plan:
     """The plan with what requests see at the asked rate, where one is; `side`: of decode."""
     rate, pools = plan.request.workload.request_rate, pools_of(plan)
@@ -90,7 +93,7 @@ def pools_at_rate(side: Side, plan: Plan) -> Plan:
         used=max(rate / float(most) for most in (pools.prefill_per_s, pools.decode_per_s)),
         concurrency=run.in_flight,
         end_to_end_s=run.end_to_end_s,
-        ttft=SpreadTimes(**dict(zip(_NAMES, run.ttft_s, strict=True))),
-        tpot=SpreadTimes(**dict(zip(_NAMES, run.tpot_s, strict=True))),
+        ttft=_spread(run.ttft_s),
+        tpot=_spread(run.tpot_s),
     )
     return plan.model_copy(update={"at_rate": found})

@@ -30,7 +30,7 @@ from shardplan.search.disagg_question import (
 )
 from shardplan.search.kept import pareto_mask
 
-__all__ = ["Combination", "DisaggTally", "combine", "described"]
+__all__ = ["Combination", "combine", "described"]
 
 _SLACK = 1e-9
 _TOGETHER = 20_000

@@ -222,11 +222,8 @@ class Judge:
         place = np.concatenate([np.arange(far.size) for _, far in self.missing] or [grid])
         order, size, best, found = np.argsort(least, kind="stable"), _FIRST, math.inf, None
         while order.size and least[order[0]] < best and not (found and self.late):
-            asked = [
-                (at, place[now[grid[now] == at]])
-                for now in [order[:size]]
-                for at in np.unique(grid[now]).tolist()
-            ]
+            now = order[:size]
+            asked = [(at, place[now[grid[now] == at]]) for at in np.unique(grid[now]).tolist()]
             sights = [_some(self.missing[at][0], places) for at, places in asked]
             for sight, columns in zip(sights, seen(sights), strict=True):
                 told = missed(sight.scorer.question, columns)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardplan.costmodel.disagg_queue import Queue, mean_wait_s, waits_in
+from shardplan.costmodel.disagg_queue import Queue, filled, waits_in
 from shardplan.costmodel.disagg_serve import Demand, Pools, serve_pools
 from shardplan.costmodel.disagg_tail import most_in_slots, slots_for
 from shardplan.costmodel.kernels.base import Array
@@ -29,6 +29,11 @@ def _of(instances: int, prompts: int, step_s: float) -> Queue:
     one_s = step_s if prompts == 1 else step_s / 2.0
     count, most = float(instances), instances * prompts / step_s
     return Queue.of(*(np.asarray(one) for one in (count, most, step_s, one_s, float(prompts))))
+
+
+def mean_wait_s(queue: Queue, rate: Array) -> Array:
+    """In steps as full as prompts come."""
+    return np.minimum(*waits_in(queue, rate, filled(queue, rate).step_s))
 
 
 def _late(queue: Queue, rate: Array) -> tuple[float, float]:
